@@ -1,0 +1,104 @@
+//! One open data file of a checkpoint.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use rustix::fs::{Mode, OFlags};
+
+use crate::error::{Error, FormatError, Result};
+
+/// A data file, open for buffered reading and, on demand, for direct reading.
+#[derive(Debug)]
+pub struct DataFile {
+    path: PathBuf,
+    name: String,
+    len: u64,
+    buffered: File,
+    direct: OnceLock<Result<File, rustix::io::Errno>>,
+}
+
+impl DataFile {
+    /// Opens a regular file. With `follow` false, a link in the last place of the path is refused.
+    pub(crate) fn open(path: &Path, name: &str, follow: bool) -> Result<DataFile> {
+        let follow = if follow { OFlags::empty() } else { OFlags::NOFOLLOW };
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | follow;
+        let fd = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| match e {
+            rustix::io::Errno::LOOP => FormatError::new(path, "it is a link, which a store does not have").into(),
+            e => Error::io("open", path)(e.into()),
+        })?;
+        let buffered = File::from(fd);
+        let metadata = buffered.metadata().map_err(Error::io("inspect", path))?;
+        if !metadata.is_file() {
+            return Err(FormatError::new(path, "it is not a regular file").into());
+        }
+        Ok(DataFile {
+            path: path.to_owned(),
+            name: name.to_owned(),
+            len: metadata.len(),
+            buffered,
+            direct: OnceLock::new(),
+        })
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its name in the checkpoint's directory.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Its length in bytes when it was opened.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it had no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The descriptor for reads through the page cache.
+    pub(crate) fn buffered(&self) -> &File {
+        &self.buffered
+    }
+
+    /// The descriptor for reads past the page cache, or why the file system refuses them.
+    pub(crate) fn direct(&self) -> Result<&File, rustix::io::Errno> {
+        let open = || -> Result<File, rustix::io::Errno> {
+            // Through /proc the very file that was checked is opened again, whatever its path names now.
+            let this = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&self.buffered));
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::DIRECT;
+            let fd: OwnedFd = rustix::fs::open(this, flags, Mode::empty())?;
+            Ok(File::from(fd))
+        };
+        self.direct.get_or_init(open).as_ref().map_err(|&e| e)
+    }
+
+    /// Its length now, in bytes.
+    pub(crate) fn current_len(&self) -> io::Result<u64> {
+        Ok(self.buffered.metadata()?.len())
+    }
+
+    /// Fills `buf` from `offset`; a file that ends before is [`Error::Truncated`].
+    pub(crate) fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> Result<()> {
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            match rustix::io::pread(&self.buffered, &mut buf[done..], at) {
+                Ok(0) => {
+                    return Err(Error::Truncated { path: self.path.clone(), offset, len: buf.len() as u64, end: at });
+                }
+                Ok(n) => done += n,
+                Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {}
+                Err(e) => return Err(Error::io("read", &self.path)(e.into())),
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,313 @@
+//! An opened model directory: its tensors, and where their bytes lie in which file.
+//!
+//! Four layouts give one type: our store ([`Layout::Store`]), Hugging Face safetensors (one file, several with an
+//! index, or a snapshot of the Hugging Face cache), and the original ServerlessLLM directory.
+
+mod data_file;
+mod hub;
+mod original;
+mod safetensors;
+mod store;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+pub use data_file::DataFile;
+
+use crate::dtype::Dtype;
+use crate::error::{Error, FormatError, Result};
+use crate::format::manifest::Manifest;
+
+/// How a checkpoint is laid out on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Layout {
+    /// Our own store (`docs/format.md`).
+    Store,
+    /// One or more safetensors files.
+    Safetensors,
+    /// The directory that the original ServerlessLLM writes.
+    Original,
+}
+
+impl Layout {
+    /// The layout's name in reports and manifests.
+    pub fn name(self) -> &'static str {
+        match self {
+            Layout::Store => "store",
+            Layout::Safetensors => "safetensors",
+            Layout::Original => "original",
+        }
+    }
+}
+
+/// One tensor and the place of its bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TensorInfo {
+    /// Its name, unique in the checkpoint.
+    pub name: String,
+    /// Type of its elements.
+    pub dtype: Dtype,
+    /// Its dimensions; empty for a scalar.
+    pub shape: Vec<u64>,
+    /// Strides in elements; `None` where the elements are contiguous and row-major, as nearly always.
+    pub strides: Option<Vec<u64>>,
+    /// Place of its file in [`Checkpoint::files`].
+    pub file: usize,
+    /// First byte in that file.
+    pub offset: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Place of the source shard it came from (for a safetensors checkpoint, its file).
+    pub(crate) shard: usize,
+}
+
+impl TensorInfo {
+    /// Whether two names stand for the same bytes (tied weights).
+    pub fn is_tied_with(&self, other: &TensorInfo) -> bool {
+        self.len > 0 && (self.file, self.offset, self.len) == (other.file, other.offset, other.len)
+    }
+}
+
+/// What a checkpoint was made of, kept so that it can be given back.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Origin {
+    pub(crate) layout: String,
+    pub(crate) shards: Vec<Shard>,
+    /// `metadata` of `model.safetensors.index.json`; `None` without an index.
+    pub(crate) index: Option<Value>,
+}
+
+/// One shard of the source: its file name and its `__metadata__`.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Shard {
+    pub(crate) name: String,
+    pub(crate) metadata: Option<BTreeMap<String, String>>,
+}
+
+/// The checksums of a store's chunks.
+#[derive(Debug, Clone)]
+pub struct ChunkSums {
+    /// Bytes of one chunk; a file's last chunk may be shorter.
+    pub chunk_len: u64,
+    /// CRC-64/NVME of every chunk, by file.
+    pub(crate) files: Vec<Vec<u64>>,
+}
+
+impl ChunkSums {
+    /// CRC-64/NVME of the chunk number `chunk` of a file; `None` where there is no such chunk.
+    pub fn get(&self, file: usize, chunk: u64) -> Option<u64> {
+        self.files.get(file)?.get(usize::try_from(chunk).ok()?).copied()
+    }
+}
+
+/// How to open a checkpoint. `OpenOptions::new().revision("v2").open("org/model")`.
+#[derive(Debug, Clone, Default)]
+pub struct OpenOptions {
+    revision: Option<String>,
+    cache_dir: Option<PathBuf>,
+}
+
+impl OpenOptions {
+    /// The defaults: revision `main`, the Hugging Face cache where the environment says it is.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The branch, tag or commit of a repository in the Hugging Face cache.
+    pub fn revision(mut self, revision: impl Into<String>) -> Self {
+        self.revision = Some(revision.into());
+        self
+    }
+
+    /// The Hugging Face cache to look in.
+    pub fn cache_dir(mut self, dir: impl Into<PathBuf>) -> Self {
+        self.cache_dir = Some(dir.into());
+        self
+    }
+
+    /// Opens a directory, a safetensors file, or a repository id that the Hugging Face cache holds.
+    pub fn open(&self, path: impl AsRef<Path>) -> Result<Checkpoint> {
+        let path = path.as_ref();
+        let metadata = match std::fs::metadata(path) {
+            Ok(metadata) => metadata,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+                let snapshot = hub::resolve(path, self.revision.as_deref(), self.cache_dir.as_deref())?;
+                return Checkpoint::open_dir(&snapshot);
+            }
+            Err(e) => return Err(Error::io("open", path)(e)),
+        };
+        if metadata.is_dir() { Checkpoint::open_dir(path) } else { safetensors::open_file(path) }
+    }
+}
+
+/// An opened checkpoint. Its files stay open, so that a load reads what was checked.
+#[derive(Debug)]
+pub struct Checkpoint {
+    root: PathBuf,
+    layout: Layout,
+    files: Vec<DataFile>,
+    tensors: Vec<TensorInfo>,
+    /// Places in `tensors`, by ascending name.
+    by_name: Vec<usize>,
+    sums: Option<ChunkSums>,
+    identity: Option<String>,
+    origin: Origin,
+}
+
+/// What a layout's module found, before the checks that all layouts share.
+struct Parts {
+    root: PathBuf,
+    layout: Layout,
+    files: Vec<DataFile>,
+    tensors: Vec<TensorInfo>,
+    sums: Option<ChunkSums>,
+    identity: Option<String>,
+    origin: Origin,
+    /// The file that errors about names and places are told of.
+    told_by: PathBuf,
+}
+
+impl Checkpoint {
+    /// Opens a directory, a safetensors file, or a repository id that the Hugging Face cache holds.
+    ///
+    /// Reads headers only. Every number in them is checked; an error names the file, the tensor and the offset.
+    pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint> {
+        OpenOptions::new().open(path)
+    }
+
+    fn open_dir(dir: &Path) -> Result<Checkpoint> {
+        use crate::format::{hf_index, manifest, original as original_format};
+        let has = |name: &str| dir.join(name).symlink_metadata().is_ok();
+        if has(manifest::MANIFEST_NAME) && has(original_format::INDEX_NAME) {
+            return store::open(dir);
+        }
+        if has(hf_index::INDEX_NAME) || safetensors::any_in(dir)? {
+            return safetensors::open_dir(dir);
+        }
+        if has(original_format::INDEX_NAME) {
+            return original::open(dir);
+        }
+        let mut reason = "the directory has no manifest.json, no *.safetensors and no tensor_index.json".to_owned();
+        if has("rank_0") {
+            reason.push_str("; it holds one directory a rank: open rank_0");
+        } else if has("pytorch_model.bin") || has("pytorch_model.bin.index.json") {
+            reason.push_str("; it holds a pickled pytorch_model.bin: save it as safetensors first");
+        }
+        Err(Error::NotFound { path: dir.to_owned(), reason })
+    }
+
+    fn from_parts(mut parts: Parts) -> Result<Checkpoint> {
+        parts.tensors.sort_by(|a, b| (a.file, a.offset, a.len, &a.name).cmp(&(b.file, b.offset, b.len, &b.name)));
+        let mut by_name: Vec<usize> = (0..parts.tensors.len()).collect();
+        by_name.sort_unstable_by(|&a, &b| parts.tensors[a].name.cmp(&parts.tensors[b].name));
+        for pair in by_name.windows(2) {
+            let (a, b) = (&parts.tensors[pair[0]], &parts.tensors[pair[1]]);
+            if a.name == b.name {
+                let reason = match (parts.files.get(a.file), parts.files.get(b.file)) {
+                    (Some(one), Some(two)) if a.file != b.file => {
+                        format!("the tensor is in two files, {} and {}", one.name(), two.name())
+                    }
+                    _ => "the name occurs twice".to_owned(),
+                };
+                return Err(FormatError::new(&parts.told_by, reason).tensor(&a.name).into());
+            }
+        }
+        let mut last: Option<&TensorInfo> = None;
+        for tensor in parts.tensors.iter().filter(|t| t.len > 0) {
+            if let Some(before) = last.filter(|before| before.file == tensor.file) {
+                let shares_storage = parts.layout == Layout::Original && before.offset == tensor.offset;
+                if before.offset + before.len > tensor.offset && !tensor.is_tied_with(before) && !shares_storage {
+                    let reason = format!("it overlaps tensor {:?}", before.name);
+                    return Err(FormatError::new(&parts.told_by, reason).tensor(&tensor.name).at(tensor.offset).into());
+                }
+            }
+            last = Some(tensor);
+        }
+        let Parts { root, layout, files, tensors, sums, identity, origin, .. } = parts;
+        Ok(Checkpoint { root, layout, files, tensors, by_name, sums, identity, origin })
+    }
+
+    /// The directory (or the one file) that was opened.
+    pub fn path(&self) -> &Path {
+        &self.root
+    }
+
+    /// How it is laid out.
+    pub fn layout(&self) -> Layout {
+        self.layout
+    }
+
+    /// Its data files.
+    pub fn files(&self) -> &[DataFile] {
+        &self.files
+    }
+
+    /// Its tensors, by file and offset.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    /// Its tensors by ascending name.
+    pub fn tensors_by_name(&self) -> impl ExactSizeIterator<Item = &TensorInfo> {
+        self.by_name.iter().map(|&i| &self.tensors[i])
+    }
+
+    /// Place in [`Checkpoint::tensors`] of the tensor of this name.
+    pub fn position(&self, name: &str) -> Option<usize> {
+        let place = self.by_name.binary_search_by(|&i| self.tensors[i].name.as_str().cmp(name)).ok()?;
+        Some(self.by_name[place])
+    }
+
+    /// The tensor of this name.
+    pub fn tensor(&self, name: &str) -> Result<&TensorInfo> {
+        match self.position(name) {
+            Some(i) => Ok(&self.tensors[i]),
+            None => Err(Error::NoSuchTensor { name: name.to_owned(), path: self.root.clone() }),
+        }
+    }
+
+    /// Bytes of all tensors, tied ones counted once.
+    pub fn total_len(&self) -> u64 {
+        let mut total = 0;
+        let mut last: Option<&TensorInfo> = None;
+        for tensor in &self.tensors {
+            if !last.is_some_and(|before| tensor.is_tied_with(before)) {
+                total += tensor.len;
+            }
+            last = Some(tensor);
+        }
+        total
+    }
+
+    /// The checksums of a store's chunks; `None` for other layouts.
+    pub fn sums(&self) -> Option<&ChunkSums> {
+        self.sums.as_ref()
+    }
+
+    /// A store's identity, 64 hexadecimal digits; `None` for other layouts.
+    pub fn identity(&self) -> Option<&str> {
+        self.identity.as_deref()
+    }
+
+    pub(crate) fn origin(&self) -> &Origin {
+        &self.origin
+    }
+}
+
+impl From<&Manifest> for Origin {
+    fn from(manifest: &Manifest) -> Self {
+        let shard = |file: &crate::format::manifest::SourceFile| Shard {
+            name: file.name.clone(),
+            metadata: file.metadata.clone(),
+        };
+        Origin {
+            layout: manifest.source.layout.clone(),
+            shards: manifest.source.files.iter().map(shard).collect(),
+            index: manifest.source.index.clone(),
+        }
+    }
+}

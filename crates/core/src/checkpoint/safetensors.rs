@@ -1,0 +1,133 @@
+//! Opening Hugging Face safetensors: one file, several, or several with an index.
+
+use std::path::{Path, PathBuf};
+
+use super::store::read_small;
+use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, TensorInfo, hub};
+use crate::error::{Error, FormatError, Result};
+use crate::format::hf_index::{self, INDEX_NAME};
+use crate::format::manifest::MAX_MANIFEST_LEN;
+use crate::format::safetensors::{Header, LENGTH_FIELD, json_len, parse};
+
+/// The one shard's name where there is no index.
+const SINGLE_NAME: &str = "model.safetensors";
+
+/// Names of a directory's safetensors files, sorted; only `model.safetensors` where there is one.
+fn names_in(dir: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(Error::io("list", dir))? {
+        let name = entry.map_err(Error::io("list", dir))?.file_name();
+        if let Some(name) = name.to_str().filter(|name| name.ends_with(".safetensors")) {
+            names.push(name.to_owned());
+        }
+    }
+    names.sort_unstable();
+    if names.iter().any(|name| name == SINGLE_NAME) {
+        names = vec![SINGLE_NAME.to_owned()];
+    }
+    Ok(names)
+}
+
+pub(super) fn any_in(dir: &Path) -> Result<bool> {
+    Ok(!names_in(dir)?.is_empty())
+}
+
+pub(super) fn open_file(path: &Path) -> Result<Checkpoint> {
+    let name = path.file_name().map_or_else(|| SINGLE_NAME.into(), |name| name.to_string_lossy().into_owned());
+    let file = DataFile::open(path, &name, true)?;
+    assemble(path, vec![file], None)
+}
+
+pub(super) fn open_dir(dir: &Path) -> Result<Checkpoint> {
+    let index_path = dir.join(INDEX_NAME);
+    if !index_path.is_file() {
+        let files = names_in(dir)?.iter().map(|name| open_inside(dir, name)).collect::<Result<_>>()?;
+        return assemble(dir, files, None);
+    }
+    let index_file = open_inside(dir, INDEX_NAME)?;
+    let index = hf_index::parse(&index_path, &read_small(&index_file, MAX_MANIFEST_LEN)?)?;
+    let mut files = Vec::with_capacity(index.shards.len());
+    for shard in &index.shards {
+        files.push(open_inside(dir, shard).map_err(|e| match e {
+            Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                FormatError::new(&index_path, format!("it names shard {shard:?}, which is not there")).into()
+            }
+            e => e,
+        })?);
+    }
+    let checkpoint = assemble(dir, files, Some(index.metadata))?;
+    for (name, shard) in &index.weight_map {
+        let found = checkpoint.position(name).map(|i| checkpoint.tensors()[i].file);
+        if found != Some(*shard) {
+            let shard = &index.shards[*shard];
+            let reason = format!("the index says that it is in {shard:?}, but it is not");
+            return Err(FormatError::new(&index_path, reason).tensor(name).into());
+        }
+    }
+    Ok(checkpoint)
+}
+
+/// Opens a file of a model directory; a link may lead only into the same directory or, in the Hugging Face cache, to
+/// the blobs of the same repository.
+fn open_inside(dir: &Path, name: &str) -> Result<DataFile> {
+    let path = dir.join(name);
+    let inspect = Error::io("inspect", &path);
+    let real = match path.canonicalize() {
+        Ok(real) => real,
+        Err(e) => return Err(inspect(e)),
+    };
+    let real_dir = dir.canonicalize().map_err(Error::io("inspect", dir))?;
+    let allowed = real.starts_with(&real_dir)
+        || hub::blobs_of_snapshot(&real_dir).is_some_and(|blobs: PathBuf| real.starts_with(blobs));
+    if !allowed {
+        let reason = format!(
+            "it is a link out of its directory, to {}; copy the file or open its own directory",
+            real.display()
+        );
+        return Err(FormatError::new(&path, reason).into());
+    }
+    DataFile::open(&path, name, true)
+}
+
+fn assemble(root: &Path, files: Vec<DataFile>, index: Option<serde_json::Value>) -> Result<Checkpoint> {
+    let mut tensors = Vec::new();
+    let mut shards = Vec::with_capacity(files.len());
+    for (k, file) in files.iter().enumerate() {
+        let header = read_header(file)?;
+        shards.push(Shard { name: file.name().to_owned(), metadata: header.metadata });
+        tensors.extend(header.tensors.into_iter().map(|t| TensorInfo {
+            name: t.name,
+            dtype: t.dtype,
+            shape: t.shape,
+            strides: None,
+            file: k,
+            offset: t.offset,
+            len: t.len,
+            shard: k,
+        }));
+    }
+    Checkpoint::from_parts(Parts {
+        root: root.to_owned(),
+        layout: Layout::Safetensors,
+        told_by: root.to_owned(),
+        files,
+        tensors,
+        sums: None,
+        identity: None,
+        origin: Origin { layout: Layout::Safetensors.name().into(), shards, index },
+    })
+}
+
+fn read_header(file: &DataFile) -> Result<Header> {
+    if file.len() < LENGTH_FIELD {
+        let reason = format!("it has {} bytes: too short for a safetensors file", file.len());
+        return Err(FormatError::new(file.path(), reason).into());
+    }
+    let mut field = [0; 8];
+    file.read_exact_at(&mut field, 0)?;
+    // At most MAX_HEADER_LEN, which fits usize.
+    let len = usize::try_from(json_len(file.path(), field, file.len())?).unwrap_or(0);
+    let mut json = vec![0; len];
+    file.read_exact_at(&mut json, LENGTH_FIELD)?;
+    Ok(parse(file.path(), &json, file.len())?)
+}

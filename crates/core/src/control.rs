@@ -1,0 +1,102 @@
+//! How a caller watches and stops long work.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::error::{Error, Result};
+
+/// A flag by which another thread stops work. Clones are the same flag.
+#[derive(Debug, Clone, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// A flag that is not set.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Asks the work to stop; it returns [`Error::Cancelled`] soon.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it was asked to stop.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+    }
+}
+
+/// How far work has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes done.
+    pub done: u64,
+    /// Bytes in all.
+    pub total: u64,
+}
+
+/// A progress callback and a cancel flag, given to every long operation.
+///
+/// The callback runs in worker threads, once a finished piece (a few MiB), and must be quick.
+#[derive(Clone, Default)]
+pub struct Control {
+    cancel: Cancel,
+    progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
+}
+
+impl Control {
+    /// No callback, never cancelled.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Calls `progress` as bytes get done.
+    pub fn on_progress(mut self, progress: impl Fn(Progress) + Send + Sync + 'static) -> Self {
+        self.progress = Some(Arc::new(progress));
+        self
+    }
+
+    /// Stops when this flag is set.
+    pub fn cancelled_by(mut self, cancel: Cancel) -> Self {
+        self.cancel = cancel;
+        self
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        self.cancel.check()
+    }
+
+    pub(crate) fn meter(&self, total: u64) -> Meter<'_> {
+        Meter { control: self, done: AtomicU64::new(0), total }
+    }
+}
+
+impl fmt::Debug for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Control").field("cancel", &self.cancel).finish_non_exhaustive()
+    }
+}
+
+/// Counts bytes done by several threads and tells the callback.
+#[derive(Debug)]
+pub(crate) struct Meter<'a> {
+    control: &'a Control,
+    done: AtomicU64,
+    total: u64,
+}
+
+impl Meter<'_> {
+    /// Adds finished bytes; an error when the work was cancelled.
+    pub(crate) fn add(&self, bytes: u64) -> Result<()> {
+        let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if let Some(progress) = &self.control.progress {
+            progress(Progress { done: done.min(self.total), total: self.total });
+        }
+        self.control.check()
+    }
+}

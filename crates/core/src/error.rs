@@ -1,0 +1,265 @@
+//! What can go wrong, in the user's words.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::device::DeviceError;
+
+/// Result of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A checkpoint that cannot be opened, because something in it is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FormatError {
+    /// The file that is wrong.
+    pub path: PathBuf,
+    /// The tensor concerned, if it is one.
+    pub tensor: Option<String>,
+    /// Where in the file, in bytes.
+    pub offset: Option<u64>,
+    /// What is wrong.
+    pub reason: String,
+}
+
+impl FormatError {
+    pub(crate) fn new(path: &Path, reason: impl Into<String>) -> Self {
+        FormatError { path: path.to_owned(), tensor: None, offset: None, reason: reason.into() }
+    }
+
+    pub(crate) fn tensor(mut self, name: &str) -> Self {
+        self.tensor = Some(name.to_owned());
+        self
+    }
+
+    pub(crate) fn at(mut self, offset: u64) -> Self {
+        self.offset = Some(offset);
+        self
+    }
+}
+
+impl fmt::Display for FormatError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.path.display())?;
+        if let Some(tensor) = &self.tensor {
+            write!(f, ": tensor {tensor:?}")?;
+        }
+        if let Some(offset) = self.offset {
+            write!(f, ": at byte {offset}")?;
+        }
+        write!(f, ": {}", self.reason)
+    }
+}
+
+impl std::error::Error for FormatError {}
+
+/// A chunk whose bytes are not those that were stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CorruptChunk {
+    /// The data file.
+    pub path: PathBuf,
+    /// The chunk's number in that file.
+    pub chunk: u64,
+    /// Its first byte in the file.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub len: u64,
+    /// The CRC-64/NVME that the manifest gives.
+    pub expected: u64,
+    /// The CRC-64/NVME of the bytes that were read.
+    pub found: u64,
+    /// Names of the tensors that have bytes in it.
+    pub tensors: Vec<String>,
+}
+
+impl fmt::Display for CorruptChunk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}: chunk {} (bytes {}..{}) is corrupt: its checksum is {:016x}, the manifest says {:016x}",
+            self.path.display(),
+            self.chunk,
+            self.offset,
+            self.offset + self.len,
+            self.found,
+            self.expected
+        )?;
+        match self.tensors.as_slice() {
+            [] => write!(f, "; it holds only padding"),
+            [one] => write!(f, "; it holds tensor {one:?}"),
+            [first, rest @ ..] => write!(f, "; it holds tensor {first:?} and {} more", rest.len()),
+        }
+    }
+}
+
+/// Any failure of this crate.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The system refused an operation on a file.
+    #[error("{path}: cannot {what}", path = path.display())]
+    Io {
+        /// What was tried, such as `open`.
+        what: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    /// A checkpoint is not what its format allows.
+    #[error("invalid checkpoint: {0}")]
+    Format(#[from] Box<FormatError>),
+
+    /// There is no checkpoint at this path or under this name.
+    #[error("no checkpoint at {path}: {reason}", path = path.display())]
+    NotFound {
+        /// Where it was looked for.
+        path: PathBuf,
+        /// What was looked for, and what to do.
+        reason: String,
+    },
+
+    /// A file ended before bytes that its checkpoint says are there.
+    #[error(
+        "{path}: the file ends at byte {end}, but bytes {offset}..{until} were wanted: it was truncated after it was opened",
+        path = path.display(), until = offset + len
+    )]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// First byte wanted.
+        offset: u64,
+        /// Number of bytes wanted.
+        len: u64,
+        /// Where it ends now.
+        end: u64,
+    },
+
+    /// Stored bytes changed.
+    #[error("{0}")]
+    Corrupt(Box<CorruptChunk>),
+
+    /// The checkpoint has no such tensor, or a pattern matches none.
+    #[error("no tensor {name:?} in {path}", path = path.display())]
+    NoSuchTensor {
+        /// The name or pattern.
+        name: String,
+        /// The checkpoint.
+        path: PathBuf,
+    },
+
+    /// The target of a conversion is there already.
+    #[error("{path} exists already: give --overwrite (overwrite=True) to replace it", path = path.display())]
+    Exists {
+        /// The target.
+        path: PathBuf,
+    },
+
+    /// Too little room for what is to be written.
+    #[error("{path}: {need} bytes are needed and {free} are free", path = path.display())]
+    NoSpace {
+        /// The directory to be written to.
+        path: PathBuf,
+        /// Bytes needed.
+        need: u64,
+        /// Bytes free.
+        free: u64,
+    },
+
+    /// A device refused something.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+
+    /// A way of reading that was asked for does not work here.
+    #[error("the {engine} engine cannot be used here: {reason}")]
+    Engine {
+        /// The engine asked for.
+        engine: &'static str,
+        /// Why it cannot be used.
+        reason: String,
+    },
+
+    /// An argument makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+
+    /// The caller asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+/// What an error is about, for exit codes and exception classes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorKind {
+    /// The system refused an operation, or a file ended early.
+    Io,
+    /// Permission denied.
+    Permission,
+    /// A checkpoint is invalid.
+    Format,
+    /// No checkpoint, or no such tensor.
+    NotFound,
+    /// A checksum differs.
+    Corrupt,
+    /// The target exists.
+    Exists,
+    /// The disk is full.
+    NoSpace,
+    /// A device failed or is not there.
+    Device,
+    /// Too little device memory.
+    DeviceMemory,
+    /// An argument or a forced choice that cannot be used here.
+    Invalid,
+    /// Stopped on request.
+    Cancelled,
+}
+
+impl Error {
+    pub(crate) fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+        let path = path.to_owned();
+        move |source| Error::Io { what, path, source }
+    }
+
+    /// What the error is about.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Error::Io { source, .. } => match source.kind() {
+                io::ErrorKind::PermissionDenied => ErrorKind::Permission,
+                io::ErrorKind::NotFound => ErrorKind::NotFound,
+                io::ErrorKind::StorageFull => ErrorKind::NoSpace,
+                _ => ErrorKind::Io,
+            },
+            Error::Truncated { .. } => ErrorKind::Io,
+            Error::Format(_) => ErrorKind::Format,
+            Error::NotFound { .. } | Error::NoSuchTensor { .. } => ErrorKind::NotFound,
+            Error::Corrupt(_) => ErrorKind::Corrupt,
+            Error::Exists { .. } => ErrorKind::Exists,
+            Error::NoSpace { .. } => ErrorKind::NoSpace,
+            Error::Device(e) if e.is_out_of_memory() => ErrorKind::DeviceMemory,
+            Error::Device(_) => ErrorKind::Device,
+            Error::Engine { .. } | Error::Invalid(_) => ErrorKind::Invalid,
+            Error::Cancelled => ErrorKind::Cancelled,
+        }
+    }
+
+    /// The message with every cause after it, as one line.
+    pub fn chain(&self) -> String {
+        let mut out = self.to_string();
+        let mut cause = std::error::Error::source(self);
+        while let Some(e) = cause {
+            out.push_str(": ");
+            out.push_str(&e.to_string());
+            cause = e.source();
+        }
+        out
+    }
+}
+
+impl From<FormatError> for Error {
+    fn from(e: FormatError) -> Self {
+        Error::Format(Box::new(e))
+    }
+}

@@ -1,0 +1,223 @@
+//! The safetensors header: 8 bytes of length, then JSON, then the tensors' bytes without holes.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+
+use crate::dtype::Dtype;
+use crate::error::FormatError;
+
+/// safetensors' own limit on the JSON's length (`MAX_HEADER_SIZE` in its source).
+pub(crate) const MAX_HEADER_LEN: u64 = 100_000_000;
+
+/// Bytes of the length field before the JSON.
+pub(crate) const LENGTH_FIELD: u64 = 8;
+
+/// One tensor of a header, its offset counted from the start of the file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct HeaderTensor {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<u64>,
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
+}
+
+/// A checked header, its tensors in the order of their bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) struct Header {
+    pub(crate) tensors: Vec<HeaderTensor>,
+    pub(crate) metadata: Option<BTreeMap<String, String>>,
+}
+
+#[derive(Deserialize)]
+struct RawTensor<'a> {
+    #[serde(borrow)]
+    dtype: Cow<'a, str>,
+    shape: Vec<u64>,
+    data_offsets: (u64, u64),
+}
+
+#[derive(Default)]
+struct RawHeader<'a> {
+    tensors: Vec<(String, RawTensor<'a>)>,
+    metadata: Option<BTreeMap<String, String>>,
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for RawHeader<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct HeaderVisitor;
+
+        impl<'de> Visitor<'de> for HeaderVisitor {
+            type Value = RawHeader<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawHeader<'de>, A::Error> {
+                let mut header = RawHeader::default();
+                while let Some(name) = map.next_key::<String>()? {
+                    if name != "__metadata__" {
+                        header.tensors.push((name, map.next_value()?));
+                    } else if header.metadata.replace(map.next_value()?).is_some() {
+                        return Err(A::Error::custom("__metadata__ occurs twice"));
+                    }
+                }
+                Ok(header)
+            }
+        }
+
+        deserializer.deserialize_map(HeaderVisitor)
+    }
+}
+
+/// Checks the length field: how many bytes of JSON follow it in a file of `file_len` bytes.
+pub(crate) fn json_len(path: &Path, field: [u8; 8], file_len: u64) -> Result<u64, FormatError> {
+    let len = u64::from_le_bytes(field);
+    if len > MAX_HEADER_LEN {
+        return Err(FormatError::new(
+            path,
+            format!("its header claims {len} bytes, more than the {MAX_HEADER_LEN} that safetensors allows"),
+        ));
+    }
+    if len > file_len.saturating_sub(LENGTH_FIELD) {
+        return Err(FormatError::new(
+            path,
+            format!(
+                "its header claims {len} bytes, but the file has only {file_len}: it is truncated or not safetensors"
+            ),
+        ));
+    }
+    Ok(len)
+}
+
+/// Parses and checks the JSON of a file of `file_len` bytes.
+///
+/// Rejects what safetensors rejects: names that repeat, unknown dtypes, a shape that does not fit its bytes, overlaps,
+/// holes, and bytes after the last tensor.
+pub(crate) fn parse(path: &Path, json: &[u8], file_len: u64) -> Result<Header, FormatError> {
+    let data_start = LENGTH_FIELD + json.len() as u64;
+    let raw: RawHeader<'_> = serde_json::from_slice(json).map_err(|e| {
+        let error = FormatError::new(path, format!("its header is not valid: {e}"));
+        if e.line() == 1 { error.at(LENGTH_FIELD + e.column() as u64) } else { error }
+    })?;
+
+    let mut names: Vec<&str> = raw.tensors.iter().map(|(name, _)| name.as_str()).collect();
+    names.sort_unstable();
+    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(FormatError::new(path, "the name occurs twice").tensor(pair[0]));
+    }
+
+    let mut tensors = Vec::with_capacity(raw.tensors.len());
+    for (name, raw) in raw.tensors {
+        let fail = |reason: String| FormatError::new(path, reason).tensor(&name);
+        let dtype = Dtype::from_name(&raw.dtype).ok_or_else(|| fail(format!("unknown dtype {:?}", raw.dtype)))?;
+        let expected = dtype.byte_len(&raw.shape).map_err(|why| fail(why.to_owned()))?;
+        let (start, end) = raw.data_offsets;
+        let len =
+            end.checked_sub(start).ok_or_else(|| fail(format!("its data_offsets [{start}, {end}] run backwards")))?;
+        let offset = data_start
+            .checked_add(start)
+            .filter(|offset| offset.checked_add(len).is_some())
+            .ok_or_else(|| fail(format!("its data_offsets [{start}, {end}] overflow 64 bits")))?;
+        if len != expected {
+            let reason = format!("its {len} bytes are not the {expected} of {dtype} {:?}", raw.shape);
+            return Err(fail(reason).at(offset));
+        }
+        tensors.push(HeaderTensor { name, dtype, shape: raw.shape, offset, len });
+    }
+
+    tensors.sort_by(|a, b| (a.offset, a.len).cmp(&(b.offset, b.len)));
+    let mut end = data_start;
+    for tensor in &tensors {
+        if tensor.offset != end {
+            let what = if tensor.offset < end { "overlaps the tensor before it" } else { "leaves a hole before it" };
+            let reason = format!("{what}, which ends at byte {end}");
+            return Err(FormatError::new(path, reason).tensor(&tensor.name).at(tensor.offset));
+        }
+        end += tensor.len;
+        if end > file_len {
+            let reason = format!("it ends at byte {end}, but the file has only {file_len}: it is truncated");
+            return Err(FormatError::new(path, reason).tensor(&tensor.name).at(tensor.offset));
+        }
+    }
+    if end != file_len {
+        let reason = format!("{} bytes follow the last tensor, which no tensor names", file_len - end);
+        return Err(FormatError::new(path, reason).at(end));
+    }
+    Ok(Header { tensors, metadata: raw.metadata })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse_str(json: &str, data: u64) -> Result<Header, FormatError> {
+        parse(Path::new("m.safetensors"), json.as_bytes(), LENGTH_FIELD + json.len() as u64 + data)
+    }
+
+    fn reason(json: &str, data: u64) -> String {
+        parse_str(json, data).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn tensors_come_in_the_order_of_their_bytes() {
+        let json = r#"{"__metadata__":{"format":"pt"},
+            "b":{"dtype":"F32","shape":[2],"data_offsets":[2,10]},
+            "a\n\u00e9":{"dtype":"BF16","shape":[],"data_offsets":[0,2]},
+            "z":{"dtype":"I8","shape":[0,7],"data_offsets":[10,10]}}"#;
+        let header = parse_str(json, 10).unwrap();
+        let start = LENGTH_FIELD + json.len() as u64;
+        let seen: Vec<_> = header.tensors.iter().map(|t| (t.name.as_str(), t.offset - start, t.len)).collect();
+        assert_eq!(seen, [("a\né", 0, 2), ("b", 2, 8), ("z", 10, 0)]);
+        assert_eq!(header.metadata.unwrap()["format"], "pt");
+        assert_eq!(parse_str("{}", 0).unwrap(), Header::default());
+    }
+
+    #[test]
+    fn every_fault_is_named() {
+        let one = |dtype: &str, shape: &str, offsets: &str| {
+            format!(r#"{{"w":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#)
+        };
+        for (json, data, expected) in [
+            (one("F99", "[1]", "[0,4]"), 4, "unknown dtype \"F99\""),
+            (one("F32", "[2]", "[0,4]"), 4, "its 4 bytes are not the 8 of F32 [2]"),
+            (one("F32", "[2]", "[8,0]"), 8, "run backwards"),
+            (one("F32", "[4294967296,4294967296]", "[0,8]"), 8, "overflows 64 bits"),
+            (one("U8", "[2]", "[18446744073709551613,18446744073709551615]"), 8, "overflow 64 bits"),
+            (one("F4", "[3]", "[0,2]"), 2, "whole bytes"),
+            (one("F32", "[1]", "[4,8]"), 8, "leaves a hole"),
+            (one("F32", "[2]", "[0,8]"), 7, "truncated"),
+            (one("F32", "[1]", "[0,4]"), 5, "1 bytes follow"),
+            (one("F32", "[-1]", "[0,4]"), 4, "not valid"),
+            (one("F32", "[1]", "[0,4,8]"), 4, "not valid"),
+            ("[]".into(), 0, "not valid"),
+            ("{".into(), 0, "not valid"),
+            (r#"{"__metadata__":{},"__metadata__":{}}"#.into(), 0, "occurs twice"),
+            (r#"{"__metadata__":{"a":1}}"#.into(), 0, "not valid"),
+        ] {
+            let message = reason(&json, data);
+            assert!(message.contains(expected), "{json}: {message}");
+        }
+        let twice = r#"{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"w":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#;
+        assert!(reason(twice, 2).contains("tensor \"w\": the name occurs twice"));
+        let overlap = r#"{"v":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"w":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}"#;
+        assert!(reason(overlap, 3).contains("tensor \"w\""), "{}", reason(overlap, 3));
+        assert!(reason(overlap, 3).contains("overlaps"));
+    }
+
+    #[test]
+    fn the_length_field_is_checked_against_the_file_and_the_limit() {
+        let path = Path::new("m");
+        assert_eq!(json_len(path, 2u64.to_le_bytes(), 10), Ok(2));
+        assert!(json_len(path, 3u64.to_le_bytes(), 10).is_err());
+        assert!(json_len(path, 1u64.to_le_bytes(), 3).is_err());
+        assert!(json_len(path, u64::MAX.to_le_bytes(), u64::MAX).is_err());
+        assert!(json_len(path, (MAX_HEADER_LEN + 1).to_le_bytes(), u64::MAX).is_err());
+    }
+}
