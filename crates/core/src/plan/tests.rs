@@ -1,0 +1,159 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn options(piece_len: u64, max_gap: u64, whole_pieces: bool) -> PlanOptions {
+    PlanOptions { piece_len, max_gap, whole_pieces }
+}
+
+/// The byte that the tests keep at a place of a file.
+fn byte(file: usize, offset: u64) -> u8 {
+    (offset.wrapping_mul(2_654_435_761).wrapping_add(file as u64 * 97) >> 13) as u8
+}
+
+/// Runs a plan over made files, and counts how often each byte of each block is written.
+fn run(plan: &LoadPlan, blocks: &[u64]) -> (Vec<Vec<u8>>, Vec<Vec<u32>>) {
+    let mut bytes: Vec<Vec<u8>> = blocks.iter().map(|&len| vec![0; len as usize]).collect();
+    let mut writes: Vec<Vec<u32>> = blocks.iter().map(|&len| vec![0; len as usize]).collect();
+    for piece in plan.pieces() {
+        let buffer: Vec<u8> = (piece.offset..piece.offset + piece.len).map(|at| byte(piece.file, at)).collect();
+        for copy in plan.copies(piece) {
+            for row in 0..copy.rows {
+                for i in 0..copy.row_len {
+                    let dst = (copy.dst_offset + row * copy.dst_pitch + i) as usize;
+                    bytes[copy.block][dst] = buffer[(copy.src_offset + row * copy.src_pitch + i) as usize];
+                    writes[copy.block][dst] += 1;
+                }
+            }
+        }
+    }
+    (bytes, writes)
+}
+
+/// Segments whose destinations follow one another in their blocks, with gaps; sources anywhere.
+fn segments() -> impl Strategy<Value = (Vec<u64>, Vec<u64>, Vec<Segment>)> {
+    let raw = (0..3usize, 0..200_000u64, 0..9_000u64, 1..40u64, 0..9_000u64, 0..2usize, 0..300u64, 0..300u64);
+    proptest::collection::vec(raw, 0..20).prop_map(|raw| {
+        let mut files = vec![0u64; 3];
+        let mut blocks = vec![0u64; 2];
+        let mut segments = Vec::new();
+        for (file, offset, row_len, rows, src_gap, block, dst_gap, before) in raw {
+            let (src_pitch, dst_pitch) = (row_len + src_gap, row_len + dst_gap);
+            let dst_offset = blocks[block] + before;
+            let segment = Segment { file, offset, row_len, rows, src_pitch, block, dst_offset, dst_pitch };
+            blocks[block] = dst_offset + (rows - 1) * dst_pitch + row_len;
+            files[file] = files[file].max(offset + (rows - 1) * src_pitch + row_len);
+            segments.push(segment);
+        }
+        (files, blocks, segments)
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    #[test]
+    fn every_wanted_byte_arrives_once_and_reads_are_aligned(
+        (files, blocks, segments) in segments(),
+        pages in 1..20u64,
+        max_gap in prop_oneof![Just(0u64), 1..70_000u64],
+        whole in any::<bool>(),
+    ) {
+        let options = options(pages * PAGE, max_gap, whole);
+        let plan = LoadPlan::build(&files, &blocks, &segments, &options).unwrap();
+        let (bytes, writes) = run(&plan, &blocks);
+        let mut expected = writes.iter().map(|w| vec![0; w.len()]).collect::<Vec<Vec<u32>>>();
+        for s in &segments {
+            for row in 0..s.rows {
+                for i in 0..s.row_len {
+                    let dst = (s.dst_offset + row * s.dst_pitch + i) as usize;
+                    expected[s.block][dst] += 1;
+                    prop_assert_eq!(bytes[s.block][dst], byte(s.file, s.offset + row * s.src_pitch + i));
+                }
+            }
+        }
+        prop_assert_eq!(writes, expected);
+        prop_assert_eq!(plan.wanted_len(), segments.iter().map(Segment::len).sum::<u64>());
+
+        let mut end = (0, 0);
+        for piece in plan.pieces() {
+            prop_assert!((piece.file, piece.offset) >= end, "pieces overlap or run backwards");
+            end = (piece.file, piece.offset + piece.len);
+            prop_assert_eq!(piece.offset % PAGE, 0);
+            prop_assert!(piece.len % PAGE == 0 || end.1 == files[piece.file]);
+            prop_assert!(end.1 <= files[piece.file] && piece.len <= options.piece_len && piece.len > 0);
+            prop_assert!(!plan.copies(piece).is_empty());
+            if whole {
+                prop_assert_eq!(piece.offset % options.piece_len, 0);
+                prop_assert!(piece.len == options.piece_len || end.1 == files[piece.file]);
+            }
+        }
+    }
+}
+
+#[test]
+fn neighbours_at_both_ends_are_one_copy() {
+    let segments: Vec<Segment> = (0..1000).map(|i| Segment::contiguous(0, 4096 + i * 256, 256, 0, i * 256)).collect();
+    let plan = LoadPlan::build(&[1 << 20], &[1 << 20], &segments, &PlanOptions::default()).unwrap();
+    assert_eq!((plan.pieces().len(), plan.copy_count()), (1, 1));
+}
+
+#[test]
+fn rows_cost_three_copies_a_piece_at_most() {
+    let rows = Segment {
+        file: 0,
+        offset: 100,
+        row_len: 1000,
+        rows: 4000,
+        src_pitch: 2000,
+        block: 0,
+        dst_offset: 0,
+        dst_pitch: 1000,
+    };
+    let plan = LoadPlan::build(&[8 << 20], &[4_000_000], &[rows], &PlanOptions::default()).unwrap();
+    assert_eq!(plan.pieces().len(), 2);
+    assert!(plan.copy_count() <= 6, "{}", plan.copy_count());
+}
+
+#[test]
+fn far_ranges_are_not_read_through() {
+    let segments = [Segment::contiguous(0, 0, 10, 0, 0), Segment::contiguous(0, 1 << 20, 10, 0, 10)];
+    let plan = LoadPlan::build(&[2 << 20], &[20], &segments, &PlanOptions::default()).unwrap();
+    assert_eq!(plan.read_len(), 2 * PAGE);
+    let rows = Segment {
+        file: 0,
+        offset: 0,
+        row_len: 10,
+        rows: 3,
+        src_pitch: 512 << 10,
+        block: 0,
+        dst_offset: 0,
+        dst_pitch: 10,
+    };
+    let plan = LoadPlan::build(&[2 << 20], &[30], &[rows], &PlanOptions::default()).unwrap();
+    assert_eq!(plan.read_len(), 3 * PAGE);
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let good =
+        Segment { file: 0, offset: 0, row_len: 10, rows: 2, src_pitch: 20, block: 0, dst_offset: 0, dst_pitch: 10 };
+    let build = |s: Segment| LoadPlan::build(&[30], &[20], &[s], &PlanOptions::default());
+    assert!(build(good).is_ok());
+    for bad in [
+        Segment { file: 1, ..good },
+        Segment { block: 1, ..good },
+        Segment { offset: 1, ..good },
+        Segment { dst_offset: 1, ..good },
+        Segment { src_pitch: 9, ..good },
+        Segment { dst_pitch: 9, ..good },
+        Segment { src_pitch: u64::MAX, ..good },
+        Segment { rows: u64::MAX, ..good },
+        Segment { row_len: u64::MAX, rows: 1, ..good },
+        Segment { offset: u64::MAX, ..good },
+    ] {
+        assert!(build(bad).is_err(), "{bad:?}");
+    }
+    let unaligned = PlanOptions { piece_len: 5000, ..PlanOptions::default() };
+    assert!(LoadPlan::build(&[30], &[20], &[good], &unaligned).is_err());
+}
