@@ -173,11 +173,8 @@ impl State {
         let handle = if SPECIAL_STREAMS.contains(&handle) {
             let index = usize::try_from(device).map_err(|_| codes::INVALID_CONTEXT)?;
             let default = DEFAULT_STREAMS + index * 16;
-            match self.streams.get_mut(&default) {
-                // The context was destroyed and is in use again.
-                Some(stream) if stream.destroyed => stream.destroyed = false,
-                Some(_) => {}
-                None => self.start_stream(default, device, false)?,
+            if !self.streams.contains_key(&default) {
+                self.start_stream(default, device, false)?;
             }
             default
         } else {
@@ -355,6 +352,7 @@ fn run_head(mut state: Guard, handle: usize, device: i32) -> Guard {
         .get_mut(&handle)
         .and_then(|stream| stream.queue.front_mut());
     let Some(operation) = head else { return state };
+    let number = operation.number;
     // It stays in the queue while it runs, so that its ranges count as in use.
     let work = std::mem::replace(&mut operation.work, Work::Nothing);
     if let Work::Copy(Copy { loses: true, .. }) = work {
@@ -383,7 +381,9 @@ fn run_head(mut state: Guard, handle: usize, device: i32) -> Guard {
             state.counters.bytes[copy.direction as usize] += copy.bytes();
         }
         Work::Stamp(event) => {
-            if let Some(event) = state.events.get_mut(&event) {
+            // An event that was recorded again meanwhile waits for that later record.
+            let event = state.events.get_mut(&event);
+            if let Some(event) = event.filter(|event| event.recorded == Some((handle, number))) {
                 event.stamp = Some(Instant::now());
             }
         }

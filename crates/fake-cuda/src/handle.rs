@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -26,7 +27,7 @@ pub struct Driver {
 impl Driver {
     /// Loads the driver for the whole process, waits until no other test holds it, and resets settings and counters.
     ///
-    /// Looks for `libcuda.so` beside the executable, in `deps` below it, and in the same two places one level up.
+    /// Looks for `libcuda.so` in `deps` below the executable and beside it, then in the same two places one level up.
     /// What earlier tests still hold (memory, streams, registrations) stays valid and counted.
     ///
     /// # Panics
@@ -43,7 +44,7 @@ impl Driver {
                 other.is_none_or(|other| symbol(other, c"cuInit") == symbol(library, c"cuInit"));
             assert!(
                 ours,
-                "{name} is a real driver here: put {} on LD_LIBRARY_PATH first",
+                "{name} leads to another driver: put {} first on LD_LIBRARY_PATH",
                 folder(&path).display()
             );
         }
@@ -85,7 +86,7 @@ impl Driver {
         driver
     }
 
-    /// The path of the built library, for a child process's `LD_LIBRARY_PATH`. Loads nothing.
+    /// The path of the built library, whose folder a child process needs on its `LD_LIBRARY_PATH`. Loads nothing.
     ///
     /// # Panics
     /// If the library is not there.
@@ -95,18 +96,20 @@ impl Driver {
         let beside = folder(&exe);
         let above = folder(beside);
         let places = [
-            beside.to_owned(),
             beside.join("deps"),
-            above.to_owned(),
+            beside.to_owned(),
             above.join("deps"),
+            above.to_owned(),
         ];
         let found = places
             .iter()
             .map(|place| place.join("libcuda.so"))
             .find(|path| path.is_file());
-        found.unwrap_or_else(|| {
+        let path = found.unwrap_or_else(|| {
             panic!("no libcuda.so in {places:?}: build the fake-cuda crate first")
-        })
+        });
+        refresh_link(&path);
+        path
     }
 
     /// The library in use.
@@ -240,6 +243,23 @@ impl Driver {
         let wrong = unsafe { (self.set)(setting.as_ptr(), value) };
         assert_eq!(wrong, 0, "no setting {name}");
     }
+}
+
+/// Makes the link above `deps` lead to the library in `deps` again, if there is one.
+///
+/// `cargo build` leaves such a link. Tests build the library anew and leave the link as it was, but search its folder
+/// first, and so would open the older library.
+fn refresh_link(path: &Path) {
+    let link = folder(folder(path)).join("libcuda.so");
+    let identity = |path: &Path| path.metadata().map(|data| (data.dev(), data.ino())).ok();
+    if !folder(path).ends_with("deps")
+        || identity(&link).is_none_or(|old| identity(path) == Some(old))
+    {
+        return;
+    }
+    // By renaming, so that no other test sees it missing. A failure shows when the library is loaded.
+    let fresh = link.with_extension(format!("{}.so", std::process::id()));
+    let _ = std::fs::hard_link(path, &fresh).and_then(|()| std::fs::rename(&fresh, &link));
 }
 
 fn folder(path: &Path) -> &Path {

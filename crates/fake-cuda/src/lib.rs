@@ -18,6 +18,16 @@
 //! assert_eq!(driver.count("cuMemAlloc_v2"), 1);
 //! ```
 //!
+//! # How a program finds it
+//!
+//! cudarc asks the loader for `libcuda.so` first and for `libcuda.so.1` last. The file is `target/<profile>/deps/
+//! libcuda.so` and carries the name `libcuda.so.1`, so that both lead to it: the first when its folder is on
+//! `LD_LIBRARY_PATH`, the second once [`Driver::load`] has run. `cargo test` puts that folder on the path: there every
+//! program finds the double, even one that does not load it, and even where a real driver is installed. A test that
+//! wants the real driver runs its binary without cargo.
+//!
+//! cudarc looks a function up at its first call and panics if it is missing.
+//!
 //! # Environment
 //!
 //! Read at the first `cuInit`, unless a [`Driver`] was loaded before.
@@ -36,8 +46,8 @@
 //!
 //! # A lost device
 //!
-//! The copy that loses the device is accepted; the loss shows when it would have run. From then on every call that
-//! needs the device returns `CUDA_ERROR_ECC_UNCORRECTABLE` (214). Calls that free things still free them.
+//! Copies of all devices count, fills do not. The copy that loses its device is accepted; the loss shows when it would
+//! have run. From then on every call that needs the device returns `CUDA_ERROR_ECC_UNCORRECTABLE` (214). Calls that free things still free them.
 //!
 //! # What it does not do
 //!

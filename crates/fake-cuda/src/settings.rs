@@ -7,6 +7,9 @@ use std::time::Duration;
 /// Most devices that can be asked for.
 pub(crate) const MAX_DEVICES: u64 = 64;
 
+/// Longest delay, so that clock arithmetic cannot overflow.
+const MAX_DELAY: Duration = Duration::from_secs(3600);
+
 /// The limits and delays of the driver.
 #[derive(Clone, Debug)]
 pub(crate) struct Settings {
@@ -44,7 +47,7 @@ impl Settings {
         match name {
             "devices" => self.devices = value.min(MAX_DEVICES),
             "memory" => self.memory = value,
-            "delay_us" => self.delay = Duration::from_micros(value),
+            "delay_us" => self.delay = Duration::from_micros(value).min(MAX_DELAY),
             "bandwidth" => self.bandwidth = value,
             "lose_after" => self.lose_after = value,
             "register_limit" => self.register_limit = value,

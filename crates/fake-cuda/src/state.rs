@@ -444,10 +444,15 @@ impl State {
         let events = self.events.len();
         self.events.retain(|_, event| event.device != ordinal);
         self.counters.abandoned_events += (events - self.events.len()) as u64;
-        for (handle, stream) in &mut self.streams {
+        // The default stream, whose handle is below, stays for the next context.
+        for stream in self
+            .streams
+            .range_mut(FIRST_HANDLE..)
+            .map(|(_, stream)| stream)
+        {
             if stream.device == ordinal && !stream.destroyed {
                 stream.destroyed = true;
-                self.counters.abandoned_streams += u64::from(*handle >= FIRST_HANDLE);
+                self.counters.abandoned_streams += 1;
             }
         }
         notify();

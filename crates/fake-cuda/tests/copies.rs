@@ -43,7 +43,7 @@ fn bytes_go_to_the_device_and_back() {
 #[test]
 fn a_pinned_buffer_reused_too_early_gives_the_wrong_bytes() {
     let driver = Driver::load();
-    driver.set_delay(Duration::from_millis(30));
+    driver.set_delay(Duration::from_millis(200));
     let _context = Context::new(0).unwrap();
     let (stream, device, pages) = (stream(), alloc(PAGE), Pages::new(PAGE));
     pages.register(0, PAGE, 0).unwrap();
@@ -61,7 +61,7 @@ fn a_pinned_buffer_reused_too_early_gives_the_wrong_bytes() {
 #[test]
 fn a_pinned_buffer_reused_after_its_event_gives_the_right_bytes() {
     let driver = Driver::load();
-    driver.set_delay(Duration::from_millis(30));
+    driver.set_delay(Duration::from_millis(200));
     let _context = Context::new(0).unwrap();
     let (stream, device, pages, event) = (stream(), alloc(PAGE), Pages::new(PAGE), event());
     pages.register(0, PAGE, 0).unwrap();
@@ -89,7 +89,7 @@ fn a_pinned_buffer_reused_after_its_event_gives_the_right_bytes() {
 #[test]
 fn a_pageable_buffer_is_staged_at_the_call() {
     let driver = Driver::load();
-    driver.set_delay(Duration::from_millis(30));
+    driver.set_delay(Duration::from_millis(200));
     let _context = Context::new(0).unwrap();
     let (stream, device, pages) = (stream(), alloc(PAGE), Pages::new(PAGE));
     pages.fill(1);
@@ -272,4 +272,49 @@ fn cudarcs_safe_layer_works() {
     drop((device, stream, context));
     assert_eq!(driver.device_bytes_now(0), 0);
     assert_eq!(driver.get("abandoned_device_bytes"), 0);
+}
+
+#[test]
+fn many_threads_copy_at_once() {
+    let driver = Driver::load();
+    let _context = Context::new(0).unwrap();
+    std::thread::scope(|scope| {
+        for thread in 1..=4u8 {
+            scope.spawn(move || {
+                let _context = Context::new(0).unwrap();
+                let (stream, device, pages) = (stream(), alloc(8 * PAGE), Pages::new(PAGE));
+                pages.register(0, PAGE, 0).unwrap();
+                for slot in 0..8u8 {
+                    pages.fill(thread * 10 + slot);
+                    upload(
+                        device + u64::from(slot) * PAGE as u64,
+                        &pages,
+                        0,
+                        PAGE,
+                        stream,
+                    )
+                    .unwrap();
+                    // SAFETY: the stream lives.
+                    unsafe { result::stream::synchronize(stream) }.unwrap();
+                }
+                let bytes = read(device, 8 * PAGE);
+                for (slot, chunk) in (0..8u8).zip(bytes.chunks(PAGE)) {
+                    assert!(chunk.iter().all(|byte| *byte == thread * 10 + slot));
+                }
+                pages.unregister(0).unwrap();
+                free(device);
+                // SAFETY: the stream lives and is not used again.
+                unsafe { result::stream::destroy(stream) }.unwrap();
+            });
+        }
+    });
+    assert_eq!(driver.bytes_h2d(), 4 * 8 * PAGE as u64);
+    assert_eq!(
+        (
+            driver.registered_now(),
+            driver.device_bytes_now(0),
+            driver.get("streams")
+        ),
+        (0, 0, 0)
+    );
 }
