@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod control;
+mod convert;
 mod device;
 mod dtype;
 mod error;
@@ -9,6 +10,7 @@ mod format;
 
 pub use checkpoint::{Checkpoint, ChunkSums, DataFile, Layout, OpenOptions, TensorInfo};
 pub use control::{Cancel, Control, Progress};
+pub use convert::{ConvertOptions, ConvertReport, MemoryTensor, convert, save};
 pub use device::DeviceError;
 pub use dtype::Dtype;
 pub use error::{CorruptChunk, Error, ErrorKind, FormatError, Result};
