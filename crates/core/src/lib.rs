@@ -6,7 +6,9 @@ mod convert;
 mod device;
 mod dtype;
 mod error;
+mod export;
 mod format;
+mod verify;
 
 pub use checkpoint::{Checkpoint, ChunkSums, DataFile, Layout, OpenOptions, TensorInfo};
 pub use control::{Cancel, Control, Progress};
@@ -14,4 +16,6 @@ pub use convert::{ConvertOptions, ConvertReport, MemoryTensor, convert, save};
 pub use device::DeviceError;
 pub use dtype::Dtype;
 pub use error::{CorruptChunk, Error, ErrorKind, FormatError, Result};
+pub use export::{ExportOptions, ExportReport, export};
 pub use format::PAGE;
+pub use verify::{VerifyOptions, VerifyReport, verify};

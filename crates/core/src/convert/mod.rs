@@ -4,6 +4,7 @@
 //! memory does not grow with the model; [`journal`] remembers finished chunks; [`target`] puts the whole directory
 //! into its place at once; [`side_files`] are what a model directory holds besides weights.
 
+pub(crate) mod chunks;
 mod journal;
 pub(crate) mod layout;
 pub(crate) mod side_files;
@@ -28,6 +29,7 @@ use crate::format::original::{self, contiguous_strides, strided_len};
 use journal::{Stamp, fingerprint};
 use layout::{Bytes, TargetFile, place};
 use side_files::SideFiles;
+pub(crate) use side_files::is_reserved;
 use target::{Partial, Target};
 use writer::{Written, write_files};
 

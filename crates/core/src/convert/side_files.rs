@@ -102,7 +102,7 @@ impl SideFiles {
 }
 
 /// Names that a store gives a meaning to.
-fn is_reserved(name: &str) -> bool {
+pub(crate) fn is_reserved(name: &str) -> bool {
     [MANIFEST_NAME, original::INDEX_NAME, JOURNAL_NAME].contains(&name)
 }
 

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::fs::{Advice, FallocateFlags, fadvise, fallocate};
 use rustix::io::Errno;
 
+use super::chunks::Chunks;
 use super::journal::{Finished, Journal};
 use super::layout::{TargetFile, as_index};
 use super::workers::{PageBuffer, for_each};
@@ -37,22 +38,16 @@ pub(crate) fn write_files(
 ) -> Result<Written> {
     control.check()?;
     let outputs = files.iter().map(|file| Output::create(dir, file)).collect::<Result<Vec<_>>>()?;
-    // The number, over all files, of each file's first chunk; then the number of chunks.
-    let mut starts = vec![0u64];
-    for file in files {
-        starts.push(starts[starts.len() - 1] + file.len.div_ceil(CHUNK_LEN));
-    }
-    let count = starts[files.len()];
-    let sums: Vec<AtomicU64> = (0..count).map(|_| AtomicU64::new(0)).collect();
+    let chunks = Chunks::new(CHUNK_LEN, files.iter().map(|file| file.len));
+    let sums: Vec<AtomicU64> = (0..chunks.count()).map(|_| AtomicU64::new(0)).collect();
     let resumed = AtomicU64::new(0);
-    let meter = control.meter(files.iter().map(|file| file.len).sum());
+    let meter = control.meter(chunks.total_len());
 
     let one = |number: u64, buffer: &mut PageBuffer| {
-        let k = starts.partition_point(|&start| start <= number) - 1;
-        let (file, output, chunk) = (&files[k], &outputs[k], number - starts[k]);
-        let offset = chunk * CHUNK_LEN;
-        let buf = buffer.get(CHUNK_LEN.min(file.len - offset));
-        let noted = finished.get(&(k, chunk)).copied();
+        let chunk = chunks.get(number);
+        let (file, output, offset) = (&files[chunk.file], &outputs[chunk.file], chunk.offset);
+        let buf = buffer.get(chunk.len);
+        let noted = finished.get(&(chunk.file, chunk.number)).copied();
         let kept = noted.is_some() && output.read(buf, offset).is_ok() && noted == Some(crc_fast::crc64_nvme(buf));
         let crc = if kept {
             resumed.fetch_add(buf.len() as u64, Ordering::Relaxed);
@@ -62,21 +57,21 @@ pub(crate) fn write_files(
             output.write(buf, offset)?;
             let crc = crc_fast::crc64_nvme(buf);
             if let Some(journal) = journal {
-                journal.add(dir, k, chunk, crc)?;
+                journal.add(dir, chunk.file, chunk.number, crc)?;
             }
             crc
         };
         sums[as_index(number)].store(crc, Ordering::Relaxed);
         meter.add(buf.len() as u64)
     };
-    for_each(threads, count, CHUNK_LEN, one)?;
+    for_each(threads, chunks.count(), CHUNK_LEN, one)?;
 
     for output in &outputs {
         output.file.sync_all().map_err(Error::io("sync", &output.path))?;
     }
     let sums: Vec<u64> = sums.into_iter().map(AtomicU64::into_inner).collect();
-    let by_file = starts.windows(2).map(|range| Checksums(sums[as_index(range[0])..as_index(range[1])].to_vec()));
-    Ok(Written { sums: by_file.collect(), resumed: resumed.into_inner() })
+    let sums = chunks.by_file(&sums).into_iter().map(Checksums).collect();
+    Ok(Written { sums, resumed: resumed.into_inner() })
 }
 
 /// One file being written, past the page cache where the file system allows that: a conversion would push
