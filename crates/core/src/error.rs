@@ -4,6 +4,8 @@ use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::{Serialize, Serializer};
+
 use crate::device::DeviceError;
 
 /// Result of this crate.
@@ -54,7 +56,7 @@ impl fmt::Display for FormatError {
 impl std::error::Error for FormatError {}
 
 /// A chunk whose bytes are not those that were stored.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct CorruptChunk {
     /// The data file.
     pub path: PathBuf,
@@ -64,12 +66,18 @@ pub struct CorruptChunk {
     pub offset: u64,
     /// Its length in bytes.
     pub len: u64,
-    /// The CRC-64/NVME that the manifest gives.
+    /// The CRC-64/NVME that the manifest gives; 16 hexadecimal digits in JSON.
+    #[serde(serialize_with = "hex")]
     pub expected: u64,
-    /// The CRC-64/NVME of the bytes that were read.
+    /// The CRC-64/NVME of the bytes that were read; 16 hexadecimal digits in JSON.
+    #[serde(serialize_with = "hex")]
     pub found: u64,
     /// Names of the tensors that have bytes in it.
     pub tensors: Vec<String>,
+}
+
+fn hex<S: Serializer>(crc: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{crc:016x}"))
 }
 
 impl fmt::Display for CorruptChunk {
@@ -150,7 +158,7 @@ pub enum Error {
     },
 
     /// The target of a conversion is there already.
-    #[error("{path} exists already: give --overwrite (overwrite=True) to replace it", path = path.display())]
+    #[error("{path} exists already: only a store is replaced, and only with --overwrite (overwrite=True)", path = path.display())]
     Exists {
         /// The target.
         path: PathBuf,

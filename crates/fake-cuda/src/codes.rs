@@ -58,9 +58,5 @@ codes! {
 
 /// A code as a caller may see it. Callers hold codes in closed enums, so an unlisted one becomes [`UNKNOWN`].
 pub(crate) fn known(code: Code) -> Code {
-    if code != SUCCESS && describe(code).is_some() {
-        code
-    } else {
-        UNKNOWN
-    }
+    if code != SUCCESS && describe(code).is_some() { code } else { UNKNOWN }
 }

@@ -23,11 +23,7 @@ unsafe fn text<'a>(text: *const c_char) -> std::borrow::Cow<'a, str> {
 #[unsafe(no_mangle)]
 extern "C" fn fake_cuda_reset() {
     let state = lock();
-    let in_flight: Vec<_> = state
-        .streams
-        .keys()
-        .map(|handle| state.last(*handle))
-        .collect();
+    let in_flight: Vec<_> = state.streams.keys().map(|handle| state.last(*handle)).collect();
     wait_for(state, &in_flight).reset();
 }
 
@@ -78,16 +74,11 @@ unsafe extern "C" fn fake_cuda_get(name: *const c_char, device: u32) -> u64 {
     let state = lock();
     // SAFETY: the caller's duty.
     let name = unsafe { text(name) };
-    let of_device = i32::try_from(device)
-        .ok()
-        .and_then(|ordinal| state.devices.get(&ordinal));
+    let of_device = i32::try_from(device).ok().and_then(|ordinal| state.devices.get(&ordinal));
     match &*name {
         "device_bytes" => of_device.map_or(0, |device| device.used),
         "device_bytes_peak" => of_device.map_or(0, |device| device.peak),
-        name => counters(&state)
-            .into_iter()
-            .find(|(other, _)| *other == name)
-            .map_or(u64::MAX, |(_, value)| value),
+        name => counters(&state).into_iter().find(|(other, _)| *other == name).map_or(u64::MAX, |(_, value)| value),
     }
 }
 
@@ -110,10 +101,7 @@ pub(crate) fn counters(state: &state::State) -> Vec<(&'static str, u64)> {
         ("streams", state.streams_now()),
         ("events", state.events.len() as u64),
         ("abandoned_device_bytes", counters.abandoned_device_bytes),
-        (
-            "abandoned_registered_bytes",
-            counters.abandoned_registered_bytes,
-        ),
+        ("abandoned_registered_bytes", counters.abandoned_registered_bytes),
         ("abandoned_streams", counters.abandoned_streams),
         ("abandoned_events", counters.abandoned_events),
     ]

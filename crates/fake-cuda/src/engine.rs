@@ -97,12 +97,7 @@ pub(crate) fn extent(width: usize, height: usize, pitch: usize) -> Option<usize>
 ///
 /// # Safety
 /// Both pieces are mapped, and the destination is writable.
-pub(crate) unsafe fn copy_rows(
-    from: (usize, usize),
-    to: (usize, usize),
-    width: usize,
-    height: usize,
-) {
+pub(crate) unsafe fn copy_rows(from: (usize, usize), to: (usize, usize), width: usize, height: usize) {
     for row in 0..height {
         let source = with_exposed_provenance::<u8>(from.0 + row * from.1);
         let target = with_exposed_provenance_mut::<u8>(to.0 + row * to.1);
@@ -123,27 +118,13 @@ impl Copy {
         };
         // SAFETY: the call checked device ranges and registered ranges, and freeing or unregistering either waits
         // for this operation. Of a pageable destination the caller vouches for, as with the real driver.
-        unsafe {
-            copy_rows(
-                from,
-                (self.to.address, self.to.pitch),
-                self.width,
-                self.height,
-            )
-        };
+        unsafe { copy_rows(from, (self.to.address, self.to.pitch), self.width, self.height) };
     }
 }
 
 impl Stream {
     pub(crate) fn new(device: i32, non_blocking: bool) -> Self {
-        Self {
-            device,
-            non_blocking,
-            destroyed: false,
-            queue: VecDeque::new(),
-            issued: 0,
-            done: 0,
-        }
+        Self { device, non_blocking, destroyed: false, queue: VecDeque::new(), issued: 0, done: 0 }
     }
 }
 
@@ -156,11 +137,8 @@ impl State {
     }
 
     fn start_stream(&mut self, handle: usize, device: i32, non_blocking: bool) -> Result<(), Code> {
-        self.streams
-            .insert(handle, Stream::new(device, non_blocking));
-        let thread = std::thread::Builder::new()
-            .name("fake-cuda".to_owned())
-            .stack_size(256 << 10);
+        self.streams.insert(handle, Stream::new(device, non_blocking));
+        let thread = std::thread::Builder::new().name("fake-cuda".to_owned()).stack_size(256 << 10);
         if thread.spawn(move || serve(handle)).is_err() {
             self.streams.remove(&handle);
             return Err(codes::OPERATING_SYSTEM);
@@ -205,11 +183,7 @@ impl State {
                     && !stream.non_blocking
                     && (default || **other < FIRST_HANDLE)
             });
-            after.extend(
-                others
-                    .filter(|(_, s)| s.done < s.issued)
-                    .map(|(other, s)| (*other, s.issued)),
-            );
+            after.extend(others.filter(|(_, s)| s.done < s.issued).map(|(other, s)| (*other, s.issued)));
         }
         let now = Instant::now();
         let late = matches!(work, Work::Copy(_) | Work::Fill { .. });
@@ -217,42 +191,25 @@ impl State {
         let stream = self.streams.get_mut(&handle).ok_or(codes::INVALID_HANDLE)?;
         stream.issued += 1;
         let number = stream.issued;
-        stream.queue.push_back(Operation {
-            number,
-            due,
-            end: None,
-            after,
-            work,
-            spans,
-        });
+        stream.queue.push_back(Operation { number, due, end: None, after, work, spans });
         notify();
         Ok(number)
     }
 
     /// Whether an operation is done. Those of streams that are gone are.
     pub(crate) fn reached(&self, (handle, number): (usize, u64)) -> bool {
-        self.streams
-            .get(&handle)
-            .is_none_or(|stream| stream.done >= number)
+        self.streams.get(&handle).is_none_or(|stream| stream.done >= number)
     }
 
     /// The last operation asked of a stream.
     pub(crate) fn last(&self, handle: usize) -> (usize, u64) {
-        (
-            handle,
-            self.streams.get(&handle).map_or(0, |stream| stream.issued),
-        )
+        (handle, self.streams.get(&handle).map_or(0, |stream| stream.issued))
     }
 
     /// The last operations of all streams of a device.
     pub(crate) fn last_of_device(&self, device: i32) -> Vec<(usize, u64)> {
-        let streams = self
-            .streams
-            .iter()
-            .filter(|(_, stream)| stream.device == device);
-        streams
-            .map(|(handle, stream)| (*handle, stream.issued))
-            .collect()
+        let streams = self.streams.iter().filter(|(_, stream)| stream.device == device);
+        streams.map(|(handle, stream)| (*handle, stream.issued)).collect()
     }
 
     /// Operations in flight that use an address range.
@@ -260,19 +217,9 @@ impl State {
         let mut found = Vec::new();
         for (handle, stream) in &self.streams {
             let uses = |operation: &&Operation| {
-                operation
-                    .spans
-                    .iter()
-                    .any(|(other, other_len)| *other < start + len && start < other + other_len)
+                operation.spans.iter().any(|(other, other_len)| *other < start + len && start < other + other_len)
             };
-            found.extend(
-                stream
-                    .queue
-                    .iter()
-                    .rev()
-                    .find(uses)
-                    .map(|operation| (*handle, operation.number)),
-            );
+            found.extend(stream.queue.iter().rev().find(uses).map(|operation| (*handle, operation.number)));
         }
         found
     }
@@ -292,8 +239,7 @@ impl State {
         }
         let mut end = operation.due;
         if let (Work::Copy(copy), true) = (&operation.work, bandwidth > 0) {
-            let engine =
-                &mut self.devices.entry(device).or_default().engine_free[copy.direction as usize];
+            let engine = &mut self.devices.entry(device).or_default().engine_free[copy.direction as usize];
             #[expect(clippy::cast_precision_loss, reason = "a duration")]
             let takes = Duration::from_secs_f64(copy.bytes() as f64 / bandwidth as f64);
             end = end.max(now).max(engine.unwrap_or(now)) + takes;
@@ -347,10 +293,7 @@ fn serve(handle: usize) {
 
 /// Runs the operation at the head of a queue, without the lock, and takes it off.
 fn run_head(mut state: Guard, handle: usize, device: i32) -> Guard {
-    let head = state
-        .streams
-        .get_mut(&handle)
-        .and_then(|stream| stream.queue.front_mut());
+    let head = state.streams.get_mut(&handle).and_then(|stream| stream.queue.front_mut());
     let Some(operation) = head else { return state };
     let number = operation.number;
     // It stays in the queue while it runs, so that its ranges count as in use.
@@ -363,11 +306,7 @@ fn run_head(mut state: Guard, handle: usize, device: i32) -> Guard {
     if !lost {
         match &work {
             Work::Copy(copy) => copy.run(),
-            Work::Fill {
-                address,
-                len,
-                value,
-            } => {
+            Work::Fill { address, len, value } => {
                 // SAFETY: the call checked that the range lies in one allocation, and freeing waits for this.
                 unsafe { with_exposed_provenance_mut::<u8>(*address).write_bytes(*value, *len) };
             }

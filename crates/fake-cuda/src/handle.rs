@@ -40,44 +40,30 @@ impl Driver {
         // Callers open the driver by these names, the first before the second. Both must mean this library.
         for name in ["libcuda.so", "libcuda.so.1"] {
             let other = open(name.as_bytes()).ok();
-            let ours =
-                other.is_none_or(|other| symbol(other, c"cuInit") == symbol(library, c"cuInit"));
-            assert!(
-                ours,
-                "{name} leads to another driver: put {} first on LD_LIBRARY_PATH",
-                folder(&path).display()
-            );
+            let ours = other.is_none_or(|other| symbol(other, c"cuInit") == symbol(library, c"cuInit"));
+            assert!(ours, "{name} leads to another driver: put {} first on LD_LIBRARY_PATH", folder(&path).display());
         }
         let find = |name: &CStr| {
             let found = symbol(library, name);
-            assert!(
-                !found.is_null(),
-                "{} has no {name:?}: it is not the test double",
-                path.display()
-            );
+            assert!(!found.is_null(), "{} has no {name:?}: it is not the test double", path.display());
             found
         };
         // SAFETY: the library is built from this crate, whose `control` module gives the functions these types.
         let driver = unsafe {
             Self {
-                reset: std::mem::transmute::<*mut c_void, unsafe extern "C" fn()>(find(
-                    c"fake_cuda_reset",
+                reset: std::mem::transmute::<*mut c_void, unsafe extern "C" fn()>(find(c"fake_cuda_reset")),
+                set: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char, u64) -> u32>(find(
+                    c"fake_cuda_set",
                 )),
-                set: std::mem::transmute::<
-                    *mut c_void,
-                    unsafe extern "C" fn(*const c_char, u64) -> u32,
-                >(find(c"fake_cuda_set")),
-                fail: std::mem::transmute::<
-                    *mut c_void,
-                    unsafe extern "C" fn(*const c_char, u64, u32),
-                >(find(c"fake_cuda_fail")),
-                count: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char) -> u64>(
-                    find(c"fake_cuda_count"),
-                ),
-                get: std::mem::transmute::<
-                    *mut c_void,
-                    unsafe extern "C" fn(*const c_char, u32) -> u64,
-                >(find(c"fake_cuda_get")),
+                fail: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char, u64, u32)>(find(
+                    c"fake_cuda_fail",
+                )),
+                count: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char) -> u64>(find(
+                    c"fake_cuda_count",
+                )),
+                get: std::mem::transmute::<*mut c_void, unsafe extern "C" fn(*const c_char, u32) -> u64>(find(
+                    c"fake_cuda_get",
+                )),
                 path,
                 _turn: turn,
             }
@@ -95,19 +81,9 @@ impl Driver {
         let exe = std::env::current_exe().expect("the path of this executable");
         let beside = folder(&exe);
         let above = folder(beside);
-        let places = [
-            beside.join("deps"),
-            beside.to_owned(),
-            above.join("deps"),
-            above.to_owned(),
-        ];
-        let found = places
-            .iter()
-            .map(|place| place.join("libcuda.so"))
-            .find(|path| path.is_file());
-        let path = found.unwrap_or_else(|| {
-            panic!("no libcuda.so in {places:?}: build the fake-cuda crate first")
-        });
+        let places = [beside.join("deps"), beside.to_owned(), above.join("deps"), above.to_owned()];
+        let found = places.iter().map(|place| place.join("libcuda.so")).find(|path| path.is_file());
+        let path = found.unwrap_or_else(|| panic!("no libcuda.so in {places:?}: build the fake-cuda crate first"));
         refresh_link(&path);
         path
     }
@@ -136,10 +112,7 @@ impl Driver {
 
     /// Time from a call to its copy, in whole microseconds. Operations already asked for keep theirs.
     pub fn set_delay(&self, delay: Duration) {
-        self.set(
-            "delay_us",
-            u64::try_from(delay.as_micros()).unwrap_or(u64::MAX),
-        );
+        self.set("delay_us", u64::try_from(delay.as_micros()).unwrap_or(u64::MAX));
     }
 
     /// Bytes per second that a device copies in each direction, 0 = no limit.
@@ -252,9 +225,7 @@ impl Driver {
 fn refresh_link(path: &Path) {
     let link = folder(folder(path)).join("libcuda.so");
     let identity = |path: &Path| path.metadata().map(|data| (data.dev(), data.ino())).ok();
-    if !folder(path).ends_with("deps")
-        || identity(&link).is_none_or(|old| identity(path) == Some(old))
-    {
+    if !folder(path).ends_with("deps") || identity(&link).is_none_or(|old| identity(path) == Some(old)) {
         return;
     }
     // By renaming, so that no other test sees it missing. A failure shows when the library is loaded.
@@ -279,11 +250,7 @@ fn open(name: &[u8]) -> Result<*mut c_void, String> {
         return Ok(library);
     }
     // SAFETY: `dlerror` returns null or a text that lasts until this thread's next call.
-    let error = unsafe {
-        libc::dlerror()
-            .as_ref()
-            .map(|text| CStr::from_ptr(text).to_string_lossy().into_owned())
-    };
+    let error = unsafe { libc::dlerror().as_ref().map(|text| CStr::from_ptr(text).to_string_lossy().into_owned()) };
     Err(error.unwrap_or_else(|| format!("cannot open {name:?}")))
 }
 

@@ -6,9 +6,7 @@ use std::fmt::Write;
 
 /// Where the environment wants the report.
 pub(crate) fn path_of_environment() -> Option<String> {
-    let path = std::env::var("FAKE_CUDA_REPORT")
-        .ok()
-        .filter(|path| !path.is_empty())?;
+    let path = std::env::var("FAKE_CUDA_REPORT").ok().filter(|path| !path.is_empty())?;
     Some(path.replace("%p", &std::process::id().to_string()))
 }
 
@@ -38,31 +36,12 @@ fn json(state: &State) -> String {
         let _ = writeln!(text, "  \"{name}\": {value},");
     }
     let list = |values: Vec<String>| values.join(", ");
-    let left = state
-        .devices
-        .iter()
-        .map(|(ordinal, device)| format!("\"{ordinal}\": {}", device.used))
-        .collect();
-    let peak = state
-        .devices
-        .iter()
-        .map(|(ordinal, device)| format!("\"{ordinal}\": {}", device.peak))
-        .collect();
-    let calls = state
-        .calls
-        .iter()
-        .map(|(symbol, calls)| format!("\"{symbol}\": {calls}"))
-        .collect();
-    let contexts = state
-        .devices
-        .values()
-        .filter(|device| device.retained > 0)
-        .count();
+    let left = state.devices.iter().map(|(ordinal, device)| format!("\"{ordinal}\": {}", device.used)).collect();
+    let peak = state.devices.iter().map(|(ordinal, device)| format!("\"{ordinal}\": {}", device.peak)).collect();
+    let calls = state.calls.iter().map(|(symbol, calls)| format!("\"{symbol}\": {calls}")).collect();
+    let contexts = state.devices.values().filter(|device| device.retained > 0).count();
     let lost = state.devices.values().filter(|device| device.lost).count();
-    let _ = writeln!(
-        text,
-        "  \"contexts\": {contexts},\n  \"lost_devices\": {lost},"
-    );
+    let _ = writeln!(text, "  \"contexts\": {contexts},\n  \"lost_devices\": {lost},");
     let _ = writeln!(text, "  \"device_bytes\": {{{}}},", list(left));
     let _ = writeln!(text, "  \"device_bytes_peak\": {{{}}},", list(peak));
     let _ = writeln!(text, "  \"calls\": {{{}}}\n}}", list(calls));

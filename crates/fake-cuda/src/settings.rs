@@ -92,11 +92,7 @@ pub(crate) struct Fault {
 
 impl Fault {
     pub(crate) fn new(symbol: &str, nth: u64, code: Code) -> Self {
-        Self {
-            symbol: symbol.to_owned(),
-            remaining: nth.max(1),
-            code: codes::known(code),
-        }
+        Self { symbol: symbol.to_owned(), remaining: nth.max(1), code: codes::known(code) }
     }
 }
 
@@ -106,18 +102,9 @@ impl FromStr for Fault {
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || format!("`{text}` is not symbol:nth[:code]");
         let mut parts = text.trim().split(':');
-        let symbol = parts
-            .next()
-            .filter(|symbol| !symbol.is_empty())
-            .ok_or_else(wrong)?;
-        let nth = parts
-            .next()
-            .and_then(|nth| nth.parse().ok())
-            .filter(|nth| *nth > 0)
-            .ok_or_else(wrong)?;
-        let code = parts
-            .next()
-            .map_or(Ok(codes::UNKNOWN), |code| code.parse().map_err(|_| wrong()))?;
+        let symbol = parts.next().filter(|symbol| !symbol.is_empty()).ok_or_else(wrong)?;
+        let nth = parts.next().and_then(|nth| nth.parse().ok()).filter(|nth| *nth > 0).ok_or_else(wrong)?;
+        let code = parts.next().map_or(Ok(codes::UNKNOWN), |code| code.parse().map_err(|_| wrong()))?;
         if parts.next().is_some() {
             return Err(wrong());
         }
@@ -128,15 +115,8 @@ impl FromStr for Fault {
 /// The faults of `FAKE_CUDA_FAIL`.
 pub(crate) fn faults_of_environment() -> Vec<Fault> {
     let text = std::env::var("FAKE_CUDA_FAIL").unwrap_or_default();
-    let parse = |one: &str| {
-        one.parse()
-            .inspect_err(|error| eprintln!("fake-cuda: FAKE_CUDA_FAIL: {error}"))
-            .ok()
-    };
-    text.split(',')
-        .filter(|one| !one.trim().is_empty())
-        .filter_map(parse)
-        .collect()
+    let parse = |one: &str| one.parse().inspect_err(|error| eprintln!("fake-cuda: FAKE_CUDA_FAIL: {error}")).ok();
+    text.split(',').filter(|one| !one.trim().is_empty()).filter_map(parse).collect()
 }
 
 /// Counts a call against the faults. The code of the one that is due, if any; it is then used up.
@@ -160,12 +140,8 @@ pub(crate) fn same_symbol(name: &str, symbol: &str) -> bool {
     if name == symbol {
         return true;
     }
-    let version = symbol
-        .strip_prefix(name)
-        .and_then(|rest| rest.strip_prefix("_v"));
-    version.is_some_and(|digits| {
-        !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit())
-    })
+    let version = symbol.strip_prefix(name).and_then(|rest| rest.strip_prefix("_v"));
+    version.is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 #[cfg(test)]
@@ -183,25 +159,14 @@ mod tests {
 
     #[test]
     fn malformed_faults_are_refused() {
-        for text in [
-            "",
-            "cuInit",
-            "cuInit:0",
-            "cuInit:x",
-            "cuInit:1:y",
-            "cuInit:1:2:3",
-            ":1",
-        ] {
+        for text in ["", "cuInit", "cuInit:0", "cuInit:x", "cuInit:1:y", "cuInit:1:2:3", ":1"] {
             assert!(text.parse::<Fault>().is_err(), "{text}");
         }
     }
 
     #[test]
     fn a_code_the_driver_does_not_have_becomes_unknown() {
-        assert_eq!(
-            "cuInit:1:12345".parse::<Fault>().unwrap().code,
-            codes::UNKNOWN
-        );
+        assert_eq!("cuInit:1:12345".parse::<Fault>().unwrap().code, codes::UNKNOWN);
         assert_eq!("cuInit:1".parse::<Fault>().unwrap().code, codes::UNKNOWN);
     }
 }

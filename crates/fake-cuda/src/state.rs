@@ -63,11 +63,7 @@ pub(crate) fn own() {
 /// Begins a call: counts it, and fails it if a fault is due or `cuInit` was not called.
 pub(crate) fn enter(symbol: &'static str) -> Result<Guard, Code> {
     let state = enter_uninitialised(symbol)?;
-    if state.initialised {
-        Ok(state)
-    } else {
-        Err(codes::NOT_INITIALIZED)
-    }
+    if state.initialised { Ok(state) } else { Err(codes::NOT_INITIALIZED) }
 }
 
 /// As [`enter`], for the calls that are allowed before `cuInit`.
@@ -95,11 +91,7 @@ pub(crate) fn enter_context(symbol: &'static str) -> Result<(Guard, i32), Code> 
 pub(crate) fn enter_freeing(symbol: &'static str) -> Result<(Guard, i32), Code> {
     let state = enter(symbol)?;
     let device = current().ok_or(codes::INVALID_CONTEXT)?;
-    if state
-        .devices
-        .get(&device)
-        .is_none_or(|device| device.retained == 0)
-    {
+    if state.devices.get(&device).is_none_or(|device| device.retained == 0) {
         return Err(codes::CONTEXT_IS_DESTROYED);
     }
     Ok((state, device))
@@ -244,10 +236,7 @@ impl State {
         self.settings = Settings::new();
         self.faults.clear();
         self.calls.clear();
-        self.counters = Counters {
-            registered_peak: self.registered,
-            ..Counters::new()
-        };
+        self.counters = Counters { registered_peak: self.registered, ..Counters::new() };
         for device in self.devices.values_mut() {
             device.lost = false;
             device.peak = device.used;
@@ -263,9 +252,7 @@ impl State {
     /// The device of that ordinal, if it exists.
     pub(crate) fn device(&mut self, ordinal: i32) -> Result<&mut Device, Code> {
         match u64::try_from(ordinal) {
-            Ok(index) if index < self.settings.devices => {
-                Ok(self.devices.entry(ordinal).or_default())
-            }
+            Ok(index) if index < self.settings.devices => Ok(self.devices.entry(ordinal).or_default()),
             _ => Err(codes::INVALID_DEVICE),
         }
     }
@@ -280,11 +267,7 @@ impl State {
 
     /// Calls of a symbol, with or without its version.
     pub(crate) fn count(&self, name: &str) -> u64 {
-        self.calls
-            .iter()
-            .filter(|(symbol, _)| settings::same_symbol(name, symbol))
-            .map(|(_, calls)| calls)
-            .sum()
+        self.calls.iter().filter(|(symbol, _)| settings::same_symbol(name, symbol)).map(|(_, calls)| calls).sum()
     }
 
     /// Allocates poisoned device memory.
@@ -292,18 +275,12 @@ impl State {
         if len == 0 {
             return Err(codes::INVALID_VALUE);
         }
-        let rounded = len
-            .checked_next_multiple_of(DEVICE_ALIGN)
-            .ok_or(codes::OUT_OF_MEMORY)?;
+        let rounded = len.checked_next_multiple_of(DEVICE_ALIGN).ok_or(codes::OUT_OF_MEMORY)?;
         let limit = self.settings.memory;
         let device = self.devices.entry(ordinal).or_default();
-        let used = device
-            .used
-            .checked_add(rounded as u64)
-            .filter(|used| *used <= limit);
+        let used = device.used.checked_add(rounded as u64).filter(|used| *used <= limit);
         let used = used.ok_or(codes::OUT_OF_MEMORY)?;
-        let layout =
-            Layout::from_size_align(rounded, DEVICE_ALIGN).map_err(|_| codes::OUT_OF_MEMORY)?;
+        let layout = Layout::from_size_align(rounded, DEVICE_ALIGN).map_err(|_| codes::OUT_OF_MEMORY)?;
         // SAFETY: the layout's size is not zero.
         let pointer = unsafe { alloc(layout) };
         if pointer.is_null() {
@@ -314,60 +291,35 @@ impl State {
         device.used = used;
         device.peak = device.peak.max(used);
         let address = pointer.expose_provenance();
-        self.allocations.insert(
-            address,
-            Allocation {
-                len,
-                device: ordinal,
-                layout,
-            },
-        );
+        self.allocations.insert(address, Allocation { len, device: ordinal, layout });
         Ok(address)
     }
 
     /// Frees device memory that begins at `address`. No operation may use it any more.
     pub(crate) fn release(&mut self, address: usize) -> Result<(), Code> {
-        let allocation = self
-            .allocations
-            .remove(&address)
-            .ok_or(codes::INVALID_VALUE)?;
+        let allocation = self.allocations.remove(&address).ok_or(codes::INVALID_VALUE)?;
         if let Some(device) = self.devices.get_mut(&allocation.device) {
             device.used -= allocation.layout.size() as u64;
         }
         // SAFETY: `allocate` made it with this layout, and its entry is gone, so it is freed once.
-        unsafe {
-            dealloc(
-                std::ptr::with_exposed_provenance_mut(address),
-                allocation.layout,
-            )
-        };
+        unsafe { dealloc(std::ptr::with_exposed_provenance_mut(address), allocation.layout) };
         Ok(())
     }
 
     /// Pins a host range.
-    pub(crate) fn register(
-        &mut self,
-        address: usize,
-        registration: Registration,
-    ) -> Result<(), Code> {
+    pub(crate) fn register(&mut self, address: usize, registration: Registration) -> Result<(), Code> {
         let len = registration.len;
         let end = address.checked_add(len).ok_or(codes::INVALID_VALUE)?;
         if address == 0 || len == 0 || len as u64 > self.settings.register_limit {
             return Err(codes::INVALID_VALUE);
         }
-        let last_page = end
-            .checked_next_multiple_of(PAGE)
-            .ok_or(codes::INVALID_VALUE)?;
+        let last_page = end.checked_next_multiple_of(PAGE).ok_or(codes::INVALID_VALUE)?;
         let below = self.registrations.range(..last_page).next_back();
-        if below.is_some_and(|(start, other)| {
-            (start + other.len).next_multiple_of(PAGE) > address / PAGE * PAGE
-        }) {
+        if below.is_some_and(|(start, other)| (start + other.len).next_multiple_of(PAGE) > address / PAGE * PAGE) {
             return Err(codes::HOST_MEMORY_ALREADY_REGISTERED);
         }
         let total = self.registered.checked_add(len as u64);
-        let total = total
-            .filter(|total| *total <= self.settings.registered_total)
-            .ok_or(codes::OUT_OF_MEMORY)?;
+        let total = total.filter(|total| *total <= self.settings.registered_total).ok_or(codes::OUT_OF_MEMORY)?;
         self.registered = total;
         self.counters.registered_peak = self.counters.registered_peak.max(total);
         self.registrations.insert(address, registration);
@@ -376,10 +328,7 @@ impl State {
 
     /// Unpins the range that begins at `address`, and frees it if the driver allocated it.
     pub(crate) fn unregister(&mut self, address: usize) -> Result<(), Code> {
-        let registration = self
-            .registrations
-            .remove(&address)
-            .ok_or(codes::HOST_MEMORY_NOT_REGISTERED)?;
+        let registration = self.registrations.remove(&address).ok_or(codes::HOST_MEMORY_NOT_REGISTERED)?;
         self.registered -= registration.len as u64;
         if let Some(layout) = registration.owned {
             // SAFETY: the driver allocated it with this layout, and its entry is gone, so it is freed once.
@@ -390,10 +339,7 @@ impl State {
 
     /// Says where a range lies. A range that is only partly inside an allocation or a registration is refused.
     pub(crate) fn place(&self, address: usize, len: usize) -> Result<Place, Code> {
-        let end = address
-            .checked_add(len)
-            .filter(|_| address != 0)
-            .ok_or(codes::INVALID_VALUE)?;
+        let end = address.checked_add(len).filter(|_| address != 0).ok_or(codes::INVALID_VALUE)?;
         // The last piece that begins before the end is the only one that can hold the range.
         if let Some((start, piece)) = self.allocations.range(..end.max(address + 1)).next_back() {
             let piece_end = start + piece.len;
@@ -407,9 +353,7 @@ impl State {
         if let Some((start, piece)) = self.registrations.range(..end.max(address + 1)).next_back() {
             let piece_end = start + piece.len;
             if *start <= address && end <= piece_end {
-                return Ok(Place::Pinned {
-                    read_only: piece.flags & READ_ONLY != 0,
-                });
+                return Ok(Place::Pinned { read_only: piece.flags & READ_ONLY != 0 });
             }
             if address < piece_end {
                 return Err(codes::INVALID_VALUE);
@@ -421,22 +365,12 @@ impl State {
     /// Frees what a primary context still holds and counts it as abandoned. Nothing may be in flight.
     pub(crate) fn destroy_context(&mut self, ordinal: i32) {
         let of_device = |(address, device): (&usize, i32)| (device == ordinal).then_some(*address);
-        let addresses: Vec<_> = self
-            .allocations
-            .iter()
-            .map(|(a, p)| (a, p.device))
-            .filter_map(of_device)
-            .collect();
+        let addresses: Vec<_> = self.allocations.iter().map(|(a, p)| (a, p.device)).filter_map(of_device).collect();
         for address in addresses {
             self.counters.abandoned_device_bytes += self.allocations[&address].layout.size() as u64;
             let _ = self.release(address);
         }
-        let addresses: Vec<_> = self
-            .registrations
-            .iter()
-            .map(|(a, p)| (a, p.device))
-            .filter_map(of_device)
-            .collect();
+        let addresses: Vec<_> = self.registrations.iter().map(|(a, p)| (a, p.device)).filter_map(of_device).collect();
         for address in addresses {
             self.counters.abandoned_registered_bytes += self.registrations[&address].len as u64;
             let _ = self.unregister(address);
@@ -445,11 +379,7 @@ impl State {
         self.events.retain(|_, event| event.device != ordinal);
         self.counters.abandoned_events += (events - self.events.len()) as u64;
         // The default stream, whose handle is below, stays for the next context.
-        for stream in self
-            .streams
-            .range_mut(FIRST_HANDLE..)
-            .map(|(_, stream)| stream)
-        {
+        for stream in self.streams.range_mut(FIRST_HANDLE..).map(|(_, stream)| stream) {
             if stream.device == ordinal && !stream.destroyed {
                 stream.destroyed = true;
                 self.counters.abandoned_streams += 1;
@@ -460,9 +390,6 @@ impl State {
 
     /// Streams that callers made and did not destroy.
     pub(crate) fn streams_now(&self) -> u64 {
-        self.streams
-            .iter()
-            .filter(|(handle, stream)| **handle >= FIRST_HANDLE && !stream.destroyed)
-            .count() as u64
+        self.streams.iter().filter(|(handle, stream)| **handle >= FIRST_HANDLE && !stream.destroyed).count() as u64
     }
 }

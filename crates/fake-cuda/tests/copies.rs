@@ -118,19 +118,11 @@ fn events_order_copies_of_two_streams() {
     // SAFETY: all handles live, and the driver checks the ranges.
     unsafe {
         result::event::record(event, first).unwrap();
-        result::stream::wait_event(
-            second,
-            event,
-            sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT,
-        )
-        .unwrap();
+        result::stream::wait_event(second, event, sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT).unwrap();
         result::memcpy_dtod_async(b, a, PAGE, second).unwrap();
         result::stream::synchronize(second).unwrap();
     }
-    assert!(
-        start.elapsed() >= Duration::from_millis(80),
-        "4096 bytes twice at 100 kB/s"
-    );
+    assert!(start.elapsed() >= Duration::from_millis(80), "4096 bytes twice at 100 kB/s");
     driver.set_bandwidth(0);
     assert!(read(b, PAGE) == [7; PAGE]);
     pages.unregister(0).unwrap();
@@ -189,9 +181,7 @@ fn a_two_dimensional_copy_takes_rows() {
     }
     // SAFETY: the driver checks the ranges.
     unsafe {
-        sys::cuMemcpy2DAsync_v2(&copy_2d(&pages, device, 8), stream)
-            .result()
-            .unwrap();
+        sys::cuMemcpy2DAsync_v2(&copy_2d(&pages, device, 8), stream).result().unwrap();
         result::stream::synchronize(stream).unwrap();
     }
     let mut wanted = [POISON; 32];
@@ -286,14 +276,7 @@ fn many_threads_copy_at_once() {
                 pages.register(0, PAGE, 0).unwrap();
                 for slot in 0..8u8 {
                     pages.fill(thread * 10 + slot);
-                    upload(
-                        device + u64::from(slot) * PAGE as u64,
-                        &pages,
-                        0,
-                        PAGE,
-                        stream,
-                    )
-                    .unwrap();
+                    upload(device + u64::from(slot) * PAGE as u64, &pages, 0, PAGE, stream).unwrap();
                     // SAFETY: the stream lives.
                     unsafe { result::stream::synchronize(stream) }.unwrap();
                 }
@@ -309,12 +292,5 @@ fn many_threads_copy_at_once() {
         }
     });
     assert_eq!(driver.bytes_h2d(), 4 * 8 * PAGE as u64);
-    assert_eq!(
-        (
-            driver.registered_now(),
-            driver.device_bytes_now(0),
-            driver.get("streams")
-        ),
-        (0, 0, 0)
-    );
+    assert_eq!((driver.registered_now(), driver.device_bytes_now(0), driver.get("streams")), (0, 0, 0));
 }

@@ -43,12 +43,7 @@ fn the_nth_call_fails_once() {
     let first = alloc(1).unwrap();
     assert_eq!(code(alloc(1)), 2);
     let third = alloc(1).unwrap();
-    assert_eq!(
-        code(result::stream::create(
-            result::stream::StreamKind::NonBlocking
-        )),
-        999
-    );
+    assert_eq!(code(result::stream::create(result::stream::StreamKind::NonBlocking)), 999);
     free(first).unwrap();
     free(third).unwrap();
     assert_eq!(driver.count("cuMemAlloc"), 3);
@@ -76,10 +71,7 @@ fn a_lost_device_shows_at_the_wait_and_stays_lost() {
     // What is given back is given back all the same.
     assert_eq!(code(pages.unregister(0)), 214);
     assert_eq!(code(free(device)), 214);
-    assert_eq!(
-        (driver.registered_now(), driver.device_bytes_now(0)),
-        (0, 0)
-    );
+    assert_eq!((driver.registered_now(), driver.device_bytes_now(0)), (0, 0));
     driver.reset();
     free(alloc(1).unwrap()).unwrap();
 }
@@ -96,39 +88,13 @@ fn a_copy_must_lie_in_one_registration() {
     upload(device, &pages, 2 * PAGE, 2 * PAGE, stream).unwrap();
     assert_eq!(driver.pageable_copies(), 1);
     for (offset, what) in [(1, "into the next"), (PAGE + 1, "out of the last")] {
-        assert_eq!(
-            code(upload(device, &pages, offset, PAGE, stream)),
-            1,
-            "{what}"
-        );
+        assert_eq!(code(upload(device, &pages, offset, PAGE, stream)), 1, "{what}");
     }
-    assert_eq!(
-        code(upload(device, &pages, 0, 4 * PAGE, stream)),
-        1,
-        "over both and out"
-    );
+    assert_eq!(code(upload(device, &pages, 0, 4 * PAGE, stream)), 1, "over both and out");
     assert_eq!(code(upload(device + 1, &pages, 0, PAGE, stream)), 0);
-    assert_eq!(
-        code(upload(
-            device + 3 * PAGE as u64 + 1,
-            &pages,
-            0,
-            PAGE,
-            stream
-        )),
-        1,
-        "behind the allocation"
-    );
-    assert_eq!(
-        code(upload(device - 1, &pages, 0, PAGE, stream)),
-        1,
-        "before the allocation"
-    );
-    assert_eq!(
-        code(upload(pages.at as u64, &pages, 0, PAGE, stream)),
-        1,
-        "to the host"
-    );
+    assert_eq!(code(upload(device + 3 * PAGE as u64 + 1, &pages, 0, PAGE, stream)), 1, "behind the allocation");
+    assert_eq!(code(upload(device - 1, &pages, 0, PAGE, stream)), 1, "before the allocation");
+    assert_eq!(code(upload(pages.at as u64, &pages, 0, PAGE, stream)), 1, "to the host");
     pages.unregister(0).unwrap();
     pages.unregister(PAGE).unwrap();
     free(device).unwrap();
@@ -151,10 +117,7 @@ fn registrations_have_limits() {
     pages.unregister(0).unwrap();
     pages.unregister(2 * PAGE).unwrap();
     assert_eq!(code(pages.unregister(0)), 713);
-    assert_eq!(
-        (driver.registered_now(), driver.registered_peak()),
-        (0, 3 * PAGE as u64)
-    );
+    assert_eq!((driver.registered_now(), driver.registered_peak()), (0, 3 * PAGE as u64));
     // Two pieces of one page cannot both be registered.
     pages.register(0, 100, 0).unwrap();
     assert_eq!(code(pages.register(200, 100, 0)), 712);
@@ -168,9 +131,7 @@ fn read_only_pages_need_the_read_only_flag() {
     let pages = Pages::with_rights(PAGE, libc::PROT_READ);
     let (stream, device) = (stream(), alloc(PAGE).unwrap());
     assert_eq!(code(pages.register(0, PAGE, 0)), 1);
-    pages
-        .register(0, PAGE, sys::CU_MEMHOSTREGISTER_READ_ONLY)
-        .unwrap();
+    pages.register(0, PAGE, sys::CU_MEMHOSTREGISTER_READ_ONLY).unwrap();
     upload(device, &pages, 0, PAGE, stream).unwrap();
     // SAFETY: the driver checks the ranges.
     let refused = unsafe { sys::cuMemcpyDtoHAsync_v2(pages.at.cast(), device, PAGE, stream) };
@@ -193,19 +154,11 @@ fn calls_need_a_current_context() {
     // SAFETY: no context is a context.
     unsafe { result::ctx::set_current(std::ptr::null_mut()) }.unwrap();
     assert_eq!(code(alloc(1)), 201);
-    assert_eq!(
-        code(result::stream::create(
-            result::stream::StreamKind::NonBlocking
-        )),
-        201
-    );
+    assert_eq!(code(result::stream::create(result::stream::StreamKind::NonBlocking)), 201);
     let _context = Context::new(0).unwrap();
     free(alloc(1).unwrap()).unwrap();
     std::thread::scope(|scope| {
-        scope
-            .spawn(|| assert_eq!(code(alloc(1)), 201))
-            .join()
-            .unwrap();
+        scope.spawn(|| assert_eq!(code(alloc(1)), 201)).join().unwrap();
     });
 }
 
@@ -213,10 +166,7 @@ fn calls_need_a_current_context() {
 fn a_context_that_nobody_holds_is_destroyed_with_what_it_held() {
     let driver = Driver::load();
     let context = Context::new(0).unwrap();
-    let (device, event) = (
-        alloc(1).unwrap(),
-        result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).unwrap(),
-    );
+    let (device, event) = (alloc(1).unwrap(), result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).unwrap());
     drop(context);
     assert_eq!(driver.get("abandoned_device_bytes"), 512);
     assert_eq!(driver.get("abandoned_events"), 1);
@@ -233,20 +183,11 @@ fn devices_can_be_many_or_none() {
     result::init().unwrap();
     assert_eq!(result::device::get_count().unwrap(), 3);
     assert_eq!(code(result::device::get(3)), 101);
-    let (a, b) = (
-        result::device::get(0).unwrap(),
-        result::device::get(2).unwrap(),
-    );
-    assert_ne!(
-        result::device::get_uuid(a).unwrap().bytes,
-        result::device::get_uuid(b).unwrap().bytes
-    );
+    let (a, b) = (result::device::get(0).unwrap(), result::device::get(2).unwrap());
+    assert_ne!(result::device::get_uuid(a).unwrap().bytes, result::device::get_uuid(b).unwrap().bytes);
     let _context = Context::new(2).unwrap();
     let device = alloc(512).unwrap();
-    assert_eq!(
-        (driver.device_bytes_now(0), driver.device_bytes_now(2)),
-        (0, 512)
-    );
+    assert_eq!((driver.device_bytes_now(0), driver.device_bytes_now(2)), (0, 512));
     free(device).unwrap();
     driver.set_devices(0);
     assert_eq!(code(result::init()), 100);
@@ -259,10 +200,7 @@ fn errors_have_names() {
     driver.fail("cuMemAlloc_v2", 1, 700);
     let error = alloc(1).unwrap_err();
     assert_eq!(error.error_name().unwrap(), c"CUDA_ERROR_ILLEGAL_ADDRESS");
-    assert_eq!(
-        error.error_string().unwrap(),
-        c"an illegal memory access was encountered"
-    );
+    assert_eq!(error.error_string().unwrap(), c"an illegal memory access was encountered");
 }
 
 #[test]
@@ -275,8 +213,7 @@ fn pointers_say_what_they_are() {
         let mut kind = 0u32;
         let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_MEMORY_TYPE;
         // SAFETY: the attribute has the size of `kind`.
-        let result =
-            unsafe { sys::cuPointerGetAttribute((&raw mut kind).cast(), attribute, address) };
+        let result = unsafe { sys::cuPointerGetAttribute((&raw mut kind).cast(), attribute, address) };
         result.result().map(|()| kind)
     };
     assert_eq!(memory_type(device + 5).unwrap(), 2);

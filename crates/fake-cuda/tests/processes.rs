@@ -14,20 +14,10 @@ const CHILD: &str = "FAKE_CUDA_TEST_CHILD";
 fn run(test: &str, variables: &[(&str, &str)]) {
     let folder = Driver::find().parent().unwrap().to_owned();
     let mut command = Command::new(std::env::current_exe().unwrap());
-    command
-        .args(["--exact", test, "--nocapture", "--test-threads=1"])
-        .env(CHILD, "1")
-        .env("LD_LIBRARY_PATH", folder);
+    command.args(["--exact", test, "--nocapture", "--test-threads=1"]).env(CHILD, "1").env("LD_LIBRARY_PATH", folder);
     let output = command.envs(variables.iter().copied()).output().unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-    assert!(
-        String::from_utf8_lossy(&output.stdout).contains("1 passed"),
-        "the child ran no test"
-    );
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"), "the child ran no test");
 }
 
 fn in_child() -> bool {
@@ -50,15 +40,11 @@ fn cudarc_finds_the_loaded_library() {
 fn the_name_of_the_real_driver_is_enough() {
     if !in_child() {
         // Without a library path, the loaded library is found by the name it carries.
-        return run(
-            "the_name_of_the_real_driver_is_enough",
-            &[("LD_LIBRARY_PATH", "")],
-        );
+        return run("the_name_of_the_real_driver_is_enough", &[("LD_LIBRARY_PATH", "")]);
     }
     let driver = Driver::load();
     // SAFETY: the name ends in a NUL; nothing is loaded anew.
-    let again =
-        unsafe { libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW | libc::RTLD_NOLOAD) };
+    let again = unsafe { libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW | libc::RTLD_NOLOAD) };
     assert!(!again.is_null());
     result::init().unwrap();
     assert_eq!(driver.count("cuInit"), 1);
@@ -84,12 +70,7 @@ fn the_environment_sets_the_driver_up() {
     assert_eq!(code(alloc()), 0);
     assert_eq!(code(alloc()), 700);
     assert_eq!(code(alloc()), 0);
-    assert_eq!(
-        code(result::stream::create(
-            result::stream::StreamKind::NonBlocking
-        )),
-        999
-    );
+    assert_eq!(code(result::stream::create(result::stream::StreamKind::NonBlocking)), 999);
 }
 
 #[test]
@@ -114,10 +95,7 @@ fn a_report_is_left_at_exit() {
         return std::mem::forget(_context);
     }
     let path = std::env::temp_dir().join(format!("fake-cuda-report-{}.json", std::process::id()));
-    run(
-        "a_report_is_left_at_exit",
-        &[("FAKE_CUDA_REPORT", path.to_str().unwrap())],
-    );
+    run("a_report_is_left_at_exit", &[("FAKE_CUDA_REPORT", path.to_str().unwrap())]);
     let report = std::fs::read_to_string(&path).unwrap();
     std::fs::remove_file(path).unwrap();
     for line in [

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 pub use data_file::DataFile;
+pub(crate) use safetensors::ensure_inside;
 
 use crate::dtype::Dtype;
 use crate::error::{Error, FormatError, Result};

@@ -67,15 +67,17 @@ pub(super) fn open_dir(dir: &Path) -> Result<Checkpoint> {
     Ok(checkpoint)
 }
 
-/// Opens a file of a model directory; a link may lead only into the same directory or, in the Hugging Face cache, to
-/// the blobs of the same repository.
+/// Opens a file of a model directory.
 fn open_inside(dir: &Path, name: &str) -> Result<DataFile> {
     let path = dir.join(name);
-    let inspect = Error::io("inspect", &path);
-    let real = match path.canonicalize() {
-        Ok(real) => real,
-        Err(e) => return Err(inspect(e)),
-    };
+    ensure_inside(dir, &path)?;
+    DataFile::open(&path, name, true)
+}
+
+/// Whether a file of a model directory lies in it: a link may lead only into the same directory or, in the Hugging Face
+/// cache, to the blobs of the same repository.
+pub(crate) fn ensure_inside(dir: &Path, path: &Path) -> Result<()> {
+    let real = path.canonicalize().map_err(Error::io("inspect", path))?;
     let real_dir = dir.canonicalize().map_err(Error::io("inspect", dir))?;
     let allowed = real.starts_with(&real_dir)
         || hub::blobs_of_snapshot(&real_dir).is_some_and(|blobs: PathBuf| real.starts_with(blobs));
@@ -84,9 +86,9 @@ fn open_inside(dir: &Path, name: &str) -> Result<DataFile> {
             "it is a link out of its directory, to {}; copy the file or open its own directory",
             real.display()
         );
-        return Err(FormatError::new(&path, reason).into());
+        return Err(FormatError::new(path, reason).into());
     }
-    DataFile::open(&path, name, true)
+    Ok(())
 }
 
 fn assemble(root: &Path, files: Vec<DataFile>, index: Option<serde_json::Value>) -> Result<Checkpoint> {

@@ -258,6 +258,17 @@ impl Manifest {
     }
 }
 
+/// Whether the file at `path` is the manifest of a store, of any version and in whatever state.
+pub(crate) fn is_manifest(path: &Path) -> bool {
+    #[derive(Deserialize)]
+    struct Head {
+        format: String,
+    }
+    let is_file = path.symlink_metadata().is_ok_and(|m| m.is_file() && m.len() <= MAX_MANIFEST_LEN);
+    let json = if is_file { std::fs::read(path).unwrap_or_default() } else { Vec::new() };
+    serde_json::from_slice(&json).is_ok_and(|head: Head| head.format == FORMAT)
+}
+
 fn wrong_version(path: &Path, format: &str, version: u64) -> FormatError {
     let reason = format!("it is {format:?} version {version}; this program reads {FORMAT:?} version {VERSION}");
     FormatError::new(path, reason)

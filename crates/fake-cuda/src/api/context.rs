@@ -20,13 +20,9 @@ fn device_of(context: usize) -> Result<i32, Code> {
     if context == 0 {
         return Ok(-1);
     }
-    let offset = context
-        .checked_sub(FIRST)
-        .filter(|offset| offset % STEP == 0);
+    let offset = context.checked_sub(FIRST).filter(|offset| offset % STEP == 0);
     let index = offset.and_then(|offset| i32::try_from(offset / STEP).ok());
-    index
-        .filter(|index| *index < 64)
-        .ok_or(codes::INVALID_CONTEXT)
+    index.filter(|index| *index < 64).ok_or(codes::INVALID_CONTEXT)
 }
 
 /// # Safety
@@ -62,11 +58,7 @@ extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> Code {
 /// # Safety
 /// `flags` and `active` may be written.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn cuDevicePrimaryCtxGetState(
-    device: c_int,
-    flags: *mut c_uint,
-    active: *mut c_int,
-) -> Code {
+unsafe extern "C" fn cuDevicePrimaryCtxGetState(device: c_int, flags: *mut c_uint, active: *mut c_int) -> Code {
     call(|| {
         let mut state = enter("cuDevicePrimaryCtxGetState")?;
         let retained = state.device(device)?.retained;
@@ -80,11 +72,7 @@ unsafe extern "C" fn cuDevicePrimaryCtxGetState(
 
 #[unsafe(no_mangle)]
 extern "C" fn cuDevicePrimaryCtxSetFlags_v2(device: c_int, _flags: c_uint) -> Code {
-    call(|| {
-        enter("cuDevicePrimaryCtxSetFlags_v2")?
-            .device(device)
-            .map(drop)
-    })
+    call(|| enter("cuDevicePrimaryCtxSetFlags_v2")?.device(device).map(drop))
 }
 
 #[unsafe(no_mangle)]
@@ -129,9 +117,7 @@ extern "C" fn cuCtxPushCurrent_v2(context: usize) -> Code {
 unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut usize) -> Code {
     call(|| {
         let _state = enter("cuCtxPopCurrent_v2")?;
-        let device = CONTEXTS
-            .with_borrow_mut(Vec::pop)
-            .ok_or(codes::INVALID_CONTEXT)?;
+        let device = CONTEXTS.with_borrow_mut(Vec::pop).ok_or(codes::INVALID_CONTEXT)?;
         if context.is_null() {
             return Ok(());
         }

@@ -29,26 +29,16 @@ struct End {
 impl End {
     fn new(kind: Kind, address: u64) -> Result<Self, Code> {
         let address = usize::try_from(address).map_err(|_| codes::INVALID_VALUE)?;
-        Ok(Self {
-            kind,
-            address,
-            pitch: 0,
-        })
+        Ok(Self { kind, address, pitch: 0 })
     }
 
     fn check(self, state: &State, width: usize, height: usize) -> Result<Side, Code> {
         let len = extent(width, height, self.pitch).ok_or(codes::INVALID_VALUE)?;
         let place = state.place(self.address, len)?;
-        if self.kind != Kind::Any
-            && (self.kind == Kind::Device) != matches!(place, Place::Device(_))
-        {
+        if self.kind != Kind::Any && (self.kind == Kind::Device) != matches!(place, Place::Device(_)) {
             return Err(codes::INVALID_VALUE);
         }
-        Ok(Side {
-            address: self.address,
-            pitch: self.pitch,
-            place,
-        })
+        Ok(Side { address: self.address, pitch: self.pitch, place })
     }
 }
 
@@ -74,14 +64,7 @@ struct Copy2D {
 }
 
 /// The end that a 2-D description means.
-fn end_2d(
-    kind: c_uint,
-    host: usize,
-    device: u64,
-    at: (usize, usize),
-    pitch: usize,
-    row: usize,
-) -> Result<End, Code> {
+fn end_2d(kind: c_uint, host: usize, device: u64, at: (usize, usize), pitch: usize, row: usize) -> Result<End, Code> {
     let mut end = match kind {
         1 => End::new(Kind::Host, host as u64)?,
         2 => End::new(Kind::Device, device)?,
@@ -96,12 +79,8 @@ fn end_2d(
     }
     // No pitch means rows without gaps.
     end.pitch = if pitch == 0 { used } else { pitch };
-    let offset = y
-        .checked_mul(end.pitch)
-        .and_then(|rows| rows.checked_add(x));
-    end.address = offset
-        .and_then(|offset| end.address.checked_add(offset))
-        .ok_or(codes::INVALID_VALUE)?;
+    let offset = y.checked_mul(end.pitch).and_then(|rows| rows.checked_add(x));
+    end.address = offset.and_then(|offset| end.address.checked_add(offset)).ok_or(codes::INVALID_VALUE)?;
     Ok(end)
 }
 
@@ -146,10 +125,7 @@ unsafe fn copy(
             unsafe { copy_rows((from.address, from.pitch), target, width, height) };
             staged = Some(bytes);
         } else {
-            spans.push((
-                from.address,
-                extent(width, height, from.pitch).unwrap_or(len),
-            ));
+            spans.push((from.address, extent(width, height, from.pitch).unwrap_or(len)));
         }
         spans.push((to.address, extent(width, height, to.pitch).unwrap_or(len)));
         if from.place == Place::Pageable || to.place == Place::Pageable {
@@ -158,15 +134,7 @@ unsafe fn copy(
         }
         let loses = state.counters.submitted >= state.settings.lose_after;
         state.counters.submitted += 1;
-        let work = Work::Copy(Copy {
-            from,
-            to,
-            width,
-            height,
-            staged,
-            direction,
-            loses,
-        });
+        let work = Work::Copy(Copy { from, to, width, height, staged, direction, loses });
         let number = state.submit(stream_handle, work, spans, Vec::new())?;
         // To pageable memory the driver returns only when the bytes are there.
         if stream.is_none() || to.place == Place::Pageable {
@@ -183,12 +151,7 @@ macro_rules! flat {
         /// A host range that is not registered must be mapped.
         #[unsafe(no_mangle)]
         unsafe extern "C" fn $name(to: $to_type, from: $from_type, len: usize) -> Code {
-            let ends = || {
-                Ok((
-                    End::new(Kind::$to, to as u64)?,
-                    End::new(Kind::$from, from as u64)?,
-                ))
-            };
+            let ends = || Ok((End::new(Kind::$to, to as u64)?, End::new(Kind::$from, from as u64)?));
             // SAFETY: the caller's duty.
             unsafe { copy(stringify!($name), ends, (len, 1), None) }
         }
@@ -197,18 +160,8 @@ macro_rules! flat {
         /// # Safety
         /// A host range that is not registered must be mapped.
         #[unsafe(no_mangle)]
-        unsafe extern "C" fn $name(
-            to: $to_type,
-            from: $from_type,
-            len: usize,
-            stream: usize,
-        ) -> Code {
-            let ends = || {
-                Ok((
-                    End::new(Kind::$to, to as u64)?,
-                    End::new(Kind::$from, from as u64)?,
-                ))
-            };
+        unsafe extern "C" fn $name(to: $to_type, from: $from_type, len: usize, stream: usize) -> Code {
+            let ends = || Ok((End::new(Kind::$to, to as u64)?, End::new(Kind::$from, from as u64)?));
             // SAFETY: the caller's duty.
             unsafe { copy(stringify!($name), ends, (len, 1), Some(stream)) }
         }
@@ -232,22 +185,8 @@ unsafe fn copy_2d(symbol: &'static str, description: *const Copy2D, stream: Opti
         return codes::INVALID_VALUE;
     };
     let ends = || {
-        let to = end_2d(
-            d.dst_type,
-            d.dst_host,
-            d.dst_device,
-            (d.dst_x, d.dst_y),
-            d.dst_pitch,
-            d.width,
-        )?;
-        let from = end_2d(
-            d.src_type,
-            d.src_host,
-            d.src_device,
-            (d.src_x, d.src_y),
-            d.src_pitch,
-            d.width,
-        )?;
+        let to = end_2d(d.dst_type, d.dst_host, d.dst_device, (d.dst_x, d.dst_y), d.dst_pitch, d.width)?;
+        let from = end_2d(d.src_type, d.src_host, d.src_device, (d.src_x, d.src_y), d.src_pitch, d.width)?;
         Ok((to, from))
     };
     // SAFETY: the caller's duty.
@@ -286,19 +225,8 @@ fn fill(symbol: &'static str, pointer: u64, value: u8, len: usize, stream: Optio
         if len == 0 {
             return Ok(());
         }
-        let address = End::new(Kind::Device, pointer)?
-            .check(&state, len, 1)?
-            .address;
-        let number = state.submit(
-            handle,
-            Work::Fill {
-                address,
-                len,
-                value,
-            },
-            vec![(address, len)],
-            Vec::new(),
-        )?;
+        let address = End::new(Kind::Device, pointer)?.check(&state, len, 1)?.address;
+        let number = state.submit(handle, Work::Fill { address, len, value }, vec![(address, len)], Vec::new())?;
         if stream.is_none() {
             return wait_for(state, &[(handle, number)]).check_alive(device);
         }

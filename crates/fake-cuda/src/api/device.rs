@@ -14,16 +14,11 @@ const VERSION: c_int = 13_000;
 /// # Safety
 /// `target` has `len` bytes.
 unsafe fn put_text(target: *mut c_char, len: c_int, text: &str) -> Result<(), Code> {
-    let room = usize::try_from(len)
-        .ok()
-        .filter(|room| *room > 0 && !target.is_null())
-        .ok_or(codes::INVALID_VALUE)?;
+    let room = usize::try_from(len).ok().filter(|room| *room > 0 && !target.is_null()).ok_or(codes::INVALID_VALUE)?;
     let taken = text.len().min(room - 1);
     // SAFETY: `taken + 1` is at most the buffer's length.
     unsafe {
-        target
-            .cast::<u8>()
-            .copy_from_nonoverlapping(text.as_ptr(), taken);
+        target.cast::<u8>().copy_from_nonoverlapping(text.as_ptr(), taken);
         target.add(taken).write(0);
     }
     Ok(())
@@ -151,11 +146,7 @@ unsafe extern "C" fn cuDeviceTotalMem_v2(bytes: *mut usize, device: c_int) -> Co
 /// # Safety
 /// `value` may be written.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn cuDeviceGetAttribute(
-    value: *mut c_int,
-    attribute: c_uint,
-    device: c_int,
-) -> Code {
+unsafe extern "C" fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_uint, device: c_int) -> Code {
     call(|| {
         enter("cuDeviceGetAttribute")?.device(device)?;
         let found = attribute_value(attribute, device).ok_or(codes::INVALID_VALUE)?;

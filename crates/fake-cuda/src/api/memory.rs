@@ -54,11 +54,7 @@ extern "C" fn cuMemFree_v2(pointer: u64) -> Code {
         if address == 0 {
             return Ok(());
         }
-        let len = state
-            .allocations
-            .get(&address)
-            .ok_or(codes::INVALID_VALUE)?
-            .len;
+        let len = state.allocations.get(&address).ok_or(codes::INVALID_VALUE)?.len;
         let in_flight = state.in_flight(address, len);
         let mut state = wait_for(state, &in_flight);
         state.counters.waits_on_free += u64::from(!in_flight.is_empty());
@@ -70,28 +66,18 @@ extern "C" fn cuMemFree_v2(pointer: u64) -> Code {
 /// # Safety
 /// Each is null or may be written.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn cuMemGetAddressRange_v2(
-    base: *mut u64,
-    len: *mut usize,
-    pointer: u64,
-) -> Code {
+unsafe extern "C" fn cuMemGetAddressRange_v2(base: *mut u64, len: *mut usize, pointer: u64) -> Code {
     call(|| {
         let (state, _) = enter_context("cuMemGetAddressRange_v2")?;
         let address = usize::try_from(pointer).map_err(|_| codes::INVALID_VALUE)?;
         let below = state.allocations.range(..=address).next_back();
-        let (start, piece) = below
-            .filter(|(start, piece)| address < **start + piece.len)
-            .ok_or(codes::NOT_FOUND)?;
+        let (start, piece) = below.filter(|(start, piece)| address < **start + piece.len).ok_or(codes::NOT_FOUND)?;
         // SAFETY: the caller's duty.
         unsafe {
             if !base.is_null() {
                 put(base, *start as u64)?;
             }
-            if len.is_null() {
-                Ok(())
-            } else {
-                put(len, piece.len)
-            }
+            if len.is_null() { Ok(()) } else { put(len, piece.len) }
         }
     })
 }
@@ -136,29 +122,14 @@ extern "C" fn cuMemHostRegister_v2(pointer: usize, len: usize, flags: c_uint) ->
         if !is_mapped(pointer, end, flags & READ_ONLY == 0) {
             return Err(codes::INVALID_VALUE);
         }
-        state.register(
-            pointer,
-            Registration {
-                len,
-                flags,
-                device,
-                owned: None,
-            },
-        )
+        state.register(pointer, Registration { len, flags, device, owned: None })
     })
 }
 
 /// Ends a registration once no copy uses it.
 fn unregister(state: Guard, pointer: usize, owned: bool) -> Result<Guard, Code> {
-    let registration = state
-        .registrations
-        .get(&pointer)
-        .filter(|found| found.owned.is_some() == owned);
-    let missing = if owned {
-        codes::INVALID_VALUE
-    } else {
-        codes::HOST_MEMORY_NOT_REGISTERED
-    };
+    let registration = state.registrations.get(&pointer).filter(|found| found.owned.is_some() == owned);
+    let missing = if owned { codes::INVALID_VALUE } else { codes::HOST_MEMORY_NOT_REGISTERED };
     let len = registration.ok_or(missing)?.len;
     let in_flight = state.in_flight(pointer, len);
     let mut state = wait_for(state, &in_flight);
@@ -184,9 +155,7 @@ unsafe fn alloc_host(symbol: &'static str, pointer: *mut usize, len: usize, flag
         if pointer.is_null() || len == 0 || flags & !ALLOC_FLAGS != 0 {
             return Err(codes::INVALID_VALUE);
         }
-        let rounded = len
-            .checked_next_multiple_of(PAGE)
-            .ok_or(codes::OUT_OF_MEMORY)?;
+        let rounded = len.checked_next_multiple_of(PAGE).ok_or(codes::OUT_OF_MEMORY)?;
         let layout = Layout::from_size_align(rounded, PAGE).map_err(|_| codes::OUT_OF_MEMORY)?;
         // SAFETY: the layout's size is not zero.
         let memory = unsafe { alloc(layout) };
@@ -194,15 +163,7 @@ unsafe fn alloc_host(symbol: &'static str, pointer: *mut usize, len: usize, flag
             return Err(codes::OUT_OF_MEMORY);
         }
         let address = memory.expose_provenance();
-        let registered = state.register(
-            address,
-            Registration {
-                len,
-                flags: 0,
-                device,
-                owned: Some(layout),
-            },
-        );
+        let registered = state.register(address, Registration { len, flags: 0, device, owned: Some(layout) });
         if let Err(code) = registered {
             // SAFETY: it was just allocated with this layout and nobody else knows of it.
             unsafe { std::alloc::dealloc(memory, layout) };
@@ -243,11 +204,7 @@ extern "C" fn cuMemFreeHost(pointer: usize) -> Code {
 /// # Safety
 /// `address` may be written.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn cuMemHostGetDevicePointer_v2(
-    address: *mut u64,
-    pointer: usize,
-    _flags: c_uint,
-) -> Code {
+unsafe extern "C" fn cuMemHostGetDevicePointer_v2(address: *mut u64, pointer: usize, _flags: c_uint) -> Code {
     call(|| {
         let (state, _) = enter_context("cuMemHostGetDevicePointer_v2")?;
         match state.place(pointer, 1)? {
@@ -263,11 +220,7 @@ unsafe extern "C" fn cuMemHostGetDevicePointer_v2(
 /// # Safety
 /// `data` may be written and has the size of the attribute.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn cuPointerGetAttribute(
-    data: *mut c_void,
-    attribute: c_uint,
-    pointer: u64,
-) -> Code {
+unsafe extern "C" fn cuPointerGetAttribute(data: *mut c_void, attribute: c_uint, pointer: u64) -> Code {
     call(|| {
         let state = enter("cuPointerGetAttribute")?;
         let address = usize::try_from(pointer).map_err(|_| codes::INVALID_VALUE)?;
@@ -277,18 +230,10 @@ unsafe extern "C" fn cuPointerGetAttribute(
             Place::Pageable => return Err(codes::INVALID_VALUE),
         };
         let (start, len, device) = if in_device {
-            let found = state
-                .allocations
-                .range(..=address)
-                .next_back()
-                .ok_or(codes::UNKNOWN)?;
+            let found = state.allocations.range(..=address).next_back().ok_or(codes::UNKNOWN)?;
             (*found.0, found.1.len, found.1.device)
         } else {
-            let found = state
-                .registrations
-                .range(..=address)
-                .next_back()
-                .ok_or(codes::UNKNOWN)?;
+            let found = state.registrations.range(..=address).next_back().ok_or(codes::UNKNOWN)?;
             (*found.0, found.1.len, found.1.device)
         };
         // SAFETY: the caller's duty; each arm writes the type that the manual gives for its attribute.

@@ -37,11 +37,7 @@ unsafe extern "C" fn cuStreamCreate(stream: *mut usize, flags: c_uint) -> Code {
 /// # Safety
 /// `stream` may be written.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn cuStreamCreateWithPriority(
-    stream: *mut usize,
-    flags: c_uint,
-    _priority: c_int,
-) -> Code {
+unsafe extern "C" fn cuStreamCreateWithPriority(stream: *mut usize, flags: c_uint, _priority: c_int) -> Code {
     // SAFETY: the caller's duty.
     unsafe { create("cuStreamCreateWithPriority", stream, flags) }
 }
@@ -51,11 +47,7 @@ unsafe extern "C" fn cuStreamCreateWithPriority(
 extern "C" fn cuStreamDestroy_v2(stream: usize) -> Code {
     call(|| {
         let (mut state, _) = enter_freeing("cuStreamDestroy_v2")?;
-        let found = state
-            .streams
-            .get_mut(&stream)
-            .filter(|found| !found.destroyed)
-            .ok_or(codes::INVALID_HANDLE)?;
+        let found = state.streams.get_mut(&stream).filter(|found| !found.destroyed).ok_or(codes::INVALID_HANDLE)?;
         found.destroyed = true;
         let device = found.device;
         crate::state::notify();
@@ -80,11 +72,7 @@ extern "C" fn cuStreamQuery(stream: usize) -> Code {
         let (mut state, device) = enter_context("cuStreamQuery")?;
         let stream = state.resolve_stream(stream, device)?;
         state.check_alive(state.streams[&stream].device)?;
-        if state.reached(state.last(stream)) {
-            Ok(())
-        } else {
-            Err(codes::NOT_READY)
-        }
+        if state.reached(state.last(stream)) { Ok(()) } else { Err(codes::NOT_READY) }
     })
 }
 
@@ -93,11 +81,7 @@ extern "C" fn cuStreamWaitEvent(stream: usize, event: usize, _flags: c_uint) -> 
     call(|| {
         let (mut state, device) = enter_context("cuStreamWaitEvent")?;
         let stream = state.resolve_stream(stream, device)?;
-        let recorded = state
-            .events
-            .get(&event)
-            .ok_or(codes::INVALID_HANDLE)?
-            .recorded;
+        let recorded = state.events.get(&event).ok_or(codes::INVALID_HANDLE)?.recorded;
         if let Some(operation) = recorded {
             state.submit(stream, Work::Nothing, Vec::new(), vec![operation])?;
         }
@@ -130,15 +114,7 @@ unsafe extern "C" fn cuEventCreate(event: *mut usize, flags: c_uint) -> Code {
         }
         let handle = state.new_handle();
         let timed = flags & DISABLE_TIMING == 0;
-        state.events.insert(
-            handle,
-            Event {
-                device,
-                timed,
-                recorded: None,
-                stamp: None,
-            },
-        );
+        state.events.insert(handle, Event { device, timed, recorded: None, stamp: None });
         // SAFETY: the caller's duty.
         unsafe { put(event, handle) }
     })
@@ -158,11 +134,7 @@ fn record(symbol: &'static str, event: usize, stream: usize) -> Code {
         let (mut state, device) = enter_context(symbol)?;
         let stream = state.resolve_stream(stream, device)?;
         let device = state.streams[&stream].device;
-        if state
-            .events
-            .get(&event)
-            .is_none_or(|event| event.device != device)
-        {
+        if state.events.get(&event).is_none_or(|event| event.device != device) {
             return Err(codes::INVALID_HANDLE);
         }
         let number = state.submit(stream, Work::Stamp(event), Vec::new(), Vec::new())?;
@@ -190,9 +162,7 @@ extern "C" fn cuEventQuery(event: usize) -> Code {
         let (state, _) = enter_context("cuEventQuery")?;
         let event = state.events.get(&event).ok_or(codes::INVALID_HANDLE)?;
         state.check_alive(event.device)?;
-        let done = event
-            .recorded
-            .is_none_or(|operation| state.reached(operation));
+        let done = event.recorded.is_none_or(|operation| state.reached(operation));
         if done { Ok(()) } else { Err(codes::NOT_READY) }
     })
 }
@@ -212,12 +182,7 @@ extern "C" fn cuEventSynchronize(event: usize) -> Code {
 unsafe fn elapsed(symbol: &'static str, milliseconds: *mut f32, start: usize, end: usize) -> Code {
     call(|| {
         let (state, _) = enter_context(symbol)?;
-        let find = |event| {
-            state
-                .events
-                .get(event)
-                .filter(|event| event.timed && event.recorded.is_some())
-        };
+        let find = |event| state.events.get(event).filter(|event| event.timed && event.recorded.is_some());
         let (Some(start), Some(end)) = (find(&start), find(&end)) else {
             return Err(codes::INVALID_HANDLE);
         };
@@ -244,11 +209,7 @@ unsafe extern "C" fn cuEventElapsedTime(milliseconds: *mut f32, start: usize, en
 /// # Safety
 /// `milliseconds` may be written.
 #[unsafe(no_mangle)]
-unsafe extern "C" fn cuEventElapsedTime_v2(
-    milliseconds: *mut f32,
-    start: usize,
-    end: usize,
-) -> Code {
+unsafe extern "C" fn cuEventElapsedTime_v2(milliseconds: *mut f32, start: usize, end: usize) -> Code {
     // SAFETY: the caller's duty.
     unsafe { elapsed("cuEventElapsedTime_v2", milliseconds, start, end) }
 }

@@ -95,13 +95,7 @@ pub fn read(device: u64, len: usize) -> Vec<u8> {
 }
 
 /// Starts a copy of pages into device memory.
-pub fn upload(
-    device: u64,
-    pages: &Pages,
-    offset: usize,
-    len: usize,
-    stream: sys::CUstream,
-) -> Result<(), DriverError> {
+pub fn upload(device: u64, pages: &Pages, offset: usize, len: usize, stream: sys::CUstream) -> Result<(), DriverError> {
     // SAFETY: the driver checks registered ranges, and the pages outlive the copy.
     unsafe { sys::cuMemcpyHtoDAsync_v2(device, pages.at.add(offset).cast(), len, stream) }.result()
 }

@@ -1,0 +1,338 @@
+//! Conversion: a checkpoint of any layout, or tensors in memory, to a store (`docs/format.md`).
+//!
+//! [`layout`] says which byte goes where; [`writer`] composes and writes it chunk by chunk on several threads, so that
+//! memory does not grow with the model; [`journal`] remembers finished chunks; [`target`] puts the whole directory
+//! into its place at once; [`side_files`] are what a model directory holds besides weights.
+
+pub(crate) mod chunks;
+mod journal;
+pub(crate) mod layout;
+pub(crate) mod side_files;
+pub(crate) mod target;
+pub(crate) mod workers;
+mod writer;
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde::Serialize;
+
+use crate::checkpoint::{Checkpoint, DataFile};
+use crate::control::Control;
+use crate::dtype::Dtype;
+use crate::error::{Error, FormatError, Result};
+use crate::format::manifest::{
+    FileEntry, MANIFEST_NAME, MAX_FILE_LEN, Manifest, Source, SourceFile, TensorEntry, data_file_name,
+};
+use crate::format::original::{self, contiguous_strides, strided_len};
+use journal::{Stamp, fingerprint};
+use layout::{Bytes, TargetFile, place};
+use side_files::SideFiles;
+pub(crate) use side_files::is_reserved;
+use target::{Partial, Target};
+use writer::{Written, write_files};
+
+/// How to convert, and to [`save`].
+#[derive(Debug, Clone, Default)]
+pub struct ConvertOptions {
+    overwrite: bool,
+    threads: Option<usize>,
+    control: Control,
+}
+
+impl ConvertOptions {
+    /// The defaults: nothing is overwritten, a thread a core and at most eight.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Replaces a store that stands at the target. Nothing but a store (or an empty directory) is ever replaced.
+    pub fn overwrite(mut self, overwrite: bool) -> Self {
+        self.overwrite = overwrite;
+        self
+    }
+
+    /// Threads that read, check and write.
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+
+    /// Progress callback and cancel flag.
+    pub fn control(mut self, control: Control) -> Self {
+        self.control = control;
+        self
+    }
+}
+
+/// What a conversion did.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct ConvertReport {
+    /// The store that was made.
+    pub path: PathBuf,
+    /// Its identity.
+    pub identity: String,
+    /// Tensor names in it.
+    pub tensors: usize,
+    /// Data files in it.
+    pub files: usize,
+    /// Bytes of the data files, padding included.
+    pub bytes: u64,
+    /// Bytes of these that an interrupted run had written before.
+    pub resumed_bytes: u64,
+    /// Other files copied (configuration, tokenizer, ...).
+    pub other_files: usize,
+    /// Files of the source that were not copied: weights that are not part of the checkpoint, and special files.
+    pub skipped: Vec<PathBuf>,
+    /// Seconds it took.
+    pub seconds: f64,
+    /// `bytes` by `seconds`, in 1e9 bytes a second.
+    pub gb_per_s: f64,
+}
+
+/// Converts a checkpoint to a store at `target`, a directory that is not there yet.
+///
+/// The store is written beside the target and renamed into place: whatever happens, `target` is what it was before or
+/// the whole new store. An interrupted conversion of the same source goes on where it was. Memory does not grow with
+/// the model.
+///
+/// # Errors
+/// [`Error::Exists`] without [`ConvertOptions::overwrite`]; [`Error::NoSpace`] before anything is written;
+/// [`Error::Invalid`] where the target lies in the source or is something else than a store; [`Error::Truncated`] and
+/// [`Error::Io`] from the files; [`Error::Cancelled`].
+pub fn convert(source: &Checkpoint, target: &Path, options: &ConvertOptions) -> Result<ConvertReport> {
+    convert_in_files_of(MAX_FILE_LEN, source, target, options)
+}
+
+fn convert_in_files_of(
+    max_file_len: u64,
+    source: &Checkpoint,
+    target: &Path,
+    options: &ConvertOptions,
+) -> Result<ConvertReport> {
+    let entry = |tensor: &crate::checkpoint::TensorInfo| TensorEntry {
+        name: tensor.name.clone(),
+        dtype: tensor.dtype,
+        shape: tensor.shape.clone(),
+        strides: tensor.strides.clone(),
+        file: 0,
+        offset: 0,
+        len: tensor.len,
+        shard: tensor.shard,
+    };
+    let origin = source.origin();
+    let content = Content {
+        tensors: source.tensors().iter().map(entry).collect(),
+        bytes: source.tensors().iter().map(|t| Bytes::File(&source.files()[t.file], t.offset)).collect(),
+        source: Source {
+            layout: origin.layout.clone(),
+            files: (origin.shards.iter())
+                .map(|shard| SourceFile { name: shard.name.clone(), metadata: shard.metadata.clone() })
+                .collect(),
+            // An index without metadata is an index all the same.
+            index: origin.index.clone().map(|value| if value.is_null() { serde_json::json!({}) } else { value }),
+        },
+    };
+    let to = Target::check(target, Some(source.path()), options.overwrite)?;
+    let side_files = side_files_of(source)?;
+    write_store(content, Some(source.files()), &to, side_files, max_file_len, options)
+}
+
+/// The files beside a checkpoint's weights; none where it is a single file.
+pub(crate) fn side_files_of(source: &Checkpoint) -> Result<SideFiles> {
+    if !source.path().is_dir() {
+        return Ok(SideFiles::default());
+    }
+    let shards: HashSet<&Path> = source.files().iter().map(|file| Path::new(file.name())).collect();
+    SideFiles::list(source.path(), |path| shards.contains(path))
+}
+
+/// A tensor in memory, to be saved.
+#[derive(Debug, Clone, Copy)]
+pub struct MemoryTensor<'a> {
+    /// Its name, unique among those saved.
+    pub name: &'a str,
+    /// Type of its elements.
+    pub dtype: Dtype,
+    /// Its dimensions; empty for a scalar.
+    pub shape: &'a [u64],
+    /// Strides in elements; `None` where the elements are contiguous and row-major.
+    pub strides: Option<&'a [u64]>,
+    /// Its bytes, little-endian. Tensors with the very same slice are tied: it is stored once.
+    pub bytes: &'a [u8],
+}
+
+/// Saves tensors in memory as a store at `target`. As [`convert`], but what was interrupted begins anew.
+///
+/// # Errors
+/// As [`convert`]; [`Error::Invalid`] also where a name occurs twice, or a tensor's bytes are not those of its dtype and
+/// shape.
+pub fn save(tensors: &[MemoryTensor<'_>], target: &Path, options: &ConvertOptions) -> Result<ConvertReport> {
+    let mut names = HashSet::new();
+    if let Some(twice) = tensors.iter().find(|tensor| !names.insert(tensor.name)) {
+        return Err(Error::Invalid(format!("two tensors have the name {:?}", twice.name)));
+    }
+    let shard = SourceFile { name: "model.safetensors".into(), metadata: None };
+    let content = Content {
+        tensors: tensors.iter().map(entry_of_memory).collect::<Result<_>>()?,
+        bytes: tensors.iter().map(|tensor| Bytes::Memory(tensor.bytes)).collect(),
+        source: Source { layout: "memory".into(), files: vec![shard], index: None },
+    };
+    let to = Target::check(target, None, options.overwrite)?;
+    write_store(content, None, &to, SideFiles::default(), MAX_FILE_LEN, options)
+}
+
+fn entry_of_memory(tensor: &MemoryTensor<'_>) -> Result<TensorEntry> {
+    let MemoryTensor { name, dtype, shape, bytes, .. } = *tensor;
+    let len = bytes.len() as u64;
+    let strides = tensor.strides.filter(|&strides| strides != contiguous_strides(shape));
+    let invalid = |reason: &str| Error::Invalid(format!("tensor {name:?}: {reason}"));
+    match strides {
+        None => {
+            let expected = dtype.byte_len(shape).map_err(invalid)?;
+            if expected != len {
+                return Err(invalid(&format!("its {len} bytes are not the {expected} of {dtype} {shape:?}")));
+            }
+        }
+        Some(strides) => {
+            let reach = strided_len(dtype, shape, strides).map_err(invalid)?;
+            if reach > len {
+                return Err(invalid(&format!("its strides reach byte {reach} of {len}")));
+            }
+        }
+    }
+    let strides = strides.map(<[u64]>::to_vec);
+    Ok(TensorEntry { name: name.into(), dtype, shape: shape.to_vec(), strides, file: 0, offset: 0, len, shard: 0 })
+}
+
+/// What a store is to hold, before its tensors have their places.
+struct Content<'a> {
+    tensors: Vec<TensorEntry>,
+    /// The bytes of each tensor.
+    bytes: Vec<Bytes<'a>>,
+    source: Source,
+}
+
+fn write_store(
+    content: Content<'_>,
+    sources: Option<&[DataFile]>,
+    target: &Target,
+    side_files: SideFiles,
+    max_file_len: u64,
+    options: &ConvertOptions,
+) -> Result<ConvertReport> {
+    let start = Instant::now();
+    let Content { mut tensors, bytes, source } = content;
+    let files = place(&mut tensors, &bytes, max_file_len);
+    let mut identity = String::new();
+    let finish = |partial: &Partial<'_>, written: &mut Written| {
+        let sums = std::mem::take(&mut written.sums);
+        let entry = |(k, (file, crc64)): (usize, (&TargetFile<'_>, _))| FileEntry {
+            name: data_file_name(k),
+            len: file.len,
+            crc64,
+        };
+        let entries = files.iter().zip(sums).enumerate().map(entry).collect();
+        let manifest = Manifest::new(source, entries, tensors);
+        partial.write(original::INDEX_NAME, manifest.original_index().as_bytes())?;
+        let json =
+            serde_json::to_vec(&manifest).map_err(|e| Error::Invalid(format!("cannot write it as JSON: {e}")))?;
+        partial.write(MANIFEST_NAME, &json)?;
+        identity = manifest.identity;
+        Ok(manifest.tensors.len())
+    };
+    let threads = options.threads.unwrap_or_else(workers::default_threads);
+    let (written, tensors) = build(target, &files, sources, &side_files, threads, &options.control, finish)?;
+    let bytes = files.iter().map(|file| file.len).sum();
+    let seconds = start.elapsed().as_secs_f64();
+    Ok(ConvertReport {
+        path: target.path().to_owned(),
+        identity,
+        tensors,
+        files: files.len(),
+        bytes,
+        resumed_bytes: written.resumed,
+        other_files: side_files.count(),
+        skipped: side_files.skipped,
+        seconds,
+        gb_per_s: gb_per_s(bytes, seconds),
+    })
+}
+
+/// Writes a whole directory beside its target and puts it there. `finish` writes what depends on the checksums.
+///
+/// `sources` are the files that are read; with them an interrupted run is taken up again.
+pub(crate) fn build<T>(
+    target: &Target,
+    files: &[TargetFile<'_>],
+    sources: Option<&[DataFile]>,
+    side_files: &SideFiles,
+    threads: usize,
+    control: &Control,
+    finish: impl FnOnce(&Partial<'_>, &mut Written) -> Result<T>,
+) -> Result<(Written, T)> {
+    let stamps = sources.unwrap_or_default().iter().map(Stamp::of).collect::<Result<Vec<_>>>()?;
+    let fingerprint = sources.map(|sources| fingerprint(sources, &stamps, files));
+    let partial = target.begin(fingerprint.as_deref(), files, side_files.len)?;
+    let work = || {
+        let journal = partial.journal.as_ref();
+        let mut written = write_files(partial.dir(), files, journal, &partial.finished, threads, control)?;
+        for (file, stamp) in sources.unwrap_or_default().iter().zip(&stamps) {
+            if Stamp::of(file)? != *stamp {
+                return Err(FormatError::new(file.path(), "it was changed while it was read; start again").into());
+            }
+        }
+        side_files.copy_to(partial.dir())?;
+        let told = finish(&partial, &mut written)?;
+        control.check()?;
+        partial.publish()?;
+        Ok((written, told))
+    };
+    work().inspect_err(|e| partial.abandon(e))
+}
+
+#[allow(clippy::cast_precision_loss)]
+pub(crate) fn gb_per_s(bytes: u64, seconds: f64) -> f64 {
+    if seconds > 0.0 { bytes as f64 / 1e9 / seconds } else { 0.0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_of_many_data_files_is_read_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let tensors: Vec<(String, Vec<u8>)> =
+            (0..20u8).map(|i| (format!("t{i}"), vec![i + 1; 1000 + 7001 * usize::from(i)])).collect();
+        let view = |(name, bytes): &'_ (String, Vec<u8>)| {
+            let bytes = bytes.clone();
+            (
+                name.clone(),
+                safetensors::tensor::TensorView::new(safetensors::Dtype::U8, vec![bytes.len()], bytes.leak()).unwrap(),
+            )
+        };
+        let path = dir.path().join("model.safetensors");
+        safetensors::serialize_to_file(tensors.iter().map(view), None, &path).unwrap();
+        let source = Checkpoint::open(&path).unwrap();
+        let target = dir.path().join("store");
+        let limit = 64 << 10;
+        let report = convert_in_files_of(limit, &source, &target, &ConvertOptions::new()).unwrap();
+        assert!(report.files > 5, "{report:?}");
+        let store = Checkpoint::open(&target).unwrap();
+        assert_eq!(store.identity(), Some(report.identity.as_str()));
+        for file in store.files() {
+            assert_eq!(file.len() % 4096, 0);
+            let alone = store.tensors().iter().filter(|t| store.files()[t.file].name() == file.name()).count() == 1;
+            assert!(file.len() <= limit || alone);
+        }
+        for (name, bytes) in &tensors {
+            let tensor = store.tensor(name).unwrap();
+            let mut read = vec![0; bytes.len()];
+            store.files()[tensor.file].read_exact_at(&mut read, tensor.offset).unwrap();
+            assert_eq!(&read, bytes, "{name}");
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! The directory that is being made: written beside its final place, and put there whole.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use rustix::io::Errno;
+
+use super::journal::{Finished, JOURNAL_NAME, Journal};
+use super::layout::TargetFile;
+use crate::error::{Error, Result};
+use crate::format::manifest::{MANIFEST_NAME, is_manifest};
+
+/// End of a partial directory's name; it begins with a dot and the target's name.
+pub(crate) const PARTIAL_SUFFIX: &str = ".sllm-partial";
+
+/// Where a directory is to appear.
+#[derive(Debug)]
+pub(crate) struct Target {
+    path: PathBuf,
+    parent: PathBuf,
+    name: OsString,
+    overwrite: bool,
+}
+
+impl Target {
+    /// Checks that a directory may be made at `path`, out of what lies at `source`. Changes nothing.
+    pub(crate) fn check(path: &Path, source: Option<&Path>, overwrite: bool) -> Result<Target> {
+        let Some(name) = path.file_name() else {
+            return Err(Error::Invalid(format!("{} does not name a directory to be made", path.display())));
+        };
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let open_parent = |parent: &Path| fs::read_dir(parent).and_then(|_| parent.canonicalize());
+        let parent = open_parent(parent).map_err(Error::io("open the parent directory", parent))?;
+        let target = Target { path: parent.join(name), parent, name: name.to_owned(), overwrite };
+        if let Some(source) = source {
+            let source = source.canonicalize().map_err(Error::io("inspect", source))?;
+            if target.path.starts_with(&source) || source.starts_with(&target.path) {
+                let reason = format!("{} and its source {} lie in each other", path.display(), source.display());
+                return Err(Error::Invalid(reason));
+            }
+        }
+        target.check_free()?;
+        Ok(target)
+    }
+
+    /// Whether nothing stands at the target, or what stands there may be replaced.
+    fn check_free(&self) -> Result<()> {
+        let metadata = match self.path.symlink_metadata() {
+            Ok(metadata) => metadata,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(Error::io("inspect", &self.path)(e)),
+        };
+        if !self.overwrite {
+            return Err(Error::Exists { path: self.path.clone() });
+        }
+        let is_empty = || Ok(fs::read_dir(&self.path)?.next().is_none());
+        let replaceable = metadata.is_dir()
+            && (is_manifest(&self.path.join(MANIFEST_NAME)) || is_empty().map_err(Error::io("list", &self.path))?);
+        if replaceable {
+            return Ok(());
+        }
+        let path = self.path.display();
+        Err(Error::Invalid(format!("{path} is not a store (a directory with its manifest.json): it is not replaced")))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn beside(&self, suffix: &str) -> PathBuf {
+        let mut name = OsString::from(".");
+        name.push(&self.name);
+        name.push(suffix);
+        self.parent.join(name)
+    }
+
+    /// Makes and locks the partial directory, or takes up one that an earlier run with the same fingerprint left.
+    ///
+    /// Without a fingerprint nothing can be taken up. `extra` bytes are to be written besides `files`.
+    pub(crate) fn begin(&self, fingerprint: Option<&str>, files: &[TargetFile<'_>], extra: u64) -> Result<Partial<'_>> {
+        let dir = self.beside(PARTIAL_SUFFIX);
+        self.check_space(&dir, files, extra)?;
+        let lock = lock_dir(&dir)?;
+        let mut partial = Partial { target: self, dir, _lock: lock, journal: None, finished: Finished::new() };
+        let resumed = match fingerprint {
+            Some(fingerprint) => Journal::resume(&partial.dir, fingerprint)?,
+            None => None,
+        };
+        let keep: Vec<&str> = match &resumed {
+            Some(_) => files.iter().map(|file| first_component(&file.name)).chain([JOURNAL_NAME]).collect(),
+            None => Vec::new(),
+        };
+        clear(&partial.dir, &keep)?;
+        if let Some((journal, finished)) = resumed {
+            (partial.journal, partial.finished) = (Some(journal), finished);
+        } else if let Some(fingerprint) = fingerprint {
+            partial.journal = Some(Journal::create(&partial.dir, fingerprint)?);
+        }
+        Ok(partial)
+    }
+
+    fn check_space(&self, partial: &Path, files: &[TargetFile<'_>], extra: u64) -> Result<()> {
+        let space = rustix::fs::statvfs(&self.parent)
+            .map_err(|e| Error::io("ask for the free space of", &self.parent)(e.into()))?;
+        // What lies in the partial directory is taken up or removed first.
+        let own = disk_usage(partial);
+        let need = files.iter().fold(extra, |sum, file| sum.saturating_add(file.len));
+        let free = space.f_bavail.saturating_mul(space.f_frsize).saturating_add(own);
+        // File systems without a size of their own (some FUSE ones) say 0 blocks in all.
+        if space.f_blocks > 0 && need > free {
+            return Err(Error::NoSpace { path: self.parent.clone(), need, free });
+        }
+        Ok(())
+    }
+}
+
+/// A directory being written. It stays after a failure, so that the next run goes on, unless nothing could be taken up.
+#[derive(Debug)]
+pub(crate) struct Partial<'a> {
+    target: &'a Target,
+    dir: PathBuf,
+    /// Held until the directory is in its place.
+    _lock: File,
+    pub(crate) journal: Option<Journal>,
+    pub(crate) finished: Finished,
+}
+
+impl Partial<'_> {
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Writes and syncs a small file.
+    pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let path = self.dir.join(name);
+        let mut file = File::create_new(&path).map_err(Error::io("create", &path))?;
+        file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io("write", &path))
+    }
+
+    /// Puts the directory, whose files are synced, into its place.
+    pub(crate) fn publish(&self) -> Result<()> {
+        if self.journal.is_some() {
+            let journal = self.dir.join(JOURNAL_NAME);
+            fs::remove_file(&journal).map_err(Error::io("remove", &journal))?;
+        }
+        sync_dirs(&self.dir)?;
+        let target = &self.target.path;
+        match renameat_with(CWD, &self.dir, CWD, target, RenameFlags::NOREPLACE) {
+            Ok(()) => {}
+            Err(Errno::EXIST) => self.replace()?,
+            Err(Errno::INVAL | Errno::NOSYS) if target.symlink_metadata().is_ok() => self.replace()?,
+            Err(Errno::INVAL | Errno::NOSYS) => {
+                fs::rename(&self.dir, target).map_err(Error::io("rename the finished directory to", target))?;
+            }
+            Err(e) => return Err(Error::io("rename the finished directory to", target)(e.into())),
+        }
+        sync_dir(&self.target.parent)
+    }
+
+    /// Exchanges the directory with the old one, then removes that.
+    fn replace(&self) -> Result<()> {
+        let target = &self.target.path;
+        self.target.check_free()?;
+        // The old directory gets the partial one's name: its lock keeps others off until it is gone.
+        let _old = lock_dir(target)?;
+        let mut old = self.dir.clone();
+        match renameat_with(CWD, &self.dir, CWD, target, RenameFlags::EXCHANGE) {
+            Ok(()) => {}
+            Err(Errno::INVAL | Errno::NOSYS) => {
+                // No atomic exchange here: between these two the old one has another name.
+                old = self.target.beside(".sllm-old");
+                fs::rename(target, &old).map_err(Error::io("rename", target))?;
+                if let Err(e) = fs::rename(&self.dir, target) {
+                    let _ = fs::rename(&old, target);
+                    return Err(Error::io("rename the finished directory to", target)(e));
+                }
+            }
+            Err(e) => return Err(Error::io("rename the finished directory to", target)(e.into())),
+        }
+        sync_dir(&self.target.parent)?;
+        // The new one is in place; what cannot be removed now, the next run removes.
+        let _ = fs::remove_dir_all(&old);
+        Ok(())
+    }
+
+    /// Leaves the directory for a later run; removes it where that could not take it up, or where the disk is full.
+    pub(crate) fn abandon(&self, error: &Error) {
+        if self.journal.is_none() || error.kind() == crate::error::ErrorKind::NoSpace {
+            let _ = fs::remove_dir_all(&self.dir);
+        }
+    }
+}
+
+/// Makes a directory where there is none, and locks it against other runs of this program.
+fn lock_dir(dir: &Path) -> Result<File> {
+    for _ in 0..100 {
+        match fs::create_dir(dir) {
+            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(Error::io("create", dir)(e)),
+            _ => {}
+        }
+        let flags = libc::O_DIRECTORY | libc::O_NOFOLLOW;
+        let file = match fs::OpenOptions::new().read(true).custom_flags(flags).open(dir) {
+            Ok(file) => file,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(e) => return Err(Error::io("open", dir)(e)),
+        };
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            // Some network file systems do not lock directories; there the user must see to it.
+            Ok(())
+            | Err(Errno::BADF | Errno::ISDIR | Errno::NOLCK | Errno::NOSYS | Errno::OPNOTSUPP | Errno::INVAL) => {}
+            Err(Errno::WOULDBLOCK) => {
+                let reason = format!("{}: another conversion to the same target is running", dir.display());
+                return Err(Error::Invalid(reason));
+            }
+            Err(e) => return Err(Error::io("lock", dir)(e.into())),
+        }
+        // Another run may have put the directory in its place, or removed it, before it was locked.
+        let held = file.metadata().map_err(Error::io("inspect", dir))?;
+        if dir.symlink_metadata().is_ok_and(|now| (now.dev(), now.ino()) == (held.dev(), held.ino())) {
+            return Ok(file);
+        }
+    }
+    Err(Error::Invalid(format!("{}: other conversions to the same target are running", dir.display())))
+}
+
+fn first_component(name: &str) -> &str {
+    name.split('/').next().unwrap_or(name)
+}
+
+/// Removes all entries of a directory but those named.
+fn clear(dir: &Path, keep: &[&str]) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
+        let entry = entry.map_err(Error::io("list", dir))?;
+        if keep.iter().any(|&name| entry.file_name() == name) {
+            continue;
+        }
+        let path = entry.path();
+        let is_dir = entry.file_type().map_err(Error::io("inspect", &path))?.is_dir();
+        let removed = if is_dir { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+        removed.map_err(Error::io("remove", &path))?;
+    }
+    Ok(())
+}
+
+/// Bytes of disk that a directory's files take; 0 where there is none.
+fn disk_usage(dir: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(dir) else { return 0 };
+    let usage = |entry: fs::DirEntry| match entry.metadata() {
+        Ok(metadata) if metadata.is_dir() => disk_usage(&entry.path()),
+        Ok(metadata) => metadata.blocks() * 512,
+        Err(_) => 0,
+    };
+    entries.flatten().map(usage).sum()
+}
+
+/// Syncs a directory and those below it.
+fn sync_dirs(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
+        let entry = entry.map_err(Error::io("list", dir))?;
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            sync_dirs(&entry.path())?;
+        }
+    }
+    sync_dir(dir)
+}
+
+fn sync_dir(dir: &Path) -> Result<()> {
+    File::open(dir).and_then(|file| file.sync_all()).map_err(Error::io("sync", dir))
+}
