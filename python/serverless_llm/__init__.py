@@ -20,7 +20,8 @@ from .errors import (
     SllmError,
     TensorNotFoundError,
 )
-from .reports import ConvertReport, ExportReport, VerifyReport
+from .loading import LoadedDict, iter_tensors, load, load_dict
+from .reports import ConvertReport, ExportReport, LoadReport, VerifyReport
 from .store import convert, export, save_dict, verify
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "ExportReport",
     "FormatError",
     "InvalidError",
+    "LoadReport",
+    "LoadedDict",
     "NoSpaceError",
     "NotFoundError",
     "ReadWriteError",
@@ -45,6 +48,9 @@ __all__ = [
     "__version__",
     "convert",
     "export",
+    "iter_tensors",
+    "load",
+    "load_dict",
     "open",
     "save_dict",
     "verify",

@@ -9,8 +9,6 @@ from . import _native
 from .errors import InvalidError
 
 TORCH_NAMES: dict[str, str] = {name: torch for name, torch, _ in _native.dtypes()}
-BITS: dict[str, int] = {name: bits for name, _, bits in _native.dtypes()}
-_NUMPY_OWN = {"BOOL", "U8", "I8", "U16", "I16", "F16", "U32", "I32", "F32", "U64", "I64", "F64", "C64"}
 
 
 class HostArray(NamedTuple):

@@ -7,7 +7,20 @@ _Path = str | os.PathLike[str]
 _Progress = Callable[[int, int], object] | None
 
 __version__: Final[str]
-__all__: list[str]
+__all__ = [
+    "Checkpoint",
+    "Placement",
+    "TensorInfo",
+    "__version__",
+    "convert",
+    "dtypes",
+    "export",
+    "fill",
+    "open",
+    "save",
+    "select",
+    "verify",
+]
 
 @final
 class TensorInfo:
@@ -57,6 +70,27 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]: ...
 
 def open(path: _Path, *, revision: str | None = None) -> Checkpoint: ...
+@final
+class Placement:
+    def __new__(cls, checkpoint: Checkpoint, selected: list[int], devices: list[int]) -> Placement: ...
+    @property
+    def blocks(self) -> list[tuple[int, int]]: ...
+    @property
+    def tensors(self) -> list[tuple[str, str, list[int], list[int] | None, int, int, int]]: ...
+
+def select(checkpoint: Checkpoint, globs: list[str] | None) -> list[int]: ...
+def fill(
+    placement: Placement,
+    devices: list[str],
+    addresses: list[int],
+    *,
+    engine: str,
+    direct: bool | None,
+    verify: bool,
+    threads: int | None,
+    pinned_bytes: int | None,
+    progress: _Progress,
+) -> tuple[str, str]: ...
 def dtypes() -> list[tuple[str, str, int]]: ...
 def convert(
     source: Checkpoint, target: _Path, *, overwrite: bool, threads: int | None, progress: _Progress

@@ -94,3 +94,36 @@ class VerifyReport(Report):
     def ok(self) -> bool:
         """Whether no chunk is corrupt."""
         return not self.corrupt
+
+
+class LoadReport(Report):
+    """What a load moved, by which engine and why, and how fast. Times are seconds, rates 1e9 bytes a second."""
+
+    path: str
+    layout: str
+    devices: list[str]
+    device_names: list[str]
+    bytes: int
+    read_bytes: int
+    tensors: int
+    pieces: int
+    copies: int
+    verified: bool
+    seconds: float
+    plan_s: float
+    alloc_s: float
+    move_s: float
+    pinned_bytes: int
+    limit: str
+    engines: list[dict[str, Any]]
+    notes: list[str]
+
+    @property
+    def engine(self) -> str:
+        """The engines that read, joined by `+`; empty where nothing was read."""
+        return "+".join(str(share["engine"]) for share in self.engines)
+
+    @property
+    def gb_per_s(self) -> float:
+        """`bytes` by `seconds`."""
+        return self.bytes / 1e9 / self.seconds if self.seconds > 0 else 0.0

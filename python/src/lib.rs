@@ -6,6 +6,7 @@
 
 mod checkpoint;
 mod error;
+mod load;
 mod memory;
 mod wait;
 mod work;
@@ -17,6 +18,8 @@ mod _native {
 
     #[pymodule_export]
     use crate::checkpoint::{Checkpoint, TensorInfo, open};
+    #[pymodule_export]
+    use crate::load::{Placement, fill, select};
     #[pymodule_export]
     use crate::work::{convert, dtypes, export, save, verify};
 
