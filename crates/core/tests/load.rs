@@ -1,4 +1,5 @@
 //! Loads to the host: every layout and engine gives the bytes of the source.
+#![allow(clippy::cast_possible_truncation, reason = "made sizes are small")]
 
 use std::collections::BTreeMap;
 use std::path::Path;
