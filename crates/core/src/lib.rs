@@ -1,4 +1,41 @@
 //! Checkpoint store and loader for large models.
+//!
+//! It turns a Hugging Face checkpoint into a chunked, aligned, checksummed store, and moves any checkpoint (store or
+//! plain safetensors) to a GPU or to host memory.
+//!
+//! The way of the data: directory → [`Checkpoint`] → [`LoadPlan`] → a read engine fills a [`HostBuffer`] → a
+//! [`Device`] copies it → tensors by name. Five nouns carry it:
+//!
+//! - [`Checkpoint`]: an opened model directory of any layout; its tensors and where their bytes lie.
+//! - [`LoadPlan`]: pure data; which bytes of which files go where.
+//! - read engines ([`EngineChoice`]): `uring`, `pread`, `mapped`.
+//! - [`BufferPool`] and [`HostBuffer`]: pinned memory, each buffer owned by one holder.
+//! - [`Device`]: CUDA or the host.
+//!
+//! [`Loader`] runs them, and a [`LoadReport`] says what was moved, by which engine and why, and how fast.
+//!
+//! ```
+//! use sllm_core::{Checkpoint, ConvertOptions, Device, Loader, convert};
+//!
+//! # fn main() -> sllm_core::Result<()> {
+//! # let dir = tempfile::tempdir().unwrap();
+//! # let source = dir.path().join("model.safetensors");
+//! # let json = br#"{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
+//! # let mut file = (json.len() as u64).to_le_bytes().to_vec();
+//! # file.extend(json);
+//! # file.extend([1, 2, 3, 4, 5, 6, 7, 8]);
+//! # std::fs::write(&source, file).unwrap();
+//! # let store = dir.path().join("store");
+//! convert(&Checkpoint::open(&source)?, &store, &ConvertOptions::new())?;
+//!
+//! let checkpoint = Checkpoint::open(&store)?;
+//! let loader = Loader::builder().device(Device::host()).verify(true).build()?;
+//! let loaded = loader.load(&checkpoint)?;
+//! assert_eq!(loaded.tensor("w")?.to_vec()?, [1, 2, 3, 4, 5, 6, 7, 8]);
+//! println!("{}", loaded.report());
+//! # Ok(())
+//! # }
+//! ```
 
 mod checkpoint;
 mod control;
@@ -8,16 +45,22 @@ mod dtype;
 mod error;
 mod export;
 mod format;
+mod load;
 mod plan;
+mod pool;
+mod read;
 mod verify;
 
 pub use checkpoint::{Checkpoint, ChunkSums, DataFile, Layout, OpenOptions, TensorInfo};
 pub use control::{Cancel, Control, Progress};
 pub use convert::{ConvertOptions, ConvertReport, MemoryTensor, convert, save};
-pub use device::DeviceError;
+pub use device::{Block, Device, DeviceError};
 pub use dtype::Dtype;
 pub use error::{CorruptChunk, Error, ErrorKind, FormatError, Result};
 pub use export::{ExportOptions, ExportReport, export};
 pub use format::PAGE;
+pub use load::{EngineReport, LoadReport, Loaded, Loader, LoaderBuilder, TensorView};
 pub use plan::{BlockSpec, Filter, LoadPlan, Piece, PieceCopy, Placed, Placement, PlanOptions, Segment};
+pub use pool::{BufferPool, HostBuffer};
+pub use read::EngineChoice;
 pub use verify::{VerifyOptions, VerifyReport, verify};

@@ -1,13 +1,357 @@
-//! Where tensors go.
+//! Where tensors go: a CUDA device, or the host. The host device is the oracle of the CUDA one.
+//!
+//! A copy owns its source: [`Stream::copy`] takes the filled buffer and gives a [`Pending`], which gives it back when
+//! the device has read it. So no buffer can be refilled too early.
 
-/// A device that refused something.
-#[derive(Debug, thiserror::Error)]
-#[error("device")]
-pub struct DeviceError;
+mod cuda;
+mod error;
+mod host;
 
-impl DeviceError {
-    /// Whether the device had too little memory.
-    pub fn is_out_of_memory(&self) -> bool {
-        false
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+pub use error::DeviceError;
+
+use crate::error::{Error, Result};
+use crate::plan::PieceCopy;
+use crate::read::Filled;
+
+/// A device. Clones are the same device.
+#[derive(Clone)]
+pub struct Device(Arc<dyn Backend>);
+
+/// What a kind of device does. Addresses are the device's own.
+pub(crate) trait Backend: Send + Sync + fmt::Debug {
+    /// `host` or `cuda:0`.
+    fn id(&self) -> String;
+    /// What it is, for people.
+    fn description(&self) -> String;
+    /// Whether its memory is host memory that a read may fill.
+    fn is_host(&self) -> bool;
+    /// Free and total bytes; `None` where that is not known.
+    fn memory(&self) -> Result<Option<(u64, u64)>, DeviceError>;
+    /// Memory aligned to 256 bytes and more.
+    fn alloc(&self, len: usize) -> Result<Box<dyn Memory>, DeviceError>;
+    /// A queue of copies that run in order.
+    fn stream(&self) -> Result<Box<dyn BackendStream>, DeviceError>;
+    /// Pins host memory for every context.
+    ///
+    /// # Safety
+    /// The range stays mapped until `unpin`.
+    unsafe fn pin(&self, ptr: *mut u8, len: usize, read_only: bool) -> Result<(), DeviceError>;
+    /// Unpins what was pinned at this address; waits for copies out of it.
+    ///
+    /// # Safety
+    /// The range is mapped.
+    unsafe fn unpin(&self, ptr: *mut u8);
+    /// Copies device memory to the host and waits.
+    ///
+    /// # Safety
+    /// The range belongs to a live allocation of this device.
+    unsafe fn read_back(&self, addr: u64, out: &mut [u8]) -> Result<(), DeviceError>;
+}
+
+/// An allocation, freed when dropped.
+pub(crate) trait Memory: Send + Sync + fmt::Debug {
+    fn addr(&self) -> u64;
+}
+
+/// A queue of copies.
+pub(crate) trait BackendStream: Send + Sync + fmt::Debug {
+    /// Issues a copy out of host memory.
+    ///
+    /// # Safety
+    /// Source rows and destination rows lie in live memory, which stays so, the source unchanged, until the work
+    /// issued so far is done.
+    unsafe fn copy(&self, source: Source, dst: u64, copy: &PieceCopy) -> Result<(), DeviceError>;
+    /// A mark after the work issued so far.
+    fn mark(&self) -> Result<Box<dyn Mark>, DeviceError>;
+    /// Waits for all work.
+    fn synchronize(&self) -> Result<(), DeviceError>;
+}
+
+/// A point in a stream's work.
+pub(crate) trait Mark: Send + fmt::Debug {
+    fn is_done(&self) -> bool;
+    fn wait(&self) -> Result<(), DeviceError>;
+}
+
+/// Where a copy's bytes are.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Source {
+    /// Memory that the processor may read.
+    Buffer(*const u8),
+    /// Pages of a file. They may be cut off, so that only the device or the kernel may read them.
+    FilePages(*const u8),
+}
+
+impl Device {
+    pub(crate) fn new(backend: impl Backend + 'static) -> Device {
+        Device(Arc::new(backend))
+    }
+
+    /// The host's memory.
+    pub fn host() -> Device {
+        Device::new(host::Host)
+    }
+
+    /// The CUDA device of this ordinal, by its primary context, which torch uses too.
+    pub fn cuda(ordinal: usize) -> Result<Device> {
+        Ok(Device::new(cuda::Cuda::open(ordinal)?))
+    }
+
+    /// Number of CUDA devices; 0 without a driver.
+    pub fn cuda_count() -> usize {
+        cuda::count().unwrap_or(0)
+    }
+
+    /// `host` or `cpu`, `cuda`, `cuda:1`, or `auto`: the first CUDA device if there is one, else the host.
+    pub fn parse(name: &str) -> Result<Device> {
+        match name {
+            "host" | "cpu" => Ok(Device::host()),
+            "cuda" => Device::cuda(0),
+            "auto" => {
+                if Device::cuda_count() > 0 {
+                    Device::cuda(0)
+                } else {
+                    Ok(Device::host())
+                }
+            }
+            _ => {
+                let ordinal = name.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok());
+                let wrong = || Error::Invalid(format!("{name:?} is not a device: give host, cuda, cuda:N or auto"));
+                Device::cuda(ordinal.ok_or_else(wrong)?)
+            }
+        }
+    }
+
+    /// `host` or `cuda:0`.
+    pub fn id(&self) -> String {
+        self.0.id()
+    }
+
+    /// What it is, such as the card's name.
+    pub fn description(&self) -> String {
+        self.0.description()
+    }
+
+    /// Whether its memory is host memory.
+    pub fn is_host(&self) -> bool {
+        self.0.is_host()
+    }
+
+    /// Free and total memory in bytes; `None` where that is not known.
+    pub fn memory(&self) -> Result<Option<(u64, u64)>> {
+        Ok(self.0.memory()?)
+    }
+
+    pub(crate) fn needs_pinning(&self) -> bool {
+        !self.is_host()
+    }
+
+    pub(crate) fn stream(&self) -> Result<Stream> {
+        Ok(Stream { stream: self.0.stream()?, device: self.clone() })
+    }
+
+    /// Pins host memory.
+    ///
+    /// # Safety
+    /// The range stays mapped until `unpin`.
+    pub(crate) unsafe fn pin(&self, ptr: *mut u8, len: usize, read_only: bool) -> Result<(), DeviceError> {
+        // SAFETY: the caller's word.
+        unsafe { self.0.pin(ptr, len, read_only) }
+    }
+
+    /// Unpins what was pinned at this address.
+    ///
+    /// # Safety
+    /// The range is mapped.
+    pub(crate) unsafe fn unpin(&self, ptr: *mut u8) {
+        // SAFETY: the caller's word.
+        unsafe { self.0.unpin(ptr) }
+    }
+
+    fn same_as(&self, other: &Device) -> bool {
+        self.id() == other.id()
+    }
+}
+
+impl fmt::Debug for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Device({})", self.id())
+    }
+}
+
+/// A block of device memory. Clones are the same block; the last one frees it, if it is ours.
+#[derive(Clone, Debug)]
+pub struct Block {
+    device: Device,
+    addr: u64,
+    len: u64,
+    memory: Option<Arc<dyn Memory>>,
+}
+
+impl Block {
+    /// Allocates `len` bytes. Their contents are undefined.
+    pub fn alloc(device: &Device, len: u64) -> Result<Block> {
+        let bytes = usize::try_from(len).map_err(|_| Error::Invalid(format!("{len} bytes do not fit an address")))?;
+        if bytes == 0 {
+            return Ok(Block { device: device.clone(), addr: 0, len, memory: None });
+        }
+        let memory: Arc<dyn Memory> = device.0.alloc(bytes)?.into();
+        Ok(Block { device: device.clone(), addr: memory.addr(), len, memory: Some(memory) })
+    }
+
+    /// A block that somebody else allocated, such as torch.
+    ///
+    /// # Safety
+    /// `addr..addr+len` is memory of `device` that stays allocated, and is not used, while a load into it runs.
+    pub unsafe fn from_raw(device: &Device, addr: u64, len: u64) -> Block {
+        Block { device: device.clone(), addr, len, memory: None }
+    }
+
+    /// Its device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Its address on the device.
+    pub fn addr(&self) -> u64 {
+        self.addr
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Copies a range of an allocated block to the host, and waits.
+    pub(crate) fn read(&self, offset: u64, out: &mut [u8]) -> Result<()> {
+        if out.is_empty() {
+            return Ok(());
+        }
+        if self.memory.is_none() || offset.checked_add(out.len() as u64).is_none_or(|end| end > self.len) {
+            return Err(Error::Invalid("the range is not inside an allocated block".into()));
+        }
+        // SAFETY: the range was checked, and `memory` keeps it allocated.
+        Ok(unsafe { self.device.0.read_back(self.addr + offset, out) }?)
+    }
+
+    /// A part of a block in host memory as a buffer that a read may fill. The plan gives every part out once.
+    pub(crate) fn loan(&self, offset: u64, len: usize) -> Option<crate::pool::HostBuffer> {
+        if !self.device.is_host() || offset.checked_add(len as u64).is_none_or(|end| end > self.len) {
+            return None;
+        }
+        let ptr = std::ptr::NonNull::new(usize::try_from(self.addr + offset).ok()? as *mut u8)?;
+        let owner: Arc<dyn Any + Send + Sync> = Arc::new(self.memory.clone());
+        // SAFETY: inside the block, which `owner` or the caller of `from_raw` keeps; a plan's destinations do not
+        // overlap, and nobody else writes to a block that is being loaded.
+        Some(unsafe { crate::pool::HostBuffer::loan(ptr, len, owner) })
+    }
+}
+
+/// A queue of copies to one device.
+#[derive(Debug)]
+pub(crate) struct Stream {
+    stream: Box<dyn BackendStream>,
+    device: Device,
+}
+
+/// Copies in flight, and the buffer they read. Waits for them when dropped.
+#[derive(Debug)]
+pub(crate) struct Pending {
+    source: Option<Filled>,
+    marks: Vec<Box<dyn Mark>>,
+    _blocks: Arc<[Block]>,
+}
+
+/// Issues a piece's copies, each on its device's stream, and marks their end.
+///
+/// On an error everything that was issued is waited for before the source is dropped.
+pub(crate) fn copy(
+    streams: &[Stream],
+    blocks: &Arc<[Block]>,
+    source: Filled,
+    copies: &[PieceCopy],
+) -> Result<Pending, DeviceError> {
+    let mut used = 0u64; // bit set of streams; devices are few
+    let result = copies.iter().try_for_each(|copy| {
+        let (at, dst) = resolve(streams, blocks, &source, copy)?;
+        used |= 1 << at;
+        let place = usize::try_from(copy.src_offset).map_err(|_| DeviceError::OutOfBounds)?;
+        // SAFETY: `resolve` checked that the rows lie in the source and in the block; `Pending` keeps both until
+        // the marks are reached, and so does the wait below after an error.
+        unsafe { streams[at].stream.copy(source.at(place), dst, copy) }
+    });
+    let used_streams = || streams.iter().enumerate().filter(|(i, _)| used >> i & 1 == 1).map(|(_, s)| s);
+    let marks = result.and_then(|()| used_streams().map(|s| s.stream.mark()).collect());
+    match marks {
+        Ok(marks) => Ok(Pending { source: Some(source), marks, _blocks: Arc::clone(blocks) }),
+        Err(error) => {
+            for stream in used_streams() {
+                let _ = stream.stream.synchronize();
+            }
+            Err(error)
+        }
+    }
+}
+
+/// The stream's place and the device address of a copy, checked against source and block.
+fn resolve(
+    streams: &[Stream],
+    blocks: &[Block],
+    source: &Filled,
+    copy: &PieceCopy,
+) -> Result<(usize, u64), DeviceError> {
+    let end = |start: u64, pitch: u64| {
+        let rows = copy.rows.checked_sub(1)?.checked_mul(pitch)?;
+        start.checked_add(rows)?.checked_add(copy.row_len)
+    };
+    let block = blocks.get(copy.block).ok_or(DeviceError::OutOfBounds)?;
+    let inside = |end: Option<u64>, len: u64| end.is_some_and(|end| end <= len);
+    if !inside(end(copy.src_offset, copy.src_pitch), source.len() as u64)
+        || !inside(end(copy.dst_offset, copy.dst_pitch), block.len())
+    {
+        return Err(DeviceError::OutOfBounds);
+    }
+    let at = streams.iter().take(64).position(|s| s.device.same_as(&block.device)).ok_or(DeviceError::OutOfBounds)?;
+    Ok((at, block.addr() + copy.dst_offset))
+}
+
+impl Pending {
+    /// Whether the device has read the source.
+    pub(crate) fn is_done(&self) -> bool {
+        self.marks.iter().all(|mark| mark.is_done())
+    }
+
+    /// Waits for the copies and gives the source back.
+    pub(crate) fn wait(mut self) -> Result<Option<Filled>, DeviceError> {
+        let marks = std::mem::take(&mut self.marks);
+        let mut result = Ok(());
+        for mark in &marks {
+            result = result.and(mark.wait());
+        }
+        result.map(|()| self.source.take())
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        for mark in &self.marks {
+            // After an error of the device nothing more is read; otherwise the copies are done now.
+            let _ = mark.wait();
+        }
+    }
+}
+
+impl Stream {
+    pub(crate) fn synchronize(&self) -> Result<(), DeviceError> {
+        self.stream.synchronize()
     }
 }

@@ -106,18 +106,19 @@ struct Cursor {
 }
 
 impl Placement {
-    /// Places the tensors that `filter` wants; `device_of` gives each one's device (a place in the loader's list).
+    /// Places the selected tensors (places in [`Checkpoint::tensors`], ascending); `device_of` gives each one's device (a place in the loader's list).
     pub fn new(
         checkpoint: &Checkpoint,
-        filter: &Filter,
+        selected: &[usize],
         mut device_of: impl FnMut(&TensorInfo) -> usize,
     ) -> Result<Placement> {
         let mut placement = Placement::default();
         let mut cursors: Vec<(usize, Cursor)> = Vec::new();
         let mut tied: Vec<(usize, Placed)> = Vec::new(); // placed tensors of the same bytes, one a device
         let too_large = || Error::Invalid("the tensors do not fit 64-bit addresses".into());
-        for i in filter.select(checkpoint)? {
-            let tensor = &checkpoint.tensors()[i];
+        for &i in selected {
+            let missing = || Error::Invalid(format!("there is no tensor number {i}"));
+            let tensor = checkpoint.tensors().get(i).ok_or_else(missing)?;
             let device = device_of(tensor);
             tied.retain(|(_, other)| checkpoint.tensors()[other.tensor].is_tied_with(tensor));
             if let Some((_, other)) = tied.iter().find(|(d, _)| *d == device) {

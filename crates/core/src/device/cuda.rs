@@ -1,0 +1,350 @@
+//! CUDA through its driver, loaded at run time. Every error of the driver is an error of the call.
+
+use std::ffi::{CStr, c_uint};
+use std::ptr;
+use std::sync::{Arc, OnceLock};
+
+use cudarc::driver::sys;
+
+use super::{Backend, BackendStream, DeviceError, Mark, Memory, Source};
+use crate::plan::PieceCopy;
+
+/// Largest pitch that the driver's two-dimensional copy takes, in bytes (CU_DEVICE_ATTRIBUTE_MAX_PITCH).
+const MAX_PITCH: u64 = (1 << 31) - 1;
+/// cuMemHostRegister: usable by all contexts; the memory is only read.
+const REGISTER_PORTABLE: c_uint = 0x01;
+const REGISTER_READ_ONLY: c_uint = 0x08;
+/// cuEventCreate: no timing, which makes events cheap; block instead of spinning.
+const EVENT_DISABLE_TIMING: c_uint = 0x02;
+const EVENT_BLOCKING_SYNC: c_uint = 0x01;
+/// cuStreamCreate: does not wait for the default stream.
+const STREAM_NON_BLOCKING: c_uint = 0x01;
+
+/// Whether the driver is there and initialised, asked once: cudarc panics where it is absent.
+fn driver() -> Result<(), DeviceError> {
+    static DRIVER: OnceLock<Result<u32, DeviceError>> = OnceLock::new();
+    let start = || {
+        // SAFETY: loads the driver's library, whose initialisers are the system's own.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(DeviceError::NoDriver);
+        }
+        // SAFETY: the library is there; 0 is the only value that the argument may have.
+        match unsafe { sys::cuInit(0) } {
+            sys::CUresult::CUDA_SUCCESS => Ok(std::process::id()),
+            sys::CUresult::CUDA_ERROR_NO_DEVICE => Err(DeviceError::NoSuchDevice { ordinal: 0, count: 0 }),
+            code => Err(driver_error("cuda", "initialise the driver", code)),
+        }
+    };
+    match DRIVER.get_or_init(start) {
+        Ok(pid) if *pid == std::process::id() => Ok(()),
+        Ok(_) => Err(DeviceError::Forked { device: "cuda".into() }),
+        Err(e) => Err(e.clone()),
+    }
+}
+
+/// Number of visible devices.
+pub(super) fn count() -> Result<usize, DeviceError> {
+    driver()?;
+    let mut count = 0;
+    // SAFETY: the driver is initialised and writes one integer.
+    check("cuda", "count devices", unsafe { sys::cuDeviceGetCount(&mut count) })?;
+    Ok(usize::try_from(count).unwrap_or(0))
+}
+
+fn driver_error(device: &str, what: &'static str, code: sys::CUresult) -> DeviceError {
+    let mut name = ptr::null();
+    // SAFETY: the driver is loaded (an error came from it) and writes a pointer to a static string.
+    let told = unsafe { sys::cuGetErrorName(code, &mut name) } == sys::CUresult::CUDA_SUCCESS && !name.is_null();
+    // SAFETY: a static string of the driver's, ended by zero.
+    let name = if told { unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned() } else { "unknown".into() };
+    DeviceError::Driver { device: device.to_owned(), what, name, code: code as u32 }
+}
+
+fn check(device: &str, what: &'static str, code: sys::CUresult) -> Result<(), DeviceError> {
+    if code == sys::CUresult::CUDA_SUCCESS { Ok(()) } else { Err(driver_error(device, what, code)) }
+}
+
+/// A device's primary context, held as long as this lives.
+#[derive(Debug)]
+struct Context {
+    ordinal: usize,
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+}
+
+// SAFETY: a driver context may be made current in any thread.
+unsafe impl Send for Context {}
+// SAFETY: as above; the driver's calls are safe to make from several threads.
+unsafe impl Sync for Context {}
+
+impl Context {
+    fn id(&self) -> String {
+        format!("cuda:{}", self.ordinal)
+    }
+
+    /// Makes the context current for a call, and puts back what was current: torch keeps its own.
+    fn enter(&self) -> Result<Current, DeviceError> {
+        driver()?;
+        // SAFETY: the context is retained while `self` lives.
+        self.check("make its context current", unsafe { sys::cuCtxPushCurrent_v2(self.context) })?;
+        Ok(Current)
+    }
+
+    fn check(&self, what: &'static str, code: sys::CUresult) -> Result<(), DeviceError> {
+        if code == sys::CUresult::CUDA_SUCCESS { Ok(()) } else { Err(driver_error(&self.id(), what, code)) }
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        if driver().is_ok() {
+            // SAFETY: retained in `open`, released once. Memory and streams hold this value, so none is left.
+            let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
+        }
+    }
+}
+
+/// A context made current until this is dropped.
+struct Current;
+
+impl Drop for Current {
+    fn drop(&mut self) {
+        let mut context = ptr::null_mut();
+        // SAFETY: pops what `enter` pushed in this thread.
+        let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut context) };
+    }
+}
+
+/// A CUDA device.
+#[derive(Debug)]
+pub(super) struct Cuda {
+    context: Arc<Context>,
+    name: String,
+    /// Waiting by spinning is quicker, and takes a processor that a small machine needs for reading.
+    blocking_wait: bool,
+}
+
+impl Cuda {
+    pub(super) fn open(ordinal: usize) -> Result<Cuda, DeviceError> {
+        let count = count()?;
+        let index = i32::try_from(ordinal).ok().filter(|_| ordinal < count);
+        let index = index.ok_or(DeviceError::NoSuchDevice { ordinal, count })?;
+        let id = format!("cuda:{ordinal}");
+        let mut device = 0;
+        // SAFETY: the ordinal was checked; the driver writes one handle.
+        check(&id, "open it", unsafe { sys::cuDeviceGet(&mut device, index) })?;
+        let mut name = [0; 128];
+        // SAFETY: the driver writes at most the given length, ended by zero.
+        check(&id, "ask its name", unsafe { sys::cuDeviceGetName(name.as_mut_ptr(), 128, device) })?;
+        // SAFETY: `name` is zero-filled beyond what was written, so that it ends.
+        let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
+        let mut context = ptr::null_mut();
+        // SAFETY: the device is valid; released in `Context::drop`.
+        check(&id, "retain its primary context", unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) })?;
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Ok(Cuda { context: Arc::new(Context { ordinal, device, context }), name, blocking_wait: processors < 4 })
+    }
+}
+
+impl Backend for Cuda {
+    fn id(&self) -> String {
+        self.context.id()
+    }
+
+    fn description(&self) -> String {
+        self.name.clone()
+    }
+
+    fn is_host(&self) -> bool {
+        false
+    }
+
+    fn memory(&self) -> Result<Option<(u64, u64)>, DeviceError> {
+        let _current = self.context.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: a context is current; the driver writes two integers.
+        self.context.check("ask for its memory", unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) })?;
+        Ok(Some((free as u64, total as u64)))
+    }
+
+    fn alloc(&self, len: usize) -> Result<Box<dyn Memory>, DeviceError> {
+        let current = self.context.enter()?;
+        let mut addr = 0;
+        // SAFETY: a context is current; freed in `CudaMemory::drop`.
+        match unsafe { sys::cuMemAlloc_v2(&mut addr, len) } {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                drop(current);
+                let free = self.memory()?.map_or(0, |(free, _)| free);
+                Err(DeviceError::OutOfMemory { device: self.id(), need: len as u64, free })
+            }
+            code => {
+                self.context.check("allocate memory", code)?;
+                Ok(Box::new(CudaMemory { context: Arc::clone(&self.context), addr }))
+            }
+        }
+    }
+
+    fn stream(&self) -> Result<Box<dyn BackendStream>, DeviceError> {
+        let _current = self.context.enter()?;
+        let mut stream = ptr::null_mut();
+        // SAFETY: a context is current; destroyed in `CudaStream::drop`.
+        self.context.check("make a stream", unsafe { sys::cuStreamCreate(&mut stream, STREAM_NON_BLOCKING) })?;
+        let blocking_wait = self.blocking_wait;
+        Ok(Box::new(CudaStream { context: Arc::clone(&self.context), stream, blocking_wait }))
+    }
+
+    unsafe fn pin(&self, ptr: *mut u8, len: usize, read_only: bool) -> Result<(), DeviceError> {
+        let _current = self.context.enter()?;
+        let flags = REGISTER_PORTABLE | if read_only { REGISTER_READ_ONLY } else { 0 };
+        // SAFETY: the range is mapped and stays so, by the caller's word.
+        self.context.check("pin host memory", unsafe { sys::cuMemHostRegister_v2(ptr.cast(), len, flags) })
+    }
+
+    unsafe fn unpin(&self, ptr: *mut u8) {
+        if let Ok(_current) = self.context.enter() {
+            // SAFETY: the range is mapped, by the caller's word; an address that is not pinned is refused.
+            let _ = unsafe { sys::cuMemHostUnregister(ptr.cast()) };
+        }
+    }
+
+    unsafe fn read_back(&self, addr: u64, out: &mut [u8]) -> Result<(), DeviceError> {
+        let _current = self.context.enter()?;
+        // SAFETY: the range is allocated, by the caller's word; `out` is as long.
+        let code = unsafe { sys::cuMemcpyDtoH_v2(out.as_mut_ptr().cast(), addr, out.len()) };
+        self.context.check("copy to the host", code)
+    }
+}
+
+#[derive(Debug)]
+struct CudaMemory {
+    context: Arc<Context>,
+    addr: sys::CUdeviceptr,
+}
+
+impl Memory for CudaMemory {
+    fn addr(&self) -> u64 {
+        self.addr
+    }
+}
+
+impl Drop for CudaMemory {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.context.enter() {
+            // SAFETY: allocated by `alloc`, freed once.
+            let _ = unsafe { sys::cuMemFree_v2(self.addr) };
+        }
+    }
+}
+
+#[derive(Debug)]
+struct CudaStream {
+    context: Arc<Context>,
+    stream: sys::CUstream,
+    blocking_wait: bool,
+}
+
+// SAFETY: the driver's stream calls may come from any thread.
+unsafe impl Send for CudaStream {}
+// SAFETY: as above, several at once.
+unsafe impl Sync for CudaStream {}
+
+impl BackendStream for CudaStream {
+    unsafe fn copy(&self, source: Source, dst: u64, copy: &PieceCopy) -> Result<(), DeviceError> {
+        let _current = self.context.enter()?;
+        let (Source::Buffer(src) | Source::FilePages(src)) = source;
+        let fits = |n: u64| usize::try_from(n).map_err(|_| DeviceError::OutOfBounds);
+        let (rows, row_len) = (fits(copy.rows)?, fits(copy.row_len)?);
+        let (src_pitch, dst_pitch) = (fits(copy.src_pitch)?, fits(copy.dst_pitch)?);
+        if rows > 1 && copy.src_pitch.max(copy.dst_pitch) <= MAX_PITCH {
+            let rectangle = sys::CUDA_MEMCPY2D {
+                srcXInBytes: 0,
+                srcY: 0,
+                srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+                srcHost: src.cast(),
+                srcDevice: 0,
+                srcArray: ptr::null_mut(),
+                srcPitch: src_pitch,
+                dstXInBytes: 0,
+                dstY: 0,
+                dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+                dstHost: ptr::null_mut(),
+                dstDevice: dst,
+                dstArray: ptr::null_mut(),
+                dstPitch: dst_pitch,
+                WidthInBytes: row_len,
+                Height: rows,
+            };
+            // SAFETY: all rows lie in live memory until the work is done, by the caller's word.
+            let code = unsafe { sys::cuMemcpy2DAsync_v2(&rectangle, self.stream) };
+            return self.context.check("copy rows", code);
+        }
+        for row in 0..rows {
+            // SAFETY: as above; row `row` begins a pitch after the one before.
+            let code = unsafe {
+                let from = src.add(row * src_pitch).cast();
+                sys::cuMemcpyHtoDAsync_v2(dst + (row * dst_pitch) as u64, from, row_len, self.stream)
+            };
+            self.context.check("copy", code)?;
+        }
+        Ok(())
+    }
+
+    fn mark(&self) -> Result<Box<dyn Mark>, DeviceError> {
+        let _current = self.context.enter()?;
+        let flags = EVENT_DISABLE_TIMING | if self.blocking_wait { EVENT_BLOCKING_SYNC } else { 0 };
+        let mut event = ptr::null_mut();
+        // SAFETY: a context is current; destroyed in `CudaMark::drop`.
+        self.context.check("make an event", unsafe { sys::cuEventCreate(&mut event, flags) })?;
+        let mark = CudaMark { context: Arc::clone(&self.context), event };
+        // SAFETY: both handles are live.
+        self.context.check("record an event", unsafe { sys::cuEventRecord(event, self.stream) })?;
+        Ok(Box::new(mark))
+    }
+
+    fn synchronize(&self) -> Result<(), DeviceError> {
+        let _current = self.context.enter()?;
+        // SAFETY: the stream is live.
+        self.context.check("wait for its copies", unsafe { sys::cuStreamSynchronize(self.stream) })
+    }
+}
+
+impl Drop for CudaStream {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.context.enter() {
+            // SAFETY: made by `stream`, destroyed once.
+            let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
+        }
+    }
+}
+
+#[derive(Debug)]
+struct CudaMark {
+    context: Arc<Context>,
+    event: sys::CUevent,
+}
+
+// SAFETY: an event may be waited for in any thread.
+unsafe impl Send for CudaMark {}
+
+impl Mark for CudaMark {
+    fn is_done(&self) -> bool {
+        let Ok(_current) = self.context.enter() else { return true };
+        // SAFETY: the event is live. An error is found by `wait`.
+        unsafe { sys::cuEventQuery(self.event) != sys::CUresult::CUDA_ERROR_NOT_READY }
+    }
+
+    fn wait(&self) -> Result<(), DeviceError> {
+        let _current = self.context.enter()?;
+        // SAFETY: the event is live.
+        self.context.check("finish a copy", unsafe { sys::cuEventSynchronize(self.event) })
+    }
+}
+
+impl Drop for CudaMark {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.context.enter() {
+            // SAFETY: made by `mark`, destroyed once.
+            let _ = unsafe { sys::cuEventDestroy_v2(self.event) };
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! The host as a device: copies are done when they return.
+
+use super::{Backend, BackendStream, DeviceError, Mark, Memory, Source};
+use crate::plan::PieceCopy;
+use crate::pool::HostMemory;
+
+#[derive(Debug)]
+pub(super) struct Host;
+
+impl Memory for HostMemory {
+    fn addr(&self) -> u64 {
+        self.ptr().as_ptr() as u64
+    }
+}
+
+impl Backend for Host {
+    fn id(&self) -> String {
+        "host".into()
+    }
+
+    fn description(&self) -> String {
+        "host memory".into()
+    }
+
+    fn is_host(&self) -> bool {
+        true
+    }
+
+    fn memory(&self) -> Result<Option<(u64, u64)>, DeviceError> {
+        // MemAvailable counts what the page cache would give up, which is what a large allocation can use.
+        let Ok(info) = std::fs::read_to_string("/proc/meminfo") else { return Ok(None) };
+        let field = |name: &str| -> Option<u64> {
+            let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+            line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+        };
+        Ok(field("MemAvailable").zip(field("MemTotal")))
+    }
+
+    fn alloc(&self, len: usize) -> Result<Box<dyn Memory>, DeviceError> {
+        match HostMemory::map(len) {
+            Ok(memory) => Ok(Box::new(memory)),
+            Err(_) => Err(DeviceError::OutOfMemory { device: self.id(), need: len as u64, free: 0 }),
+        }
+    }
+
+    fn stream(&self) -> Result<Box<dyn BackendStream>, DeviceError> {
+        Ok(Box::new(HostStream))
+    }
+
+    unsafe fn pin(&self, _ptr: *mut u8, _len: usize, _read_only: bool) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    unsafe fn unpin(&self, _ptr: *mut u8) {}
+
+    unsafe fn read_back(&self, addr: u64, out: &mut [u8]) -> Result<(), DeviceError> {
+        // SAFETY: the caller's word that the range is allocated; `out` is borrowed uniquely, so it is elsewhere.
+        unsafe { std::ptr::copy_nonoverlapping(addr as *const u8, out.as_mut_ptr(), out.len()) };
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct HostStream;
+
+#[derive(Debug)]
+struct Done;
+
+impl BackendStream for HostStream {
+    unsafe fn copy(&self, source: Source, dst: u64, copy: &PieceCopy) -> Result<(), DeviceError> {
+        let fits = |n: u64| usize::try_from(n).map_err(|_| DeviceError::OutOfBounds);
+        let (row_len, src_pitch, dst_pitch) = (fits(copy.row_len)?, fits(copy.src_pitch)?, fits(copy.dst_pitch)?);
+        let dst = fits(dst)? as *mut u8;
+        for row in 0..fits(copy.rows)? {
+            match source {
+                // SAFETY: rows lie in live memory by the caller's word; source and destination are different
+                // allocations.
+                Source::Buffer(src) => unsafe {
+                    std::ptr::copy_nonoverlapping(src.add(row * src_pitch), dst.add(row * dst_pitch), row_len);
+                },
+                // SAFETY: as above, and the kernel checks the source pages.
+                Source::FilePages(src) => unsafe {
+                    copy_file_pages(src.add(row * src_pitch), dst.add(row * dst_pitch), row_len)?;
+                },
+            }
+        }
+        Ok(())
+    }
+
+    fn mark(&self) -> Result<Box<dyn Mark>, DeviceError> {
+        Ok(Box::new(Done))
+    }
+
+    fn synchronize(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}
+
+impl Mark for Done {
+    fn is_done(&self) -> bool {
+        true
+    }
+
+    fn wait(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}
+
+/// Copies mapped file pages through the kernel, which answers EFAULT where the processor would get SIGBUS because the
+/// file was cut off.
+///
+/// # Safety
+/// `dst..dst+len` is writable memory of the caller's; `src..src+len` is mapped.
+unsafe fn copy_file_pages(src: *const u8, dst: *mut u8, len: usize) -> Result<(), DeviceError> {
+    let mut done = 0;
+    while done < len {
+        // SAFETY: both ranges are the caller's, and `done` stays below `len`.
+        let (from, to) = unsafe { (src.add(done), dst.add(done)) };
+        let local = libc::iovec { iov_base: to.cast(), iov_len: len - done };
+        let remote = libc::iovec { iov_base: from.cast_mut().cast(), iov_len: len - done };
+        // SAFETY: the vectors are alive for the call and describe this process's own memory.
+        let n = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
+        match usize::try_from(n) {
+            Ok(0) | Err(_) => return Err(DeviceError::PagesGone),
+            Ok(n) => done += n,
+        }
+    }
+    Ok(())
+}

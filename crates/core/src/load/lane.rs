@@ -1,0 +1,230 @@
+//! One reader thread's end of a load: its buffers, its copies in flight, its verification.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::checkpoint::{Checkpoint, ChunkSums};
+use crate::control::{Control, Meter};
+use crate::device::{self, Block, Pending, Stream};
+use crate::error::{CorruptChunk, Error, Result};
+use crate::plan::{LoadPlan, Piece, PieceCopy};
+use crate::pool::{BufferPool, HostBuffer};
+use crate::read::{Filled, Room, Sink};
+
+/// Copies of mapped pages that a lane leaves in flight; they hold no buffer.
+const MAPPED_IN_FLIGHT: usize = 64;
+
+/// What all lanes of a load share.
+pub(super) struct Shared<'a> {
+    checkpoint: &'a Checkpoint,
+    plan: &'a LoadPlan,
+    sums: Option<&'a ChunkSums>,
+    pool: &'a BufferPool,
+    streams: &'a [Stream],
+    blocks: Arc<[Block]>,
+    meter: &'a Meter<'a>,
+    control: &'a Control,
+    stopped: AtomicBool,
+    error: Mutex<Option<Error>>,
+    notes: Mutex<Vec<String>>,
+}
+
+impl<'a> Shared<'a> {
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn new(
+        checkpoint: &'a Checkpoint,
+        plan: &'a LoadPlan,
+        sums: Option<&'a ChunkSums>,
+        pool: &'a BufferPool,
+        streams: &'a [Stream],
+        blocks: Arc<[Block]>,
+        meter: &'a Meter<'a>,
+        control: &'a Control,
+    ) -> Self {
+        let (stopped, error, notes) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
+        Shared { checkpoint, plan, sums, pool, streams, blocks, meter, control, stopped, error, notes }
+    }
+
+    /// Stops all lanes; the first error is the load's.
+    pub(super) fn stop(&self, error: Error) {
+        self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.stopped.store(true, Ordering::Relaxed);
+    }
+
+    /// The first error, if any.
+    pub(super) fn result(&self) -> Result<()> {
+        self.error.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
+    }
+
+    pub(super) fn into_notes(self) -> Vec<String> {
+        self.notes.into_inner().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn verify(&self, piece: &Piece, bytes: &[u8]) -> Result<()> {
+        let Some(sums) = self.sums else { return Ok(()) };
+        // With checksums a piece is one chunk.
+        let chunk = piece.offset / sums.chunk_len;
+        let found = crc_fast::crc64_nvme(bytes);
+        match sums.get(piece.file, chunk) {
+            Some(expected) if expected != found => {
+                let file = &self.checkpoint.files()[piece.file];
+                let touched = self.checkpoint.tensors().iter().filter(|t| {
+                    t.file == piece.file && t.offset < piece.offset + piece.len && t.offset + t.len > piece.offset
+                });
+                Err(Error::Corrupt(Box::new(CorruptChunk {
+                    path: file.path().to_owned(),
+                    chunk,
+                    offset: piece.offset,
+                    len: piece.len,
+                    expected,
+                    found,
+                    tensors: touched.map(|t| t.name.clone()).collect(),
+                })))
+            }
+            Some(_) => Ok(()),
+            None => Err(Error::Invalid(format!("chunk {chunk} has no checksum"))),
+        }
+    }
+}
+
+/// Where a lane's time went.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct LaneTimes {
+    pub(super) total: Duration,
+    /// Waiting for copies, so that a buffer comes free.
+    pub(super) copy_wait: Duration,
+    pub(super) verify: Duration,
+    /// Making and pinning buffers.
+    pub(super) prepare: Duration,
+    /// Issuing copies; on the host device, copying.
+    pub(super) copy: Duration,
+}
+
+/// One lane.
+pub(super) struct Lane<'a> {
+    shared: &'a Shared<'a>,
+    /// Buffers that it may still take from the pool.
+    quota: usize,
+    spare: Vec<HostBuffer>,
+    in_flight: VecDeque<Pending>,
+    started: Instant,
+    times: LaneTimes,
+}
+
+impl<'a> Lane<'a> {
+    pub(super) fn new(shared: &'a Shared<'a>, quota: usize) -> Self {
+        let (spare, in_flight) = (Vec::new(), VecDeque::new());
+        Lane { shared, quota, spare, in_flight, started: Instant::now(), times: LaneTimes::default() }
+    }
+
+    /// Waits for the lane's last copies.
+    pub(super) fn finish(&mut self) -> Result<()> {
+        while !self.in_flight.is_empty() {
+            self.retire()?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn times(&self) -> LaneTimes {
+        LaneTimes { total: self.started.elapsed(), ..self.times }
+    }
+
+    /// Waits for the oldest copy and keeps its buffer.
+    fn retire(&mut self) -> Result<()> {
+        let Some(pending) = self.in_flight.pop_front() else { return Ok(()) };
+        let waiting = Instant::now();
+        let source = pending.wait()?;
+        self.times.copy_wait += waiting.elapsed();
+        if let Some(Filled::Buffer(buffer)) = source {
+            self.spare.push(buffer);
+        }
+        Ok(())
+    }
+
+    fn take_buffer(&mut self) -> Result<HostBuffer> {
+        loop {
+            if let Some(buffer) = self.spare.pop() {
+                return Ok(buffer);
+            }
+            let oldest_done = self.in_flight.front().is_some_and(Pending::is_done);
+            if self.quota > 0 && !oldest_done {
+                self.quota -= 1;
+                let preparing = Instant::now();
+                let buffer = self.shared.pool.try_acquire();
+                self.times.prepare += preparing.elapsed();
+                if let Some(buffer) = buffer {
+                    return Ok(buffer);
+                }
+            } else if self.in_flight.is_empty() {
+                return Err(Error::Invalid("a lane has no buffer left".into()));
+            } else {
+                self.retire()?;
+            }
+        }
+    }
+
+    /// The destination of a piece that lies in one run of host memory, where no checksum needs the rest of it.
+    fn loan(&self, piece: &Piece) -> Option<Room> {
+        let [copy] = self.shared.plan.copies(piece) else { return None };
+        let PieceCopy { src_offset, row_len, rows: 1, block, dst_offset, .. } = *copy else { return None };
+        if self.shared.sums.is_some() && row_len != piece.len {
+            return None;
+        }
+        let len = usize::try_from(row_len).ok()?;
+        let buffer = self.shared.blocks.get(block)?.loan(dst_offset, len)?;
+        Some(Room { buffer, offset: piece.offset + src_offset, len })
+    }
+}
+
+impl Sink for Lane<'_> {
+    fn room(&mut self, piece: &Piece) -> Result<Room> {
+        self.check()?;
+        if let Some(room) = self.loan(piece) {
+            return Ok(room);
+        }
+        let len = usize::try_from(piece.len).map_err(|_| Error::Invalid("a piece does not fit the memory".into()))?;
+        Ok(Room { buffer: self.take_buffer()?, offset: piece.offset, len })
+    }
+
+    fn has_room(&mut self) -> bool {
+        self.quota > 0 || !self.spare.is_empty() || self.in_flight.front().is_some_and(Pending::is_done)
+    }
+
+    fn filled(&mut self, piece: &Piece, filled: Filled) -> Result<()> {
+        if let Filled::Buffer(buffer) = &filled {
+            if self.shared.sums.is_some() {
+                let verifying = Instant::now();
+                let len = usize::try_from(piece.len).unwrap_or(usize::MAX).min(buffer.as_slice().len());
+                self.shared.verify(piece, &buffer.as_slice()[..len])?;
+                self.times.verify += verifying.elapsed();
+            }
+            if buffer.is_loan() {
+                return self.shared.meter.add(piece.len);
+            }
+        } else if self.in_flight.len() >= MAPPED_IN_FLIGHT {
+            self.retire()?;
+        }
+        let copying = Instant::now();
+        let copies = self.shared.plan.copies(piece);
+        let pending = device::copy(self.shared.streams, &self.shared.blocks, filled, copies)?;
+        self.times.copy += copying.elapsed();
+        self.in_flight.push_back(pending);
+        self.shared.meter.add(piece.len)
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.shared.stopped.load(Ordering::Relaxed) {
+            return Err(Error::Cancelled);
+        }
+        self.shared.control.check()
+    }
+
+    fn note(&self, note: String) {
+        let mut notes = self.shared.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        if !notes.contains(&note) {
+            notes.push(note);
+        }
+    }
+}

@@ -1,0 +1,280 @@
+//! Page-aligned pinned buffers out of one anonymous mapping.
+//!
+//! A [`HostBuffer`] belongs to exactly one of: the pool, a read in flight, a copy in flight. Ownership moves with it,
+//! and dropping it gives it back. The memory is touched and pinned in steps, by whoever first needs a buffer of a
+//! step, so that the first buffer is there at once and reader threads share the work. A small pool is a staging ring,
+//! a large one is a cache: same type.
+
+mod memory;
+
+use std::any::Any;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub(crate) use memory::HostMemory;
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::format::PAGE;
+
+/// The most that is pinned in one go, in bytes; some drivers refuse registrations of 2 GiB.
+const MAX_STEP: usize = 1 << 30;
+
+/// A pool of equal pinned buffers.
+#[derive(Debug, Clone)]
+pub struct BufferPool {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    memory: HostMemory,
+    buffer_len: usize,
+    buffers: usize,
+    buffers_per_step: usize,
+    /// The devices that the memory is pinned for: the first pins, for all contexts.
+    device: Option<Device>,
+    state: Mutex<State>,
+    pinned: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    free: Vec<usize>,
+    /// Steps that somebody has taken on to prepare.
+    claimed_steps: usize,
+    /// First buffer and length of the registrations, for their release.
+    registered: Vec<usize>,
+    /// Why memory is not pinned, once the driver refused.
+    refused: Option<String>,
+}
+
+impl BufferPool {
+    /// A pool of `buffers` buffers of `buffer_len` bytes (a multiple of 4096), prepared `step_len` bytes at a time.
+    ///
+    /// Nothing is touched or pinned yet. With a device that needs it, memory is pinned; where the driver or a limit
+    /// refuses, the buffers are plain memory and [`BufferPool::refusal`] says why.
+    pub fn new(buffer_len: usize, buffers: usize, step_len: usize, device: Option<&Device>) -> Result<BufferPool> {
+        let page = PAGE as usize;
+        if buffer_len == 0 || !buffer_len.is_multiple_of(page) || buffer_len > MAX_STEP {
+            return Err(Error::Invalid(format!(
+                "a buffer of {buffer_len} bytes is not a multiple of 4096 up to 1 GiB"
+            )));
+        }
+        let len = buffer_len.checked_mul(buffers).filter(|&len| isize::try_from(len).is_ok());
+        let len = len.ok_or_else(|| Error::Invalid("the pool does not fit the address space".into()))?;
+        let memory = HostMemory::map(len).map_err(Error::io("map memory for buffers", "anonymous memory".as_ref()))?;
+        let buffers_per_step = (step_len.min(MAX_STEP) / buffer_len).max(1);
+        let device = device.filter(|device| device.needs_pinning()).cloned();
+        let shared = Shared {
+            memory,
+            buffer_len,
+            buffers,
+            buffers_per_step,
+            device,
+            state: Mutex::default(),
+            pinned: AtomicU64::new(0),
+        };
+        Ok(BufferPool { shared: Arc::new(shared) })
+    }
+
+    /// A free buffer, or `None` when all are in use. Prepares a step where no prepared buffer is free.
+    pub fn try_acquire(&self) -> Option<HostBuffer> {
+        let shared = &self.shared;
+        loop {
+            if let Some(index) = shared.lock().free.pop() {
+                return Some(shared.buffer(index, self));
+            }
+            if !shared.prepare_next() {
+                // Another thread may have prepared a step meanwhile.
+                return shared.lock().free.pop().map(|index| shared.buffer(index, self));
+            }
+        }
+    }
+
+    /// Prepares every step, by this many threads.
+    pub fn prepare_all(&self, threads: usize) {
+        std::thread::scope(|scope| {
+            for _ in 0..threads.max(1) {
+                scope.spawn(|| while self.shared.prepare_next() {});
+            }
+        });
+    }
+
+    /// Bytes of one buffer.
+    pub fn buffer_len(&self) -> usize {
+        self.shared.buffer_len
+    }
+
+    /// Buffers in all.
+    pub fn buffers(&self) -> usize {
+        self.shared.buffers
+    }
+
+    /// Bytes pinned so far.
+    pub fn pinned_len(&self) -> u64 {
+        self.shared.pinned.load(Ordering::Relaxed)
+    }
+
+    /// Why memory is not pinned, where the driver or a limit refused it.
+    pub fn refusal(&self) -> Option<String> {
+        self.shared.lock().refused.clone()
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        // No code panics while it holds the lock; the state is whole even if it did.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Touches and pins the next step and frees its buffers; `false` when every step is somebody's.
+    fn prepare_next(&self) -> bool {
+        let mut state = self.lock();
+        let first = state.claimed_steps * self.buffers_per_step;
+        if first >= self.buffers {
+            return false;
+        }
+        state.claimed_steps += 1;
+        let refused = state.refused.is_some();
+        drop(state);
+        let last = (first + self.buffers_per_step).min(self.buffers);
+        let (offset, len) = (first * self.buffer_len, (last - first) * self.buffer_len);
+        // SAFETY: the step lies in the mapping; it was claimed under the lock by this thread alone, and none of its
+        // buffers has been handed out.
+        unsafe { self.memory.touch(offset, len) };
+        let pinned = match &self.device {
+            Some(device) if !refused => {
+                // SAFETY: the range is mapped until the pool is dropped, which unpins it first.
+                Some(unsafe { device.pin(self.memory.ptr().add(offset).as_ptr(), len, false) })
+            }
+            _ => None,
+        };
+        let mut state = self.lock();
+        match pinned {
+            Some(Ok(())) => {
+                state.registered.push(offset);
+                self.pinned.fetch_add(len as u64, Ordering::Relaxed);
+            }
+            Some(Err(e)) => state.refused = Some(e.to_string()),
+            None => {}
+        }
+        state.free.extend((first..last).rev());
+        true
+    }
+
+    fn buffer(&self, index: usize, pool: &BufferPool) -> HostBuffer {
+        // SAFETY: `index` is below the number of buffers, so that the address is inside the mapping.
+        let ptr = unsafe { self.memory.ptr().add(index * self.buffer_len) };
+        HostBuffer { ptr, len: self.buffer_len, home: Home::Pool { shared: Arc::clone(&pool.shared), index } }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let Some(device) = &self.device {
+            for offset in state.registered.drain(..) {
+                // SAFETY: pinned by `prepare` at this address; no buffer is left, since each holds this value.
+                unsafe { device.unpin(self.memory.ptr().add(offset).as_ptr()) };
+            }
+        }
+    }
+}
+
+/// One buffer, owned by whoever has it. Dropping it gives it back.
+#[derive(Debug)]
+pub struct HostBuffer {
+    ptr: NonNull<u8>,
+    len: usize,
+    home: Home,
+}
+
+#[derive(Debug)]
+enum Home {
+    Pool {
+        shared: Arc<Shared>,
+        index: usize,
+    },
+    /// A range of a destination in host memory, which this keeps alive.
+    Loan {
+        _owner: Arc<dyn Any + Send + Sync>,
+    },
+}
+
+// SAFETY: a buffer is the only way to its memory, so that moving it to another thread moves the memory with it.
+unsafe impl Send for HostBuffer {}
+
+impl HostBuffer {
+    /// A buffer over a part of a destination, so that a read fills it without staging.
+    ///
+    /// # Safety
+    /// `ptr..ptr+len` is writable memory that `owner` keeps alive, and nothing else reads or writes it while the
+    /// buffer lives.
+    pub(crate) unsafe fn loan(ptr: NonNull<u8>, len: usize, owner: Arc<dyn Any + Send + Sync>) -> HostBuffer {
+        HostBuffer { ptr, len, home: Home::Loan { _owner: owner } }
+    }
+
+    /// Whether it is a part of a destination, which needs no copy once it is filled.
+    pub(crate) fn is_loan(&self) -> bool {
+        matches!(self.home, Home::Loan { .. })
+    }
+
+    /// Its bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: the memory is mapped and initialised (anonymous pages are zero), and owned by this value.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
+    }
+
+    /// Its bytes, to be filled.
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: as in `as_slice`; the value is borrowed uniquely.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for HostBuffer {
+    fn drop(&mut self) {
+        if let Home::Pool { shared, index } = &self.home {
+            shared.lock().free.push(*index);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_belongs_to_one_holder_and_comes_back() {
+        let pool = BufferPool::new(8192, 3, 8192, None).unwrap();
+        let mut held: Vec<HostBuffer> = (0..3).map(|_| pool.try_acquire().unwrap()).collect();
+        assert!(pool.try_acquire().is_none());
+        for (i, buffer) in held.iter_mut().enumerate() {
+            buffer.as_mut_slice().fill(i as u8 + 1);
+        }
+        assert!(held.iter().enumerate().all(|(i, b)| b.as_slice().iter().all(|&x| x == i as u8 + 1)));
+        held.pop();
+        assert!(pool.try_acquire().is_some());
+    }
+
+    #[test]
+    fn threads_prepare_a_pool_together() {
+        let pool = BufferPool::new(4096, 100, 16384, None).unwrap();
+        pool.prepare_all(4);
+        let all: Vec<_> = std::iter::from_fn(|| pool.try_acquire()).collect();
+        let mut places: Vec<_> = all.iter().map(|b| b.as_slice().as_ptr()).collect();
+        places.sort_unstable();
+        places.dedup();
+        assert_eq!(places.len(), 100);
+    }
+
+    #[test]
+    fn odd_sizes_are_refused() {
+        assert!(BufferPool::new(4095, 1, 1, None).is_err());
+        assert!(BufferPool::new(0, 1, 1, None).is_err());
+        assert!(BufferPool::new(1 << 30, usize::MAX / 2, 1, None).is_err());
+        assert!(BufferPool::new(4096, 0, 1, None).unwrap().try_acquire().is_none());
+    }
+}

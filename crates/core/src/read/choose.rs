@@ -1,0 +1,161 @@
+//! Which engine reads which pieces, and why.
+
+use super::residency::cached_len;
+use super::{EngineChoice, Faults, Mapped, Pread, ReadEngine, Uring};
+use crate::checkpoint::DataFile;
+use crate::device::Device;
+use crate::error::Result;
+use crate::plan::{LoadPlan, Piece};
+
+/// Reads in flight of an io_uring lane.
+const URING_DEPTH: usize = 8;
+/// Processors from which threads that copy out of the page cache beat copying its pages in place.
+const PREAD_CPUS: usize = 8;
+/// Threads beyond which reading does not get faster (measured, `docs/benchmarks.md`).
+const MAX_LANES: usize = 12;
+
+/// What the caller wants.
+#[derive(Clone, Default)]
+pub(crate) struct Wishes {
+    pub(crate) engine: EngineChoice,
+    /// Whether to pass the page cache; `None`: as residency says.
+    pub(crate) direct: Option<bool>,
+    /// Reader threads; `None`: as the engine needs.
+    pub(crate) threads: Option<usize>,
+    /// Checksums are taken, so that pages must come into buffers.
+    pub(crate) verify: bool,
+    pub(crate) faults: Option<Faults>,
+}
+
+/// One engine's share of a load.
+pub(crate) struct Share<'a> {
+    pub(crate) engine: Box<dyn ReadEngine>,
+    /// Its name in reports.
+    pub(crate) name: &'static str,
+    pub(crate) direct: bool,
+    pub(crate) reason: String,
+    pub(crate) pieces: Vec<&'a Piece>,
+    pub(crate) lanes: usize,
+    /// Buffers that each lane may hold.
+    pub(crate) buffers_per_lane: usize,
+}
+
+/// Divides a plan's pieces among engines: cached ones and uncached ones are read each in their way, at once.
+pub(crate) fn choose<'a>(
+    files: &[DataFile],
+    plan: &'a LoadPlan,
+    devices: &[Device],
+    wishes: &Wishes,
+) -> Result<Vec<Share<'a>>> {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let Residency { cached, uncached, told } = split(files, plan, wishes.direct.map(|direct| !direct));
+    let mut shares = Vec::new();
+    for (pieces, warm) in [(cached, true), (uncached, false)] {
+        if pieces.is_empty() {
+            continue;
+        }
+        let engine = match wishes.engine {
+            EngineChoice::Auto => auto(warm, cpus, devices, wishes),
+            forced => (forced, "it was asked for".to_owned()),
+        };
+        let why = if wishes.engine == EngineChoice::Auto { format!("{told}; {}", engine.1) } else { engine.1 };
+        shares.push(share(engine.0, why, warm, pieces, cpus, devices, wishes)?);
+    }
+    Ok(shares)
+}
+
+#[derive(Default)]
+struct Residency<'a> {
+    cached: Vec<&'a Piece>,
+    uncached: Vec<&'a Piece>,
+    told: String,
+}
+
+/// Divides pieces by whether most of their bytes are cached; `all` forces the answer.
+fn split<'a>(files: &[DataFile], plan: &'a LoadPlan, all: Option<bool>) -> Residency<'a> {
+    let mut residency = Residency::default();
+    let mut cached_bytes = 0;
+    let mut unknown = false;
+    for piece in plan.pieces() {
+        let cached = match (all, files.get(piece.file)) {
+            (Some(all), _) => all,
+            (None, Some(file)) => match cached_len(file, piece.offset, piece.len) {
+                Some(cached) => cached * 2 >= piece.len,
+                None => {
+                    unknown = true;
+                    true
+                }
+            },
+            (None, None) => true,
+        };
+        if cached {
+            cached_bytes += piece.len;
+            residency.cached.push(piece);
+        } else {
+            residency.uncached.push(piece);
+        }
+    }
+    let total = plan.read_len().max(1);
+    residency.told = match all {
+        Some(true) => "the page cache was asked for".into(),
+        Some(false) => "direct reads were asked for".into(),
+        None if unknown => "the system does not say what is cached".into(),
+        None => format!("{} % of the bytes are in the page cache", cached_bytes * 100 / total),
+    };
+    residency
+}
+
+fn auto(warm: bool, cpus: usize, devices: &[Device], wishes: &Wishes) -> (EngineChoice, String) {
+    let on_host = devices.iter().all(Device::is_host);
+    if !warm {
+        return match Uring::probe() {
+            Ok(()) => (EngineChoice::Uring, "io_uring keeps the disk busy".into()),
+            Err(e) => (EngineChoice::Pread, e.to_string()),
+        };
+    }
+    if on_host {
+        (EngineChoice::Pread, "reads go straight to their places".into())
+    } else if cpus >= PREAD_CPUS || wishes.verify {
+        (EngineChoice::Pread, format!("{cpus} processors copy faster than pages are registered"))
+    } else {
+        (EngineChoice::Mapped, format!("{cpus} processors: pages are copied in place"))
+    }
+}
+
+fn share<'a>(
+    engine: EngineChoice,
+    reason: String,
+    warm: bool,
+    pieces: Vec<&'a Piece>,
+    cpus: usize,
+    devices: &[Device],
+    wishes: &Wishes,
+) -> Result<Share<'a>> {
+    let faults = wishes.faults.clone();
+    let direct = !warm;
+    let lanes = |wanted: usize| wishes.threads.unwrap_or(wanted).clamp(1, pieces.len().max(1));
+    Ok(match engine {
+        EngineChoice::Uring => {
+            Uring::probe()?;
+            let lanes = lanes(if warm { cpus.min(MAX_LANES) } else { 2 });
+            let engine = Box::new(Uring { direct, depth: URING_DEPTH, faults });
+            Share { engine, name: "uring", direct, reason, pieces, lanes, buffers_per_lane: URING_DEPTH + 4 }
+        }
+        EngineChoice::Mapped if !wishes.verify => {
+            let lanes = lanes(cpus.clamp(1, 2));
+            let engine = Box::new(Mapped::new(&devices[0]));
+            Share { engine, name: "mapped", direct: false, reason, pieces, lanes, buffers_per_lane: 0 }
+        }
+        EngineChoice::Mapped => {
+            return Err(crate::Error::Engine {
+                engine: "mapped",
+                reason: "checksums are taken of buffers, and it has none: leave the engine to auto to verify".into(),
+            });
+        }
+        EngineChoice::Auto | EngineChoice::Pread => {
+            let lanes = lanes(if warm { cpus.min(MAX_LANES) } else { MAX_LANES.min(8) });
+            let engine = Box::new(Pread { direct, faults });
+            Share { engine, name: "pread", direct, reason, pieces, lanes, buffers_per_lane: 4 }
+        }
+    })
+}

@@ -1,0 +1,48 @@
+//! Reading by `pread`, one piece at a time a lane.
+
+use super::transfer::Transfer;
+use super::{Faults, Filled, Queue, ReadEngine, Sink, inject};
+use crate::checkpoint::DataFile;
+use crate::error::Result;
+
+/// The portable engine, and the oracle of the others.
+pub(crate) struct Pread {
+    /// Whether to pass the page cache.
+    pub(crate) direct: bool,
+    pub(crate) faults: Option<Faults>,
+}
+
+impl ReadEngine for Pread {
+    fn run(&self, files: &[DataFile], queue: &Queue<'_>, sink: &mut dyn Sink) -> Result<()> {
+        while let Some(piece) = queue.next() {
+            let mut room = sink.room(piece)?;
+            self.fill(&files[piece.file], room.buffer.as_mut_slice(), room.offset, room.len, sink)?;
+            sink.filled(piece, Filled::Buffer(room.buffer))?;
+        }
+        Ok(())
+    }
+}
+
+impl Pread {
+    fn fill(&self, file: &DataFile, buf: &mut [u8], offset: u64, len: usize, sink: &dyn Sink) -> Result<()> {
+        let direct = match file.direct() {
+            Ok(direct) if self.direct => Some(direct),
+            Err(errno) if self.direct => {
+                sink.note(format!("{} cannot be read directly ({errno}); read by the page cache", file.name()));
+                None
+            }
+            _ => None,
+        };
+        let mut transfer = Transfer::new(offset, len, direct.is_some(), buf.as_ptr().addr(), buf.len());
+        loop {
+            let request = transfer.request();
+            let from = direct.filter(|_| request.direct).unwrap_or(file.buffered());
+            let answer = rustix::io::pread(from, &mut buf[request.at..request.at + request.len], request.offset);
+            let answer = inject(self.faults.as_ref(), file, request.offset, answer);
+            if transfer.answer(file, answer)? {
+                return Ok(());
+            }
+            sink.check()?;
+        }
+    }
+}

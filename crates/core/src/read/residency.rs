@@ -1,0 +1,76 @@
+//! What of a file is in the page cache: `cachestat`, else `mincore`.
+
+use std::os::fd::{AsFd, AsRawFd};
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::checkpoint::DataFile;
+use crate::format::PAGE;
+
+/// The system call's number, the same on all architectures; libc does not name it everywhere.
+const SYS_CACHESTAT: libc::c_long = 451;
+
+#[repr(C)]
+struct CachestatRange {
+    offset: u64,
+    len: u64,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct Cachestat {
+    cached: u64,
+    dirty: u64,
+    writeback: u64,
+    evicted: u64,
+    recently_evicted: u64,
+}
+
+/// Bytes of a range that are cached, to whole pages; `None` where the system does not say.
+pub(crate) fn cached_len(file: &DataFile, offset: u64, len: u64) -> Option<u64> {
+    if len == 0 {
+        return Some(0);
+    }
+    cachestat(file, offset, len).or_else(|| mincore(file, offset, len))
+}
+
+fn cachestat(file: &DataFile, offset: u64, len: u64) -> Option<u64> {
+    let range = CachestatRange { offset, len };
+    let mut stat = Cachestat::default();
+    // SAFETY: both structures are as the kernel defines them and live for the call.
+    let result = unsafe { libc::syscall(SYS_CACHESTAT, file.buffered().as_raw_fd(), &range, &mut stat, 0) };
+    (result == 0).then(|| stat.cached.saturating_mul(PAGE).min(len.next_multiple_of(PAGE)))
+}
+
+fn mincore(file: &DataFile, offset: u64, len: u64) -> Option<u64> {
+    let start = offset / PAGE * PAGE;
+    let bytes = usize::try_from(offset.checked_add(len)? - start).ok()?;
+    let mut pages = vec![0u8; bytes.div_ceil(PAGE as usize)];
+    // SAFETY: a new mapping at an address that the system chooses; it is never read.
+    let ptr =
+        unsafe { mmap(std::ptr::null_mut(), bytes, ProtFlags::READ, MapFlags::SHARED, file.buffered().as_fd(), start) }
+            .ok()?;
+    // SAFETY: the range is the mapping just made; `pages` has a byte a page.
+    let result = unsafe { libc::mincore(ptr, bytes, pages.as_mut_ptr()) };
+    // SAFETY: mapped above, unmapped once.
+    let _ = unsafe { munmap(ptr, bytes) };
+    (result == 0).then(|| pages.iter().filter(|&&page| page & 1 == 1).count() as u64 * PAGE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_ways_see_a_file_that_was_just_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, vec![1u8; 100_000]).unwrap();
+        let file = DataFile::open(&path, "f", true).unwrap();
+        assert_eq!(mincore(&file, 0, 100_000), Some(25 * 4096));
+        assert_eq!(mincore(&file, 8192, 4096), Some(4096));
+        // Older kernels and sandboxes lack cachestat.
+        assert!(matches!(cachestat(&file, 0, 100_000), None | Some(102_400)));
+        assert_eq!(cached_len(&file, 0, 100_000), Some(102_400));
+    }
+}

@@ -1,0 +1,184 @@
+//! Reading by io_uring: many reads in flight from one thread.
+
+use std::os::fd::AsRawFd;
+
+use io_uring::squeue::{self, Flags};
+use io_uring::{IoUring, opcode, types};
+use rustix::io::Errno;
+
+use super::transfer::Transfer;
+use super::{Faults, Filled, Queue, ReadEngine, Room, Sink, inject};
+use crate::checkpoint::DataFile;
+use crate::error::{Error, Result};
+use crate::plan::Piece;
+
+/// The engine for disks: a lane keeps `depth` reads in flight.
+pub(crate) struct Uring {
+    /// Whether to pass the page cache.
+    pub(crate) direct: bool,
+    /// Reads in flight a lane.
+    pub(crate) depth: usize,
+    pub(crate) faults: Option<Faults>,
+}
+
+/// One read in flight. Its buffer is the kernel's until the answer is there.
+struct Flight<'a> {
+    piece: &'a Piece,
+    room: Room,
+    transfer: Transfer,
+}
+
+/// Reads in flight, and the ring they are in. Dropping it waits for them: the kernel writes to their buffers.
+struct InFlight<'a> {
+    ring: IoUring,
+    slots: Vec<Option<Flight<'a>>>,
+    free: Vec<usize>,
+}
+
+/// A ring, or why the system has none for us.
+pub(crate) fn open_ring(depth: usize) -> std::io::Result<IoUring> {
+    let entries = u32::try_from(depth.clamp(1, 1024)).unwrap_or(1024).next_power_of_two();
+    // One thread submits and reaps; the kernel then need not interrupt it. Older kernels refuse the flags.
+    IoUring::builder()
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .build(entries)
+        .or_else(|_| IoUring::builder().build(entries))
+}
+
+impl Uring {
+    /// Whether a ring can be had here.
+    pub(crate) fn probe() -> Result<()> {
+        match open_ring(1) {
+            Ok(_) => Ok(()),
+            Err(e) => Err(Error::Engine { engine: "uring", reason: format!("io_uring is refused: {e}") }),
+        }
+    }
+}
+
+impl ReadEngine for Uring {
+    fn run(&self, files: &[DataFile], queue: &Queue<'_>, sink: &mut dyn Sink) -> Result<()> {
+        let ring = open_ring(self.depth)
+            .map_err(|e| Error::Engine { engine: "uring", reason: format!("io_uring is refused: {e}") })?;
+        let mut flights =
+            InFlight { ring, slots: (0..self.depth).map(|_| None).collect(), free: (0..self.depth).rev().collect() };
+        let mut queue_empty = false;
+        loop {
+            while !queue_empty && !flights.free.is_empty() && (flights.is_empty() || sink.has_room()) {
+                let Some(piece) = queue.next() else {
+                    queue_empty = true;
+                    break;
+                };
+                let mut room = sink.room(piece)?;
+                let file = &files[piece.file];
+                let direct = self.direct && is_direct(file, sink);
+                let buffer = room.buffer.as_mut_slice();
+                let transfer = Transfer::new(room.offset, room.len, direct, buffer.as_ptr().addr(), buffer.len());
+                flights.start(file, Flight { piece, room, transfer })?;
+            }
+            if flights.is_empty() {
+                return Ok(());
+            }
+            flights.wait().map_err(|e| Error::io("wait for io_uring", files[0].path())(e))?;
+            while let Some((slot, answer)) = flights.reap() {
+                let Some(mut flight) = flights.take(slot) else { continue };
+                let file = &files[flight.piece.file];
+                let offset = flight.transfer.request().offset;
+                let answer = inject(self.faults.as_ref(), file, offset, answer);
+                if flight.transfer.answer(file, answer)? {
+                    sink.filled(flight.piece, Filled::Buffer(flight.room.buffer))?;
+                } else {
+                    flights.start(file, flight)?;
+                }
+            }
+            sink.check()?;
+        }
+    }
+}
+
+/// Whether a file can be read directly; a refusal is noted.
+fn is_direct(file: &DataFile, sink: &dyn Sink) -> bool {
+    match file.direct() {
+        Ok(_) => true,
+        Err(errno) => {
+            sink.note(format!("{} cannot be read directly ({errno}); read by the page cache", file.name()));
+            false
+        }
+    }
+}
+
+impl<'a> InFlight<'a> {
+    fn is_empty(&self) -> bool {
+        self.free.len() == self.slots.len()
+    }
+
+    /// Submits the next request of a flight.
+    fn start(&mut self, file: &DataFile, mut flight: Flight<'a>) -> Result<()> {
+        let request = flight.transfer.request();
+        let fd = match file.direct() {
+            Ok(direct) if request.direct => direct.as_raw_fd(),
+            _ => file.buffered().as_raw_fd(),
+        };
+        let room = &mut flight.room.buffer.as_mut_slice()[request.at..request.at + request.len];
+        let len = u32::try_from(room.len()).map_err(|_| Error::Invalid("a piece is longer than 4 GiB".into()))?;
+        // A ring has at least as many entries as there are slots, and every slot's answer is reaped before its next.
+        let slot = self.free.pop().ok_or_else(|| Error::Invalid("more reads than slots".into()))?;
+        let entry: squeue::Entry = opcode::Read::new(types::Fd(fd), room.as_mut_ptr(), len)
+            .offset(request.offset)
+            .build()
+            .flags(Flags::empty())
+            .user_data(slot as u64);
+        // The flight lies in its slot from now on, so that a drop of `self` waits for the kernel.
+        self.slots[slot] = Some(flight);
+        // SAFETY: descriptor and buffer stay alive until the answer: the flight is in its slot, whose buffer does not
+        // move, and the files outlive the run.
+        if unsafe { self.ring.submission().push(&entry) }.is_err() {
+            self.take(slot);
+            return Err(Error::Invalid("the io_uring is full".into()));
+        }
+        Ok(())
+    }
+
+    /// Submits what was started and waits for one answer.
+    fn wait(&self) -> std::io::Result<()> {
+        loop {
+            match self.ring.submit_and_wait(1) {
+                Ok(_) => return Ok(()),
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
+                // The kernel is short of memory for requests: answers make room.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => std::thread::yield_now(),
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    /// An answer that is there: the slot and the result.
+    fn reap(&mut self) -> Option<(usize, Result<usize, Errno>)> {
+        let entry = self.ring.completion().next()?;
+        let result = entry.result();
+        let answer = usize::try_from(result).map_err(|_| Errno::from_raw_os_error(-result));
+        Some((usize::try_from(entry.user_data()).unwrap_or(usize::MAX), answer))
+    }
+
+    /// Takes a flight that the kernel has answered.
+    fn take(&mut self, slot: usize) -> Option<Flight<'a>> {
+        let flight = self.slots.get_mut(slot)?.take()?;
+        self.free.push(slot);
+        Some(flight)
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        while !self.is_empty() {
+            if self.wait().is_err() {
+                // The kernel may still write to these buffers: better lost than given away.
+                std::mem::forget(std::mem::take(&mut self.slots));
+                return;
+            }
+            while let Some((slot, _)) = self.reap() {
+                self.take(slot);
+            }
+        }
+    }
+}
