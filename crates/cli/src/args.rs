@@ -2,9 +2,12 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueHint};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
-use sllm_core::{Checkpoint, Error, OpenOptions};
+use sllm_core::{Checkpoint, EngineChoice, Error, OpenOptions};
+
+use crate::size;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -21,7 +24,7 @@ Exit codes:
    10  too little device memory
   130  cancelled";
 
-/// Converts, exports, inspects and verifies checkpoints of large models.
+/// Converts, exports, inspects, verifies and loads checkpoints of large models.
 #[derive(Debug, Parser)]
 #[command(name = "sllm-store", bin_name = "sllm-store", version, after_help = EXIT_CODES, arg_required_else_help = true)]
 pub(crate) struct Cli {
@@ -39,6 +42,8 @@ pub(crate) enum Command {
     Inspect(InspectArgs),
     /// Compares every chunk of a store with its checksum
     Verify(VerifyArgs),
+    /// Loads a checkpoint to a device and measures it
+    Load(LoadArgs),
     /// Prints a completion script for a shell
     Completions(CompletionsArgs),
 }
@@ -102,6 +107,62 @@ pub(crate) struct VerifyArgs {
     pub(crate) revision: Revision,
     #[command(flatten)]
     pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LoadArgs {
+    /// Checkpoint: a directory, a safetensors file, or a repository in the Hugging Face cache (org/name)
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub(crate) path: PathBuf,
+    /// Where to: host, cuda, cuda:N, or auto (the first CUDA device if there is one, else the host)
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: String,
+    /// What reads; auto goes by what is cached
+    #[arg(long, default_value = "auto", value_parser = engines())]
+    pub(crate) engine: EngineChoice,
+    /// Whether reads pass the page cache; auto: those of uncached bytes
+    #[arg(long, value_name = "WHEN", default_value = "auto")]
+    pub(crate) direct: Direct,
+    /// Compare every chunk with its checksum (of a store)
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// Load N times, and tell the median
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub(crate) repeat: u16,
+    /// Reader threads [default: as the engine needs]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+    /// Staging memory at most, such as 32MB or 4GiB [default: 256MiB]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub(crate) pinned: Option<u64>,
+    #[command(flatten)]
+    pub(crate) tensors: Tensors,
+    #[command(flatten)]
+    pub(crate) revision: Revision,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+fn engines() -> impl TypedValueParser<Value = EngineChoice> {
+    PossibleValuesParser::new(["auto", "uring", "pread", "mapped"]).try_map(|name| name.parse::<EngineChoice>())
+}
+
+/// Whether reads pass the page cache.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Direct {
+    Auto,
+    On,
+    Off,
+}
+
+impl Direct {
+    pub(crate) fn resolve(self) -> Option<bool> {
+        match self {
+            Direct::Auto => None,
+            Direct::On => Some(true),
+            Direct::Off => Some(false),
+        }
+    }
 }
 
 #[derive(Debug, Args)]

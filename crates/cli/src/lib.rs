@@ -1,7 +1,7 @@
-//! The `sllm-store` command: convert, export, inspect and verify checkpoints.
+//! The `sllm-store` command: convert, export, inspect, verify and load checkpoints.
 //!
 //! [`run`] is the whole command, from arguments to exit code. What was typed is parsed in `args`; a module a
-//! subcommand resolves it (opens the checkpoint), runs it and gives an `Answer`; `output` writes
+//! subcommand resolves it (opens the checkpoint, names the device), runs it and gives an `Answer`; `output` writes
 //! answers and errors, as text or as JSON.
 //!
 //! Only answers go to standard output; progress and errors go to standard error. The exit code says what went wrong;
@@ -14,6 +14,7 @@ mod convert;
 mod export;
 mod inspect;
 mod interrupt;
+mod load;
 mod output;
 mod progress;
 mod size;
@@ -43,6 +44,7 @@ fn dispatch(command: &Command) -> u8 {
         Command::Export(args) => with_session(&args.output, |session| export::run(args, session)),
         Command::Inspect(args) => with_session(&args.output, |session| inspect::run(args, session)),
         Command::Verify(args) => with_session(&args.output, |session| verify::run(args, session)),
+        Command::Load(args) => with_session(&args.output, |session| load::run(args, session)),
         Command::Completions(args) => output::finish(Ok(completions::run(args)), false),
     }
 }

@@ -19,6 +19,7 @@ fn a_missing_path_is_3() {
         ("export", run("export", &[&missing, &target], &[])),
         ("inspect", run("inspect", &[&missing], &[])),
         ("verify", run("verify", &[&missing], &[])),
+        ("load", run("load", &[&missing], &[])),
     ] {
         assert_eq!((ran.code, ran.stdout.as_str()), (3, ""), "{word}");
         assert!(ran.stderr.starts_with("error: ") && ran.stderr.contains("missing"), "{word}: {}", ran.stderr);
@@ -85,6 +86,9 @@ fn a_flipped_bit_is_1_and_names_chunk_offset_and_tensors() {
             }
         }
     }
+    let ran = run("load", &[&store], &["--device", "host", "--verify", "--quiet"]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (1, ""));
+    assert!(ran.stderr.contains("tensor.data_0: chunk 0") && ran.stderr.contains("norm.weight"), "{}", ran.stderr);
     let ran = run("verify", &[&store], &["--json"]);
     assert_eq!(ran.code, 1);
     let json = ran.json();
@@ -110,6 +114,14 @@ fn a_wrong_argument_is_2() {
         ("inspect", &["second"][..]),
         ("verify", &["--threads", "0"][..]),
         ("verify", &["--threads", "many"][..]),
+        ("load", &["--engine", "fast"][..]),
+        ("load", &["--direct", "maybe"][..]),
+        ("load", &["--engine", "mapped", "--direct", "on"][..]),
+        ("load", &["--pinned", "32M"][..]),
+        ("load", &["--pinned", "99999999TiB"][..]),
+        ("load", &["--pinned", "1"][..]),
+        ("load", &["--repeat", "0"][..]),
+        ("load", &["--device", "tpu"][..]),
         ("no-such-command", &[][..]),
         ("completions", &[][..]),
     ] {
@@ -120,6 +132,14 @@ fn a_wrong_argument_is_2() {
     assert_eq!(sllm([""; 0]).output().unwrap().status.code(), Some(2));
     let ran = run("inspect", &[&fixture.model], &["--json", "--no-such-option"]);
     assert_eq!(ran.json()["error"]["kind"], "invalid");
+}
+
+#[test]
+fn a_device_that_is_not_there_is_9() {
+    let fixture = model();
+    let ran = run("load", &[&fixture.model], &["--device", "cuda:63", "--json"]);
+    assert_eq!(ran.code, 9);
+    assert_eq!(ran.json()["error"]["kind"], "device");
 }
 
 #[test]

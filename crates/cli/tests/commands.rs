@@ -121,14 +121,62 @@ fn verify_of_a_good_store_is_well() {
 }
 
 #[test]
+fn load_tells_how_it_went() {
+    let fixture = model();
+    let store = fixture.store();
+    for engine in ["auto", "pread", "mapped"] {
+        let ran = run("load", &[&store], &["--device", "host", "--engine", engine]);
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        assert!(ran.stdout.contains("3 tensors") && !ran.stdout.contains("median"), "{}", ran.stdout);
+        assert!(ran.stderr.contains("load: 100% ("), "{}", ran.stderr);
+    }
+}
+
+#[test]
+fn load_repeats_and_tells_the_median() {
+    let fixture = model();
+    let store = fixture.store();
+    let options = ["--device", "host", "--verify", "--repeat", "3", "--threads", "2", "--pinned", "8MiB"];
+    let ran = run("load", &[&store], &options);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert!(ran.stdout.contains("\nmedian of 3 runs: "), "{}", ran.stdout);
+
+    let json = run("load", &[&store], &[&options[..], &["--json"]].concat()).json();
+    let runs = json["runs"].as_array().unwrap();
+    assert_eq!(runs.len(), 3);
+    let mut seconds: Vec<f64> = runs.iter().map(|run| run["seconds"].as_f64().unwrap()).collect();
+    seconds.sort_unstable_by(f64::total_cmp);
+    assert_eq!(json["median"]["seconds"].as_f64().unwrap().to_bits(), seconds[1].to_bits());
+    for run in runs {
+        assert_eq!((&run["verified"], &run["tensors"]), (&json!(true), &json!(3)));
+        assert_eq!(run["devices"], json!(["host"]));
+        assert!(run["gb_per_s"].as_f64().unwrap() > 0.0);
+    }
+}
+
+#[test]
+fn load_takes_a_part_and_any_layout() {
+    let fixture = model();
+    for direct in ["auto", "off"] {
+        let options =
+            ["--device", "cpu", "--tensors", "norm.bias", "--tensors", "norm.w*", "--direct", direct, "--json"];
+        let ran = run("load", &[&fixture.model], &options);
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        let run = &ran.json()["runs"][0];
+        assert_eq!((&run["tensors"], &run["layout"]), (&json!(2), &json!("safetensors")));
+    }
+}
+
+#[test]
 fn quiet_is_quiet() {
     let fixture = model();
     let (store, back) = (fixture.path("store"), fixture.path("back"));
-    let commands: [(&str, Vec<&Path>); 4] = [
+    let commands: [(&str, Vec<&Path>); 5] = [
         ("convert", vec![&fixture.model, &store]),
         ("export", vec![&store, &back]),
         ("inspect", vec![&store]),
         ("verify", vec![&store]),
+        ("load", vec![&store]),
     ];
     for (word, paths) in commands {
         let ran = run(word, &paths, &["--quiet"]);
