@@ -1,1 +1,57 @@
-//! x
+//! The `sllm-store` command: convert, export, inspect, verify and load checkpoints.
+//!
+//! [`run`] is the whole command, from arguments to exit code. What was typed is parsed in `args`; a module a
+//! subcommand resolves it (opens the checkpoint, names the device), runs it and gives an `Answer`; `output` writes
+//! answers and errors, as text or as JSON.
+//!
+//! Only answers go to standard output; progress and errors go to standard error. The exit code says what went wrong;
+//! `sllm-store --help` and `docs/cli.md` list the codes.
+#![forbid(unsafe_code)]
+
+mod args;
+mod completions;
+mod convert;
+mod export;
+mod inspect;
+mod interrupt;
+mod load;
+mod output;
+mod progress;
+mod size;
+mod verify;
+
+use std::ffi::OsString;
+
+use clap::Parser;
+
+use args::{Cli, Command};
+use output::{Answer, Session};
+
+/// Runs the command with these arguments, the first of which is the program's name, and gives its exit code.
+///
+/// While it runs, Ctrl-C stops it in good order, and a second one ends the process.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
+    let args: Vec<OsString> = args.into_iter().collect();
+    match Cli::try_parse_from(&args) {
+        Ok(cli) => dispatch(&cli.command),
+        Err(error) => output::tell_usage(&error, args.iter().any(|arg| arg == "--json")),
+    }
+}
+
+fn dispatch(command: &Command) -> u8 {
+    match command {
+        Command::Convert(args) => with_session(&args.output, |session| convert::run(args, session)),
+        Command::Export(args) => with_session(&args.output, |session| export::run(args, session)),
+        Command::Inspect(args) => with_session(&args.output, |session| inspect::run(args, session)),
+        Command::Verify(args) => with_session(&args.output, |session| verify::run(args, session)),
+        Command::Load(args) => with_session(&args.output, |session| load::run(args, session)),
+        Command::Completions(args) => output::finish(Ok(completions::run(args)), false),
+    }
+}
+
+fn with_session(typed: &args::Output, work: impl FnOnce(&Session) -> sllm_core::Result<Answer>) -> u8 {
+    let session = Session::new(typed, interrupt::watch());
+    let result = work(&session);
+    interrupt::unwatch();
+    output::finish(result, typed.json)
+}

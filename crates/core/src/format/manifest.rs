@@ -159,7 +159,7 @@ impl Manifest {
         if self.format != FORMAT || self.version != VERSION {
             return Err(wrong_version(path, &self.format, self.version));
         }
-        if self.chunk_len == 0 || self.chunk_len % PAGE != 0 || self.chunk_len > 1 << 30 {
+        if self.chunk_len == 0 || !self.chunk_len.is_multiple_of(PAGE) || self.chunk_len > 1 << 30 {
             let reason = format!("chunk_len {} is not a multiple of 4096 from 4096 to 1 GiB", self.chunk_len);
             return Err(FormatError::new(path, reason));
         }

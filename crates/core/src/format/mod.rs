@@ -13,6 +13,8 @@ use serde::de::{Deserializer, MapAccess, Visitor};
 
 /// Alignment of reads, of a store's files, and of its large tensors, in bytes.
 pub const PAGE: u64 = 4096;
+/// The same, for memory.
+pub(crate) const PAGE_BYTES: usize = 4096;
 
 /// A JSON object as its entries in order, so that a repeated key is seen and not lost.
 #[derive(Debug)]

@@ -132,7 +132,7 @@ pub(crate) fn parse(path: &Path, json: &[u8], file_len: u64) -> Result<Header, F
         tensors.push(HeaderTensor { name, dtype, shape: raw.shape, offset, len });
     }
 
-    tensors.sort_by(|a, b| (a.offset, a.len).cmp(&(b.offset, b.len)));
+    tensors.sort_by_key(|tensor| (tensor.offset, tensor.len));
     let mut end = data_start;
     for tensor in &tensors {
         if tensor.offset != end {

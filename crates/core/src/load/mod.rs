@@ -248,10 +248,10 @@ impl Loader {
     fn check_room(&self, placement: &Placement) -> Result<()> {
         for spec in &placement.blocks {
             let device = self.device(spec.device)?;
-            if let Some((free, _)) = device.memory()? {
-                if spec.len > free {
-                    return Err(DeviceError::OutOfMemory { device: device.id(), need: spec.len, free }.into());
-                }
+            if let Some((free, _)) = device.memory()?
+                && spec.len > free
+            {
+                return Err(DeviceError::OutOfMemory { device: device.id(), need: spec.len, free }.into());
             }
         }
         Ok(())

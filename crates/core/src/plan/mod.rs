@@ -158,7 +158,7 @@ pub struct LoadPlan {
 impl LoadPlan {
     /// Cuts segments into pieces. `files` and `blocks` are lengths in bytes; every segment must lie inside both.
     pub fn build(files: &[u64], blocks: &[u64], segments: &[Segment], options: &PlanOptions) -> Result<LoadPlan> {
-        if options.piece_len == 0 || options.piece_len % PAGE != 0 {
+        if options.piece_len == 0 || !options.piece_len.is_multiple_of(PAGE) {
             return Err(Error::Invalid(format!("a piece of {} bytes is not a multiple of {PAGE}", options.piece_len)));
         }
         let segments = normalise(files, blocks, segments, options)?;

@@ -79,7 +79,7 @@ pub struct Placed {
     pub tensor: usize,
     /// Place in [`Placement::blocks`].
     pub block: usize,
-    /// First byte in the block, a multiple of 256.
+    /// First byte in the block, a multiple of 256; 0 for a tensor of no bytes.
     pub offset: u64,
 }
 
@@ -135,6 +135,10 @@ impl Placement {
                 }
             };
             let cursor = &mut cursors[at].1;
+            if tensor.len == 0 {
+                placement.tensors.push(Placed { tensor: i, block: cursor.block, offset: 0 });
+                continue;
+            }
             let last = placement.segments.get_mut(cursor.segment);
             let near = last.filter(|last| last.file == tensor.file).and_then(|last| {
                 let gap = tensor.offset.checked_sub(last.offset + last.row_len).filter(|&gap| gap < PAGE)?;
@@ -149,23 +153,13 @@ impl Placement {
                 }
                 None => {
                     let offset = cursor.end.checked_next_multiple_of(ALIGN).ok_or_else(too_large)?;
-                    if tensor.len > 0 {
-                        cursor.segment = placement.segments.len();
-                        let Cursor { block, .. } = *cursor;
-                        placement.segments.push(Segment::contiguous(
-                            tensor.file,
-                            tensor.offset,
-                            tensor.len,
-                            block,
-                            offset,
-                        ));
-                    }
+                    cursor.segment = placement.segments.len();
+                    let segment = Segment::contiguous(tensor.file, tensor.offset, tensor.len, cursor.block, offset);
+                    placement.segments.push(segment);
                     offset
                 }
             };
-            if tensor.len > 0 {
-                cursor.end = offset.checked_add(tensor.len).ok_or_else(too_large)?;
-            }
+            cursor.end = offset.checked_add(tensor.len).ok_or_else(too_large)?;
             let placed = Placed { tensor: i, block: cursor.block, offset };
             placement.tensors.push(placed);
             tied.push((device, placed));

@@ -1,3 +1,5 @@
+#![allow(clippy::cast_possible_truncation, reason = "made sizes are small")]
+
 use proptest::prelude::*;
 
 use super::*;

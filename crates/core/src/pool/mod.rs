@@ -16,7 +16,7 @@ pub(crate) use memory::HostMemory;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::format::PAGE;
+use crate::format::PAGE_BYTES;
 
 /// The most that is pinned in one go, in bytes; some drivers refuse registrations of 2 GiB.
 const MAX_STEP: usize = 1 << 30;
@@ -56,7 +56,7 @@ impl BufferPool {
     /// Nothing is touched or pinned yet. With a device that needs it, memory is pinned; where the driver or a limit
     /// refuses, the buffers are plain memory and [`BufferPool::refusal`] says why.
     pub fn new(buffer_len: usize, buffers: usize, step_len: usize, device: Option<&Device>) -> Result<BufferPool> {
-        let page = PAGE as usize;
+        let page = PAGE_BYTES;
         if buffer_len == 0 || !buffer_len.is_multiple_of(page) || buffer_len > MAX_STEP {
             return Err(Error::Invalid(format!(
                 "a buffer of {buffer_len} bytes is not a multiple of 4096 up to 1 GiB"

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::checkpoint::DataFile;
-use crate::format::PAGE;
+use crate::format::{PAGE, PAGE_BYTES};
 
 /// The system call's number, the same on all architectures; libc does not name it everywhere.
 const SYS_CACHESTAT: libc::c_long = 451;
@@ -45,7 +45,7 @@ fn cachestat(file: &DataFile, offset: u64, len: u64) -> Option<u64> {
 fn mincore(file: &DataFile, offset: u64, len: u64) -> Option<u64> {
     let start = offset / PAGE * PAGE;
     let bytes = usize::try_from(offset.checked_add(len)? - start).ok()?;
-    let mut pages = vec![0u8; bytes.div_ceil(PAGE as usize)];
+    let mut pages = vec![0u8; bytes.div_ceil(PAGE_BYTES)];
     // SAFETY: a new mapping at an address that the system chooses; it is never read.
     let ptr =
         unsafe { mmap(std::ptr::null_mut(), bytes, ProtFlags::READ, MapFlags::SHARED, file.buffered().as_fd(), start) }

@@ -7,7 +7,7 @@ use rustix::io::Errno;
 
 use crate::checkpoint::DataFile;
 use crate::error::{Error, Result};
-use crate::format::PAGE;
+use crate::format::{PAGE, PAGE_BYTES};
 
 /// Answers of EAGAIN in a row that are taken before the read is given up.
 const MAX_AGAIN: u32 = 10_000;
@@ -38,7 +38,7 @@ pub(crate) struct Request {
 impl Transfer {
     /// A transfer into a buffer of `capacity` bytes at `addr`. It is direct if that is wanted and the place allows it.
     pub(crate) fn new(offset: u64, len: usize, direct: bool, addr: usize, capacity: usize) -> Transfer {
-        let page = PAGE as usize;
+        let page = PAGE_BYTES;
         let aligned = offset.is_multiple_of(PAGE) && addr.is_multiple_of(page);
         let room = len.checked_next_multiple_of(page).is_some_and(|whole| whole <= capacity);
         Transfer { offset, len, done: 0, direct: direct && aligned && room, again: 0 }
@@ -46,7 +46,7 @@ impl Transfer {
 
     /// What to ask for next.
     pub(crate) fn request(&self) -> Request {
-        let page = PAGE as usize;
+        let page = PAGE_BYTES;
         let at = if self.direct { self.done / page * page } else { self.done };
         let end = if self.direct { self.len.next_multiple_of(page) } else { self.len };
         Request { offset: self.offset + at as u64, at, len: end - at, direct: self.direct }

@@ -1,0 +1,40 @@
+//! `sllm-store convert`.
+
+use sllm_core::{ConvertOptions, ConvertReport, Result};
+
+use crate::args::ConvertArgs;
+use crate::output::{Answer, Session};
+use crate::size::{count, human};
+
+pub(crate) fn run(args: &ConvertArgs, session: &Session) -> Result<Answer> {
+    let source = args.revision.open(&args.source)?;
+    let progress = session.progress("convert");
+    let mut options = ConvertOptions::new().overwrite(args.overwrite).control(progress.control());
+    if let Some(threads) = args.threads.get() {
+        options = options.threads(threads);
+    }
+    let report = sllm_core::convert(&source, &args.target, &options)?;
+    drop(progress);
+    session.answer(&report, || text(&report))
+}
+
+fn text(report: &ConvertReport) -> String {
+    let mut text = format!(
+        "{}: {}, {} in {}, {}, in {:.2} s ({:.2} GB/s)\nidentity {}\n",
+        report.path.display(),
+        count(report.tensors, "tensor"),
+        human(report.bytes),
+        count(report.files, "file"),
+        count(report.other_files, "other file"),
+        report.seconds,
+        report.gb_per_s,
+        report.identity,
+    );
+    if report.resumed_bytes > 0 {
+        text += &format!("resumed: {} were there from an interrupted run\n", human(report.resumed_bytes));
+    }
+    for path in &report.skipped {
+        text += &format!("not copied: {}\n", path.display());
+    }
+    text
+}

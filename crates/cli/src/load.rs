@@ -1,0 +1,105 @@
+//! `sllm-store load`.
+
+use serde::Serialize;
+use sllm_core::{Device, EngineChoice, Error, LoadReport, Loader, LoaderBuilder, Result};
+
+use crate::args::LoadArgs;
+use crate::output::{Answer, Session};
+
+/// One load's report, with the rate that people compare.
+#[derive(Serialize)]
+struct Run {
+    #[serde(flatten)]
+    report: LoadReport,
+    gb_per_s: f64,
+}
+
+/// All loads.
+#[derive(Serialize)]
+struct Measured {
+    runs: Vec<Run>,
+    median: Median,
+}
+
+/// The middle run, by each figure.
+#[derive(Serialize)]
+struct Median {
+    seconds: f64,
+    gb_per_s: f64,
+}
+
+pub(crate) fn run(args: &LoadArgs, session: &Session) -> Result<Answer> {
+    let checkpoint = args.revision.open(&args.path)?;
+    let filter = args.tensors.resolve()?;
+    let builder = builder(args)?;
+    let mut runs = Vec::new();
+    for _ in 0..args.repeat {
+        let progress = session.progress("load");
+        let loader = builder.clone().control(progress.control()).build()?;
+        // What was loaded goes before the next run, which finds the same free memory.
+        let report = loader.load_filtered(&checkpoint, &filter)?.report().clone();
+        runs.push(Run { gb_per_s: report.gb_per_s(), report });
+    }
+    let median = Median {
+        seconds: median(runs.iter().map(|run| run.report.seconds)),
+        gb_per_s: median(runs.iter().map(|run| run.gb_per_s)),
+    };
+    let measured = Measured { runs, median };
+    session.answer(&measured, || measured.text())
+}
+
+/// The loader that was asked for, but for its progress.
+fn builder(args: &LoadArgs) -> Result<LoaderBuilder> {
+    if args.engine == EngineChoice::Mapped && args.direct.resolve() == Some(true) {
+        let reason = "--engine mapped copies the page cache's own pages: it does not go with --direct on";
+        return Err(Error::Invalid(reason.into()));
+    }
+    let mut builder = Loader::builder()
+        .device(Device::parse(&args.device)?)
+        .engine(args.engine)
+        .direct(args.direct.resolve())
+        .verify(args.verify);
+    if let Some(threads) = args.threads {
+        builder = builder.threads(usize::from(threads));
+    }
+    if let Some(len) = args.pinned {
+        builder = builder.pinned_bytes(len);
+    }
+    Ok(builder)
+}
+
+impl Measured {
+    fn text(&self) -> String {
+        let mut text: String = self.runs.iter().map(|run| run.report.to_string()).collect();
+        if self.runs.len() > 1 {
+            let Median { seconds, gb_per_s } = self.median;
+            text += &format!("median of {} runs: {seconds:.3} s, {gb_per_s:.2} GB/s\n", self.runs.len());
+        }
+        text
+    }
+}
+
+/// The middle value, or the mean of the two middle ones; 0 of none.
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_unstable_by(f64::total_cmp);
+    match values.as_slice() {
+        [] => 0.0,
+        sorted if sorted.len() % 2 == 1 => sorted[sorted.len() / 2],
+        sorted => f64::midpoint(sorted[sorted.len() / 2 - 1], sorted[sorted.len() / 2]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_in_the_middle() {
+        let of = |values: &[f64]| median(values.iter().copied());
+        assert_eq!(of(&[]).to_bits(), 0.0_f64.to_bits());
+        assert_eq!(of(&[7.0]).to_bits(), 7.0_f64.to_bits());
+        assert_eq!(of(&[9.0, 1.0, 2.0]).to_bits(), 2.0_f64.to_bits());
+        assert_eq!(of(&[4.0, 1.0, 2.0, 90.0]).to_bits(), 3.0_f64.to_bits());
+    }
+}

@@ -1,0 +1,243 @@
+//! Answers on standard output, errors on standard error, and the exit codes.
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+use sllm_core::{Cancel, Error, ErrorKind, Result};
+
+use crate::args;
+use crate::progress::Shown;
+
+/// Exit code of what was stopped by Ctrl-C, as shells have it.
+pub(crate) const CANCELLED: u8 = 130;
+
+/// How one run of the command talks.
+pub(crate) struct Session {
+    json: bool,
+    quiet: bool,
+    cancel: Cancel,
+}
+
+impl Session {
+    pub(crate) fn new(typed: &args::Output, cancel: Cancel) -> Session {
+        Session { json: typed.json, quiet: typed.quiet, cancel }
+    }
+
+    /// Progress of work with this name, and the flag that stops it.
+    pub(crate) fn progress(&self, what: &'static str) -> Shown {
+        Shown::new(what, self.quiet, self.cancel.clone())
+    }
+
+    /// An answer, in the form that was asked for.
+    pub(crate) fn answer(&self, json: &impl Serialize, text: impl FnOnce() -> String) -> Result<Answer> {
+        let body = match (self.json, self.quiet) {
+            (true, _) => {
+                let json = serde_json::to_string(json);
+                json.map_err(|e| Error::Invalid(format!("the answer cannot be written as JSON: {e}")))? + "\n"
+            }
+            (false, true) => String::new(),
+            (false, false) => text(),
+        };
+        Ok(Answer { body, fault: None })
+    }
+}
+
+/// What goes to standard output.
+pub(crate) struct Answer {
+    pub(crate) body: String,
+    /// What the answer says is wrong, though the work itself was done.
+    pub(crate) fault: Option<Fault>,
+}
+
+/// An error, ready to be told.
+#[derive(Debug, Clone)]
+pub(crate) struct Fault {
+    kind: ErrorKind,
+    message: String,
+    causes: Vec<String>,
+}
+
+impl Fault {
+    pub(crate) fn new(kind: ErrorKind, message: String) -> Fault {
+        Fault { kind, message, causes: Vec::new() }
+    }
+
+    /// The fault as an `error` object of JSON.
+    pub(crate) fn object(&self) -> ErrorObject {
+        let mut message = self.message.clone();
+        for cause in &self.causes {
+            message.push_str(": ");
+            message.push_str(cause);
+        }
+        ErrorObject { kind: name(self.kind), message }
+    }
+
+    fn tell(&self) {
+        let mut text = format!("error: {}\n", self.message);
+        for cause in &self.causes {
+            text.push_str("  caused by: ");
+            text.push_str(cause);
+            text.push('\n');
+        }
+        // Nobody is left to be told that standard error is closed.
+        let _ = io::stderr().write_all(text.as_bytes());
+    }
+}
+
+impl From<&Error> for Fault {
+    fn from(error: &Error) -> Fault {
+        let source = std::error::Error::source(error);
+        let causes = std::iter::successors(source, |cause| cause.source()).map(ToString::to_string).collect();
+        Fault { kind: error.kind(), message: error.to_string(), causes }
+    }
+}
+
+#[derive(Serialize)]
+pub(crate) struct ErrorObject {
+    kind: &'static str,
+    message: String,
+}
+
+#[derive(Serialize)]
+struct OnlyError {
+    error: ErrorObject,
+}
+
+/// Writes what the command found, and gives the exit code.
+pub(crate) fn finish(result: Result<Answer>, json: bool) -> u8 {
+    let (body, fault) = match result {
+        Ok(Answer { body, fault }) => (body, fault),
+        Err(error) => {
+            let fault = Fault::from(&error);
+            (if json { error_line(&fault) } else { String::new() }, Some(fault))
+        }
+    };
+    let written = write(&body);
+    if let Some(fault) = &fault {
+        fault.tell();
+    }
+    match (fault, written) {
+        (Some(fault), _) => exit_code(fault.kind),
+        (None, Ok(())) => 0,
+        (None, Err(error)) => {
+            let kind = if error.kind() == io::ErrorKind::StorageFull { ErrorKind::NoSpace } else { ErrorKind::Io };
+            Fault { causes: vec![error.to_string()], ..Fault::new(kind, "cannot write to standard output".into()) }
+                .tell();
+            exit_code(kind)
+        }
+    }
+}
+
+/// Tells a wrong argument, or the help that was asked for, and gives the exit code.
+pub(crate) fn tell_usage(error: &clap::Error, json: bool) -> u8 {
+    let _ = error.print();
+    if json && error.use_stderr() {
+        // The first line is the message; usage and hints follow.
+        let text = error.render().to_string();
+        let message = text.lines().next().unwrap_or_default();
+        let message = message.strip_prefix("error: ").unwrap_or(message).to_owned();
+        let _ = write(&error_line(&Fault::new(ErrorKind::Invalid, message)));
+    }
+    u8::try_from(error.exit_code()).unwrap_or(2)
+}
+
+fn error_line(fault: &Fault) -> String {
+    // Two strings always have a JSON form.
+    serde_json::to_string(&OnlyError { error: fault.object() }).unwrap_or_default() + "\n"
+}
+
+/// Writes to standard output. A reader that has seen enough (`| head`) is no error.
+fn write(body: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    match out.write_all(body.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        result => result,
+    }
+}
+
+/// Text from a file, for a terminal: control characters are escaped.
+pub(crate) fn printable(text: &str) -> String {
+    text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
+        if c.is_control() {
+            out.extend(c.escape_default())
+        } else {
+            out.push(c)
+        }
+        out
+    })
+}
+
+/// The exit code of an error. `docs/cli.md` and the help list them.
+pub(crate) fn exit_code(kind: ErrorKind) -> u8 {
+    match kind {
+        ErrorKind::Corrupt => 1,
+        ErrorKind::Invalid => 2,
+        ErrorKind::NotFound => 3,
+        ErrorKind::Format => 4,
+        ErrorKind::Permission => 6,
+        ErrorKind::Exists => 7,
+        ErrorKind::NoSpace => 8,
+        ErrorKind::Device => 9,
+        ErrorKind::DeviceMemory => 10,
+        ErrorKind::Cancelled => CANCELLED,
+        // `Io`, and what a later version of the core may add.
+        _ => 5,
+    }
+}
+
+/// The kind's name in JSON.
+fn name(kind: ErrorKind) -> &'static str {
+    match kind {
+        ErrorKind::Corrupt => "corrupt",
+        ErrorKind::Invalid => "invalid",
+        ErrorKind::NotFound => "not_found",
+        ErrorKind::Format => "format",
+        ErrorKind::Permission => "permission",
+        ErrorKind::Exists => "exists",
+        ErrorKind::NoSpace => "no_space",
+        ErrorKind::Device => "device",
+        ErrorKind::DeviceMemory => "device_memory",
+        ErrorKind::Cancelled => "cancelled",
+        _ => "io",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn every_kind_has_its_own_code_and_name() {
+        let kinds = [
+            ErrorKind::Io,
+            ErrorKind::Permission,
+            ErrorKind::Format,
+            ErrorKind::NotFound,
+            ErrorKind::Corrupt,
+            ErrorKind::Exists,
+            ErrorKind::NoSpace,
+            ErrorKind::Device,
+            ErrorKind::DeviceMemory,
+            ErrorKind::Invalid,
+            ErrorKind::Cancelled,
+        ];
+        assert_eq!(kinds.iter().map(|&kind| exit_code(kind)).collect::<HashSet<_>>().len(), kinds.len());
+        assert_eq!(kinds.iter().map(|&kind| name(kind)).collect::<HashSet<_>>().len(), kinds.len());
+        assert!(kinds.iter().all(|&kind| exit_code(kind) != 0));
+    }
+
+    #[test]
+    fn causes_are_told_in_order() {
+        let source = io::Error::other("the disk is on fire");
+        let fault = Fault::from(&Error::Io { what: "open", path: "/m".into(), source });
+        assert_eq!(fault.causes, ["the disk is on fire"]);
+        assert_eq!(fault.object().message, "/m: cannot open: the disk is on fire");
+    }
+
+    #[test]
+    fn control_characters_do_not_reach_a_terminal() {
+        assert_eq!(printable("λ.weight\u{1b}[2J\n"), "λ.weight\\u{1b}[2J\\n");
+    }
+}

@@ -1,0 +1,220 @@
+//! Bad input: what is said, where, with which exit code, and that nothing is left.
+
+mod common;
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, Stdio};
+
+use common::{model, run, sllm};
+
+#[test]
+fn a_missing_path_is_3() {
+    let fixture = model();
+    let (missing, target) = (fixture.path("missing"), fixture.path("target"));
+    for (word, ran) in [
+        ("convert", run("convert", &[&missing, &target], &[])),
+        ("export", run("export", &[&missing, &target], &[])),
+        ("inspect", run("inspect", &[&missing], &[])),
+        ("verify", run("verify", &[&missing], &[])),
+        ("load", run("load", &[&missing], &[])),
+    ] {
+        assert_eq!((ran.code, ran.stdout.as_str()), (3, ""), "{word}");
+        assert!(ran.stderr.starts_with("error: ") && ran.stderr.contains("missing"), "{word}: {}", ran.stderr);
+        assert!(!target.exists());
+    }
+}
+
+#[test]
+fn a_tensor_that_is_not_there_is_3() {
+    let fixture = model();
+    let ran = run("inspect", &[&fixture.model], &["--tensors", "lm_head.*"]);
+    assert_eq!(ran.code, 3);
+    assert!(ran.stderr.contains("lm_head.*"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_truncated_file_is_4_and_leaves_nothing() {
+    let fixture = model();
+    let path = fixture.model.join("model.safetensors");
+    fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(1000).unwrap();
+    let ran = run("convert", &[&fixture.model, &fixture.path("store")], &["--json"]);
+    assert_eq!(ran.code, 4);
+    let error = &ran.json()["error"];
+    assert_eq!(error["kind"], "format");
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("model.safetensors"), "{message}");
+    assert!(ran.stderr.starts_with("error: invalid checkpoint: "), "{}", ran.stderr);
+    let left: Vec<_> = fs::read_dir(fixture.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["model"]);
+}
+
+#[test]
+fn a_target_that_exists_is_7() {
+    let fixture = model();
+    let (store, target) = (fixture.store(), fixture.path("target"));
+    fs::create_dir(&target).unwrap();
+    fs::write(target.join("precious"), "data").unwrap();
+    for ran in [run("convert", &[&fixture.model, &target], &[]), run("export", &[&store, &target], &[])] {
+        assert_eq!(ran.code, 7);
+        assert!(ran.stderr.contains("exists already"), "{}", ran.stderr);
+    }
+    // What is no store is not replaced on request either.
+    assert_eq!(run("convert", &[&fixture.model, &target], &["--overwrite"]).code, 2);
+    assert_eq!(fs::read(target.join("precious")).unwrap(), b"data");
+}
+
+#[test]
+fn a_flipped_bit_is_1_and_names_chunk_offset_and_tensors() {
+    let fixture = model();
+    let store = fixture.store();
+    let file = fs::OpenOptions::new().read(true).write(true).open(store.join("tensor.data_0")).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 5000).unwrap();
+    file.write_all_at(&[byte[0] ^ 4], 5000).unwrap();
+
+    for options in [&[][..], &["--quiet"][..]] {
+        let ran = run("verify", &[&store], options);
+        assert_eq!(ran.code, 1);
+        assert!(ran.stderr.contains("1 of 1 chunk is corrupt"), "{}", ran.stderr);
+        if options.is_empty() {
+            assert!(ran.stdout.contains("tensor.data_0: chunk 0 (offset 0, "), "{}", ran.stdout);
+            for tensor in ["embed.weight", "norm.weight", "norm.bias"] {
+                assert!(ran.stdout.contains(&format!("  tensor {tensor:?}\n")), "{}", ran.stdout);
+            }
+        }
+    }
+    let ran = run("load", &[&store], &["--device", "host", "--verify", "--quiet"]);
+    assert_eq!((ran.code, ran.stdout.as_str()), (1, ""));
+    assert!(ran.stderr.contains("tensor.data_0: chunk 0") && ran.stderr.contains("norm.weight"), "{}", ran.stderr);
+    let ran = run("verify", &[&store], &["--json"]);
+    assert_eq!(ran.code, 1);
+    let json = ran.json();
+    assert_eq!(json["error"]["kind"], "corrupt");
+    let chunk = &json["corrupt"][0];
+    assert_eq!((&chunk["chunk"], &chunk["offset"]), (&0.into(), &0.into()));
+    assert!(chunk["tensors"].as_array().unwrap().contains(&"embed.weight".into()));
+}
+
+#[test]
+fn only_a_store_is_verified() {
+    let fixture = model();
+    let ran = run("verify", &[&fixture.model], &["--json"]);
+    assert_eq!(ran.code, 2);
+    assert_eq!(ran.json()["error"]["kind"], "invalid");
+}
+
+#[test]
+fn a_wrong_argument_is_2() {
+    let fixture = model();
+    for (word, options) in [
+        ("inspect", &["--no-such-option"][..]),
+        ("inspect", &["second"][..]),
+        ("verify", &["--threads", "0"][..]),
+        ("verify", &["--threads", "many"][..]),
+        ("load", &["--engine", "fast"][..]),
+        ("load", &["--direct", "maybe"][..]),
+        ("load", &["--engine", "mapped", "--direct", "on"][..]),
+        ("load", &["--pinned", "32M"][..]),
+        ("load", &["--pinned", "99999999TiB"][..]),
+        ("load", &["--pinned", "1"][..]),
+        ("load", &["--repeat", "0"][..]),
+        ("load", &["--device", "tpu"][..]),
+        ("no-such-command", &[][..]),
+        ("completions", &[][..]),
+    ] {
+        let ran = run(word, &[&fixture.model], options);
+        assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{word} {options:?}");
+        assert!(ran.stderr.starts_with("error: "), "{}", ran.stderr);
+    }
+    assert_eq!(sllm([""; 0]).output().unwrap().status.code(), Some(2));
+    let ran = run("inspect", &[&fixture.model], &["--json", "--no-such-option"]);
+    assert_eq!(ran.json()["error"]["kind"], "invalid");
+}
+
+#[test]
+fn a_device_that_is_not_there_is_9() {
+    let fixture = model();
+    let ran = run("load", &[&fixture.model], &["--device", "cuda:63", "--json"]);
+    assert_eq!(ran.code, 9);
+    assert_eq!(ran.json()["error"]["kind"], "device");
+}
+
+#[test]
+fn a_bad_glob_is_2() {
+    let fixture = model();
+    assert_eq!(run("inspect", &[&fixture.model], &["--tensors", "[a"]).code, 2);
+}
+
+#[test]
+fn a_revision_goes_with_a_repository_only() {
+    let fixture = model();
+    let ran = run("inspect", &[&fixture.model], &["--revision", "v2"]);
+    assert_eq!(ran.code, 2);
+    assert!(ran.stderr.contains("--revision"), "{}", ran.stderr);
+    assert_eq!(run("inspect", &["org/name".as_ref()], &["--revision", "v2"]).code, 3);
+}
+
+#[test]
+fn a_revision_is_looked_up_in_the_cache() {
+    let fixture = model();
+    let repo = fixture.path("cache/models--org--name");
+    fs::create_dir_all(repo.join("refs")).unwrap();
+    fs::create_dir_all(repo.join("snapshots/abc")).unwrap();
+    fs::write(repo.join("refs/v2"), "abc").unwrap();
+    fs::copy(fixture.model.join("model.safetensors"), repo.join("snapshots/abc/model.safetensors")).unwrap();
+    let inspect = |options: &[&str]| {
+        let mut command = sllm(["inspect", "org/name", "--json"]);
+        command.args(options).env("HF_HUB_CACHE", fixture.path("cache")).output().unwrap()
+    };
+    assert_eq!(inspect(&["--revision", "v2"]).status.code(), Some(0));
+    assert_eq!(inspect(&["--revision", "v3"]).status.code(), Some(3));
+    assert_eq!(inspect(&[]).status.code(), Some(3));
+}
+
+#[test]
+fn a_full_standard_output_is_8() {
+    let Ok(full) = fs::OpenOptions::new().write(true).open("/dev/full") else { return };
+    let fixture = model();
+    let output = Command::new(sllm([""; 0]).get_program()).arg("inspect").arg(&fixture.model).stdout(full).output();
+    let output = output.unwrap();
+    assert_eq!(output.status.code(), Some(8));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.contains("cannot write to standard output\n  caused by: "), "{stderr}");
+}
+
+#[test]
+fn ctrl_c_stops_a_conversion_with_130_and_makes_no_store() {
+    let fixture = model();
+    // A tensor of many chunks, without disk blocks.
+    let source = fixture.path("large.safetensors");
+    let len = 512u64 << 20;
+    let header = format!(r#"{{"t":{{"dtype":"U8","shape":[{len}],"data_offsets":[0,{len}]}}}}"#);
+    let mut head = (header.len() as u64).to_le_bytes().to_vec();
+    head.extend(header.as_bytes());
+    fs::write(&source, &head).unwrap();
+    fs::OpenOptions::new().write(true).open(&source).unwrap().set_len(head.len() as u64 + len).unwrap();
+
+    let target = fixture.path("store");
+    let mut child = Command::new(sllm([""; 0]).get_program())
+        .arg("convert")
+        .args([&source, &target])
+        .args(["--threads", "1", "--json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap()).lines();
+    let first = stderr.next().unwrap().unwrap();
+    assert!(first.starts_with("convert: 10%"), "{first}");
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let rest: Vec<String> = stderr.map(Result::unwrap).collect();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.status.signal()), (Some(130), None), "{rest:?}");
+    assert_eq!(rest.last().unwrap(), "error: cancelled");
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["error"]["kind"], "cancelled");
+    assert!(!target.exists());
+}

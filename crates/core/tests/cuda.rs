@@ -1,0 +1,188 @@
+//! The CUDA path over the test double of the driver, whose copies are late: what is given back too early shows.
+#![allow(clippy::cast_possible_truncation, reason = "made sizes are small")]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{Made, every_dtype, write_safetensors};
+use cuda::Driver;
+use sllm_core::{
+    Checkpoint, ConvertOptions, Device, DeviceError, Dtype, EngineChoice, Error, ErrorKind, Loader, convert,
+};
+
+const ENGINES: [EngineChoice; 4] = [EngineChoice::Auto, EngineChoice::Uring, EngineChoice::Pread, EngineChoice::Mapped];
+
+struct Model {
+    _dir: tempfile::TempDir,
+    source: std::path::PathBuf,
+    store: std::path::PathBuf,
+    tensors: Vec<Made>,
+}
+
+/// Every dtype and 40 MB of large tensors, so that every lane refills its buffers.
+fn model() -> Model {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let source = dir.path().join("model.safetensors");
+    let store = dir.path().join("store");
+    let mut tensors = every_dtype();
+    tensors.extend((0..5).map(|i| Made::new(&format!("large.{i}"), Dtype::BF16, &[4_000_000 + i])));
+    write_safetensors(&source, &tensors, None);
+    convert(&Checkpoint::open(&source).unwrap(), &store, &ConvertOptions::new()).unwrap();
+    Model { _dir: dir, source, store, tensors }
+}
+
+/// Everything that a load took is given back.
+fn assert_nothing_left(driver: &Driver) {
+    assert_eq!(driver.registered_now(), 0, "memory is still pinned");
+    assert_eq!(driver.device_bytes_now(0), 0, "device memory is still allocated");
+    assert_eq!((driver.get("streams"), driver.get("events")), (0, 0), "streams or events are left");
+}
+
+#[test]
+fn every_engine_and_layout_gives_the_bytes_of_the_source() {
+    let driver = Driver::load();
+    driver.set_delay(Duration::from_millis(2));
+    let model = model();
+    for path in [&model.source, &model.store] {
+        let checkpoint = Checkpoint::open(path).unwrap();
+        for engine in ENGINES {
+            for verify in [false, checkpoint.sums().is_some() && engine != EngineChoice::Mapped] {
+                let device = Device::cuda(0).unwrap();
+                // A ring far smaller than the model.
+                let loader = Loader::builder().device(device).engine(engine).verify(verify).pinned_bytes(8 << 20);
+                let loaded = loader.build().unwrap().load(&checkpoint).unwrap();
+                // Reading back, below, is pageable.
+                assert_eq!(driver.pageable_copies(), 0, "{engine} copied from memory that is not pinned");
+                for tensor in &model.tensors {
+                    let bytes = loaded.tensor(&tensor.name).unwrap().to_vec().unwrap();
+                    assert!(bytes == tensor.bytes, "{:?} by {engine}", tensor.name);
+                }
+                drop(loaded);
+                assert_nothing_left(&driver);
+                driver.reset();
+                driver.set_delay(Duration::from_millis(2));
+            }
+        }
+    }
+}
+
+#[test]
+fn calls_grow_with_bytes_and_not_with_tensors() {
+    let driver = Driver::load();
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let mut calls = Vec::new();
+    for count in [8u64, 8000] {
+        let path = dir.path().join(format!("{count}.safetensors"));
+        let tensors: Vec<Made> =
+            (0..count).map(|i| Made::new(&format!("t{i:05}"), Dtype::U8, &[16_384_000 / count])).collect();
+        write_safetensors(&path, &tensors, None);
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        for engine in [EngineChoice::Pread, EngineChoice::Uring, EngineChoice::Mapped] {
+            driver.reset();
+            let loader = Loader::builder().device(Device::cuda(0).unwrap()).engine(engine).direct(Some(false));
+            let loaded = loader.build().unwrap().load(&checkpoint).unwrap();
+            let report = loaded.report();
+            assert_eq!(report.copies, report.pieces, "{engine}: one copy a piece");
+            assert!(report.pieces <= 5, "{}", report.pieces);
+            assert_eq!(driver.count("cuMemcpyHtoDAsync"), report.pieces, "{engine}");
+            let events = driver.count("cuEventCreate") - report.pieces;
+            calls.push((events, driver.count("cuMemcpy2DAsync"), driver.count("cuMemAlloc")));
+        }
+    }
+    assert!(calls.iter().all(|&calls| calls == (0, 0, 1)), "{calls:?}: 1000 times as many tensors cost more calls");
+}
+
+#[test]
+fn too_little_device_memory_is_said_before_anything_moves() {
+    let driver = Driver::load();
+    driver.set_memory(30 << 20);
+    let model = model();
+    let loader = Loader::builder().device(Device::cuda(0).unwrap()).build().unwrap();
+    let error = loader.load(&Checkpoint::open(&model.source).unwrap()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::DeviceMemory);
+    assert!(matches!(error, Error::Device(DeviceError::OutOfMemory { need, free, .. }) if need > free));
+    assert_eq!((driver.bytes_h2d(), driver.registered_peak()), (0, 0));
+    assert_nothing_left(&driver);
+}
+
+#[test]
+fn a_failure_of_any_driver_call_is_an_error_and_leaks_nothing() {
+    let driver = Driver::load();
+    let model = model();
+    let checkpoint = Checkpoint::open(&model.store).unwrap();
+    for engine in [EngineChoice::Uring, EngineChoice::Pread, EngineChoice::Mapped] {
+        for (symbol, nth) in [
+            ("cuMemAlloc", 1),
+            ("cuStreamCreate", 1),
+            ("cuMemcpyHtoDAsync", 1),
+            ("cuMemcpyHtoDAsync", 6),
+            ("cuEventCreate", 2),
+            ("cuEventRecord", 3),
+            ("cuEventSynchronize", 1),
+            ("cuStreamSynchronize", 1),
+        ] {
+            driver.reset();
+            let loader = Loader::builder().device(Device::cuda(0).unwrap()).engine(engine).pinned_bytes(8 << 20);
+            let loader = loader.build().unwrap();
+            driver.fail(symbol, nth, 999);
+            let result = loader.load(&checkpoint);
+            assert_eq!(result.err().map(|e| e.kind()), Some(ErrorKind::Device), "{symbol} {nth} by {engine}");
+            drop(loader);
+            driver.reset();
+            assert_nothing_left(&driver);
+        }
+    }
+}
+
+#[test]
+fn memory_that_cannot_be_pinned_is_used_unpinned_and_noted() {
+    let driver = Driver::load();
+    driver.set_registered_total(4096);
+    let model = model();
+    let loader = Loader::builder().device(Device::cuda(0).unwrap()).engine(EngineChoice::Pread).build().unwrap();
+    let loaded = loader.load(&Checkpoint::open(&model.store).unwrap()).unwrap();
+    for tensor in &model.tensors {
+        assert!(loaded.tensor(&tensor.name).unwrap().to_vec().unwrap() == tensor.bytes, "{:?}", tensor.name);
+    }
+    assert!(loaded.report().notes.iter().any(|note| note.contains("not pinned")), "{:?}", loaded.report().notes);
+}
+
+#[test]
+fn tensors_go_to_the_devices_that_they_are_placed_on() {
+    let driver = Driver::load();
+    driver.set_devices(2);
+    let model = model();
+    let checkpoint = Checkpoint::open(&model.store).unwrap();
+    let devices = vec![Device::cuda(0).unwrap(), Device::cuda(1).unwrap(), Device::host()];
+    for engine in [EngineChoice::Pread, EngineChoice::Uring] {
+        let loader = Loader::builder().devices(devices.clone()).engine(engine).build().unwrap();
+        let place = |info: &sllm_core::TensorInfo| info.name.len() % 3;
+        let loaded = loader.load_placed(&checkpoint, &sllm_core::Filter::all(), place).unwrap();
+        for tensor in &model.tensors {
+            let view = loaded.tensor(&tensor.name).unwrap();
+            assert_eq!(view.device().id(), devices[tensor.name.len() % 3].id());
+            assert!(view.to_vec().unwrap() == tensor.bytes, "{:?} by {engine}", tensor.name);
+        }
+    }
+}
+
+#[test]
+fn a_device_that_is_not_there_is_named() {
+    let driver = Driver::load();
+    driver.set_devices(1);
+    let error = Device::cuda(7).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Device);
+    assert!(error.to_string().contains("cuda:7"), "{error}");
+}
+
+#[test]
+fn a_lost_device_is_an_error() {
+    let driver = Driver::load();
+    let model = model();
+    let loader = Loader::builder().device(Device::cuda(0).unwrap()).engine(EngineChoice::Pread).build().unwrap();
+    driver.lose_after(4);
+    let error = loader.load(&Checkpoint::open(&model.store).unwrap()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Device, "{error}");
+    driver.reset();
+}

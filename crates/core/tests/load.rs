@@ -1,0 +1,125 @@
+//! Loads to the host: every layout and engine gives the bytes of the source.
+#![allow(clippy::cast_possible_truncation, reason = "made sizes are small")]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use sllm_core::{Checkpoint, ConvertOptions, Dtype, EngineChoice, ErrorKind, Filter, Loader, convert};
+
+/// A safetensors file of every dtype, odd sizes, empty tensors and one large tensor; name to bytes.
+fn make(path: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut tensors = BTreeMap::new();
+    let mut header = serde_json::Map::new();
+    let mut data: Vec<u8> = Vec::new();
+    let mut add = |name: &str, dtype: Dtype, shape: &[u64]| {
+        let len = dtype.byte_len(shape).unwrap() as usize;
+        let seed = data.len() as u64;
+        let bytes: Vec<u8> = (0..len as u64).map(|i| ((i + seed).wrapping_mul(0x9E37_79B9) >> 11) as u8).collect();
+        let offsets = [data.len(), data.len() + len];
+        header.insert(name.into(), serde_json::json!({"dtype": dtype.name(), "shape": shape, "data_offsets": offsets}));
+        data.extend(&bytes);
+        tensors.insert(name.to_owned(), bytes);
+    };
+    for dtype in Dtype::all() {
+        add(&format!("odd.{dtype}"), dtype, &[3, 5, 4]);
+        add(&format!("scalar.{dtype}"), dtype, if dtype.bits() < 8 { &[8] } else { &[] });
+        add(&format!("none.{dtype}"), dtype, &[0, 7]);
+    }
+    add("large", Dtype::BF16, &[3001, 1703]);
+    add("page", Dtype::U8, &[65536]);
+    add("last", Dtype::U8, &[1]);
+    let mut json = serde_json::to_vec(&header).unwrap();
+    json.resize(json.len().next_multiple_of(8), b' ');
+    let mut file = (json.len() as u64).to_le_bytes().to_vec();
+    file.extend(json);
+    file.extend(data);
+    std::fs::write(path, file).unwrap();
+    tensors
+}
+
+#[test]
+fn every_layout_and_engine_gives_the_bytes_of_the_source() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let source = dir.path().join("model.safetensors");
+    let expected = make(&source);
+    let store = dir.path().join("store");
+    convert(&Checkpoint::open(&source).unwrap(), &store, &ConvertOptions::new()).unwrap();
+    for path in [&source, &store] {
+        let checkpoint = Checkpoint::open(path).unwrap();
+        for engine in [EngineChoice::Auto, EngineChoice::Uring, EngineChoice::Pread, EngineChoice::Mapped] {
+            for direct in [None, Some(true), Some(false)] {
+                for verify in [false, checkpoint.sums().is_some() && engine != EngineChoice::Mapped] {
+                    let loader = Loader::builder().engine(engine).direct(direct).verify(verify).build().unwrap();
+                    let loaded = loader.load(&checkpoint).unwrap();
+                    assert_eq!(loaded.tensors().len(), expected.len());
+                    for (name, bytes) in &expected {
+                        let tensor = loaded.tensor(name).unwrap();
+                        assert!(&tensor.to_vec().unwrap() == bytes, "{name} by {engine}, direct {direct:?}");
+                        assert_eq!(tensor.addr() % 256, 0);
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_small_ring_and_one_thread_are_enough() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let source = dir.path().join("model.safetensors");
+    let expected = make(&source);
+    let checkpoint = Checkpoint::open(&source).unwrap();
+    for engine in [EngineChoice::Uring, EngineChoice::Pread] {
+        let loader = Loader::builder().engine(engine).direct(Some(true)).threads(1).pinned_bytes(8192).build().unwrap();
+        let loaded = loader.load(&checkpoint).unwrap();
+        assert!(loaded.tensor("large").unwrap().to_vec().unwrap() == expected["large"]);
+    }
+}
+
+#[test]
+fn a_glob_loads_what_it_names_and_nothing_else() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let source = dir.path().join("model.safetensors");
+    let expected = make(&source);
+    let checkpoint = Checkpoint::open(&source).unwrap();
+    let loader = Loader::builder().build().unwrap();
+    let loaded = loader.load_filtered(&checkpoint, &Filter::globs(["odd.*", "last"]).unwrap()).unwrap();
+    assert_eq!(loaded.tensors().len(), 23);
+    assert!(loaded.report().read_bytes < 100_000, "{}", loaded.report().read_bytes);
+    for tensor in loaded.tensors() {
+        assert_eq!(tensor.to_vec().unwrap(), expected[&tensor.info().name]);
+    }
+    let missing = loader.load_filtered(&checkpoint, &Filter::globs(["nothing.*"]).unwrap()).unwrap_err();
+    assert_eq!(missing.kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn a_flipped_bit_stops_a_verified_load_and_names_its_tensor() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let source = dir.path().join("model.safetensors");
+    make(&source);
+    let store = dir.path().join("store");
+    convert(&Checkpoint::open(&source).unwrap(), &store, &ConvertOptions::new()).unwrap();
+    let checkpoint = Checkpoint::open(&store).unwrap();
+    let large = checkpoint.tensor("large").unwrap().offset;
+    let data = store.join("tensor.data_0");
+    let mut bytes = std::fs::read(&data).unwrap();
+    bytes[large as usize + 9_000_000] ^= 4;
+    std::fs::write(&data, bytes).unwrap();
+    let loader = Loader::builder().verify(true).build().unwrap();
+    let error = loader.load(&checkpoint).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(error.to_string().contains("large"), "{error}");
+}
+
+#[test]
+fn cancelling_stops_a_load() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let source = dir.path().join("model.safetensors");
+    make(&source);
+    let cancel = sllm_core::Cancel::new();
+    let control = sllm_core::Control::new().cancelled_by(cancel.clone()).on_progress(move |_| cancel.cancel());
+    let loader = Loader::builder().control(control).build().unwrap();
+    let error = loader.load(&Checkpoint::open(&source).unwrap()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Cancelled);
+}
