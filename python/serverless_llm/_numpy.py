@@ -38,7 +38,7 @@ def device_id(device: Any) -> str:
 def allocate(device: str, nbytes: int) -> tuple[Any, int]:
     """A block of bytes, its first at the start of a page, and its address."""
     try:
-        room = np.empty(nbytes + _PAGE, np.uint8)
+        room: Any = np.empty(nbytes + _PAGE, np.uint8)
     except MemoryError as e:
         raise DeviceError(f"{device}: {nbytes} bytes of memory cannot be had: {e}") from e
     start = -room.ctypes.data % _PAGE

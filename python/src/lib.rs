@@ -21,7 +21,7 @@ mod _native {
     #[pymodule_export]
     use crate::load::{Placement, fill, select};
     #[pymodule_export]
-    use crate::work::{convert, dtypes, export, save, verify};
+    use crate::work::{convert, dtypes, export, run_cli, save, verify};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
