@@ -1,1 +1,30 @@
-//! x
+//! The native half of the Python package `serverless_llm`.
+//!
+//! It is thin: arguments come in, a call of `sllm_core` runs without the interpreter's lock ([`wait`]), and a report goes
+//! out as JSON, which the package shows as an object. Exceptions are the classes of `serverless_llm.errors`
+//! ([`error`]). Memory that outlives a call belongs to NumPy or torch and comes in as an address ([`memory`]).
+
+mod checkpoint;
+mod error;
+mod load;
+mod memory;
+mod wait;
+mod work;
+
+/// The module `serverless_llm._native`.
+#[pyo3::pymodule]
+mod _native {
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use crate::checkpoint::{Checkpoint, TensorInfo, open};
+    #[pymodule_export]
+    use crate::load::{Placement, fill, select};
+    #[pymodule_export]
+    use crate::work::{convert, dtypes, export, save, verify};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

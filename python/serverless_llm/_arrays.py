@@ -1,0 +1,44 @@
+"""Arrays of NumPy and torch: their bytes, and views of bytes as them. Each library is imported where it is used."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+from . import _native
+from .errors import InvalidError
+
+TORCH_NAMES: dict[str, str] = {name: torch for name, torch, _ in _native.dtypes()}
+
+
+class HostArray(NamedTuple):
+    """Contiguous bytes in host memory. `owner` keeps them alive."""
+
+    dtype: str
+    shape: list[int]
+    address: int
+    nbytes: int
+    owner: Any
+
+
+def host_array(name: str, tensor: Any) -> HostArray:
+    """The bytes of a torch tensor or a NumPy array; copied where they are elsewhere or not contiguous."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(tensor, torch.Tensor):
+        tensor = tensor.detach()
+        if tensor.layout is not torch.strided:
+            raise InvalidError(f"tensor {name!r}: a tensor of layout {tensor.layout} cannot be stored")
+        if tensor.is_quantized:
+            raise InvalidError(f"tensor {name!r}: a quantized tensor cannot be stored")
+        host = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+        shape = list(host.shape)
+        dtype = str(host.dtype)
+        if dtype == "torch.float4_e2m1fn_x2":  # an element of torch's holds two
+            shape = shape[:-1] + [2 * shape[-1]] if shape else [2]
+        return HostArray(dtype, shape, host.data_ptr(), host.nbytes, host)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(tensor, (numpy.ndarray, numpy.generic)):
+        shape = list(tensor.shape)
+        host = numpy.ascontiguousarray(tensor, dtype=tensor.dtype.newbyteorder("<"))
+        return HostArray(host.dtype.name, shape, host.ctypes.data, host.nbytes, host)
+    raise InvalidError(f"tensor {name!r}: {type(tensor).__name__} is neither a torch tensor nor a NumPy array")

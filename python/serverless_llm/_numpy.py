@@ -1,0 +1,77 @@
+"""NumPy: host memory only. Types that NumPy lacks come from ml_dtypes if it is installed, else as raw integers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from ._arrays import TORCH_NAMES
+from .errors import DeviceError, InvalidError
+
+_PAGE = 4096
+_OWN = {
+    "BOOL": "bool",
+    "U8": "u1",
+    "I8": "i1",
+    "U16": "<u2",
+    "I16": "<i2",
+    "F16": "<f2",
+    "U32": "<u4",
+    "I32": "<i4",
+    "F32": "<f4",
+    "U64": "<u8",
+    "I64": "<i8",
+    "F64": "<f8",
+    "C64": "<c8",
+}
+
+
+def device_id(device: Any) -> str:
+    """The native name of a device."""
+    if device in ("auto", "cpu", "host") or getattr(device, "type", None) == "cpu":
+        return "cpu"
+    raise InvalidError(f"NumPy arrays live in host memory, not on {device!r}: use torch for it")
+
+
+def allocate(device: str, nbytes: int) -> tuple[Any, int]:
+    """A block of bytes, its first at the start of a page, and its address."""
+    try:
+        room = np.empty(nbytes + _PAGE, np.uint8)
+    except MemoryError as e:
+        raise DeviceError(f"{device}: {nbytes} bytes of memory cannot be had: {e}") from e
+    start = -room.ctypes.data % _PAGE
+    block = room[start : start + nbytes]
+    return block, room.ctypes.data + start
+
+
+@functools.cache
+def _dtype(name: str) -> Any:
+    if name in _OWN:
+        return np.dtype(_OWN[name])
+    if name in ("F4", "F6_E2M3", "F6_E3M2"):
+        return None
+    try:
+        import ml_dtypes
+    except ImportError:
+        return np.dtype("<u2" if name == "BF16" else "u1")
+    return np.dtype(getattr(ml_dtypes, TORCH_NAMES[name]))
+
+
+def check(name: str, dtype: str) -> None:
+    """Every dtype has a form in NumPy."""
+
+
+def view(
+    block: Any, name: str, dtype: str, shape: list[int], strides: list[int] | None, nbytes: int, offset: int
+) -> Any:
+    """An array over bytes of a block. Elements of 4 and 6 bits stay packed, as a flat array of bytes."""
+    part = block[offset : offset + nbytes] if nbytes else np.empty(0, np.uint8)
+    of = _dtype(dtype)
+    if of is None:
+        return part
+    if strides is not None and nbytes:
+        steps = [step * of.itemsize for step in strides]
+        return np.ndarray(shape, of, part, strides=steps)
+    return part.view(of).reshape(shape)

@@ -1,0 +1,85 @@
+"""torch: host memory and CUDA. torch allocates, so that its caching allocator knows of the memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ._arrays import TORCH_NAMES
+from .errors import DeviceError, DeviceMemoryError, InvalidError
+
+_PAGE = 4096
+
+
+def device_id(device: Any) -> str:
+    """The native name of a device: `cpu`, or `cuda:N`."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device == "host":
+        device = "cpu"
+    elif isinstance(device, int) and not isinstance(device, bool):
+        device = f"cuda:{device}"
+    try:
+        of = torch.device(device)
+    except (RuntimeError, TypeError) as e:
+        raise InvalidError(f"{device!r} is not a device: {e}") from e
+    if of.type == "cpu":
+        return "cpu"
+    if of.type != "cuda" or torch.version.hip is not None:
+        raise InvalidError(f"{device!r} is neither the host nor a CUDA device")
+    if torch.cuda._is_in_bad_fork():
+        raise DeviceError(f"{of}: this process was forked after CUDA was initialised, which CUDA forbids: use spawn")
+    if not torch.cuda.is_available():
+        raise DeviceError(f"{of}: torch sees no CUDA device here: is the driver installed, and torch built with CUDA?")
+    index = torch.cuda.current_device() if of.index is None else of.index
+    if index >= torch.cuda.device_count():
+        raise DeviceError(f"there is no device cuda:{index}: {torch.cuda.device_count()} are visible")
+    return f"cuda:{index}"
+
+
+def allocate(device: str, nbytes: int) -> tuple[Any, int]:
+    """A block of bytes and its address. What was queued on memory that the allocator hands out again is waited for."""
+    on_host = device == "cpu"
+    try:
+        block = torch.empty(nbytes + (_PAGE if on_host else 0), dtype=torch.uint8, device=device)
+    except torch.cuda.OutOfMemoryError as e:
+        raise DeviceMemoryError(f"{device}: {nbytes} bytes are needed: {e}") from e
+    except RuntimeError as e:
+        raise DeviceError(f"{device}: cannot allocate {nbytes} bytes: {e}") from e
+    if on_host:
+        block = block.narrow(0, -block.data_ptr() % _PAGE, nbytes)
+    else:
+        torch.cuda.current_stream(device).synchronize()
+    return block, block.data_ptr()
+
+
+def _dtype(name: str, dtype: str) -> torch.dtype:
+    of = getattr(torch, TORCH_NAMES[dtype], None)
+    if of is None:
+        raise InvalidError(
+            f"tensor {name!r}: this torch has no type for {dtype}; leave it out by tensors=..., or use framework='numpy'"
+        )
+    return of  # type: ignore[no-any-return]
+
+
+def check(name: str, dtype: str) -> None:
+    """Raises where torch has no such dtype."""
+    _dtype(name, dtype)
+
+
+def view(
+    block: Any, name: str, dtype: str, shape: list[int], strides: list[int] | None, nbytes: int, offset: int
+) -> Any:
+    """A tensor over bytes of a block."""
+    of = _dtype(name, dtype)
+    if dtype == "F4" and shape:  # an element of torch's holds two
+        if shape[-1] % 2:
+            raise InvalidError(f"tensor {name!r}: an odd last dimension of F4 has no form in torch")
+        shape = [*shape[:-1], shape[-1] // 2]
+    if nbytes == 0:
+        return torch.empty(shape, dtype=of, device=block.device)
+    part = block.narrow(0, offset, nbytes).view(of)
+    if strides is not None:
+        return part.as_strided(shape, strides)
+    return part.view(shape)

@@ -1,0 +1,198 @@
+"""Load checkpoints into memory of torch or NumPy."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from . import _native
+from ._native import Checkpoint
+from .errors import InvalidError
+from .reports import LoadReport
+from .store import Progress, Source, opened
+
+_PAGE = 4096
+
+
+class LoadedDict(dict[str, Any]):
+    """Tensors by name, and the `report` of their load. They are views of one block of memory a device."""
+
+    report: LoadReport
+
+
+def load(
+    source: Source,
+    *,
+    device: Any = "auto",
+    tensors: str | Sequence[str] | None = None,
+    engine: str = "auto",
+    direct: bool | None = None,
+    verify: bool = False,
+    threads: int | None = None,
+    pinned_bytes: int | None = None,
+    framework: str = "auto",
+    progress: Progress | None = None,
+    revision: str | None = None,
+) -> LoadedDict:
+    """Load a checkpoint (a store, safetensors, or the original's layout) to a device.
+
+    `device`: `"auto"` (the current CUDA device if torch sees one, else the host), `"cpu"`, `"cuda"`, `"cuda:1"`, a number,
+    or a `torch.device`. `tensors`: a name or glob, or a list of them; one that matches nothing is an error.
+    `engine`: `"auto"`, `"uring"`, `"pread"` or `"mapped"`. `direct`: whether reads pass the page cache; None chooses.
+    `verify` compares the checksums of a store while it loads. `pinned_bytes` bounds the staging memory.
+    `framework`: `"torch"`, `"numpy"` (host only), or `"auto"`: torch where it is installed.
+    `progress(done, total)` is called with bytes, in this thread; what it raises stops the load.
+
+    A dtype is never changed. Tied tensors share memory.
+    """
+    arrays = _arrays_of(framework)
+    checkpoint = opened(source, revision)
+    selected = _native.select(checkpoint, [tensors] if isinstance(tensors, str) else _list(tensors))
+    options = _options(engine, direct, verify, threads, pinned_bytes)
+    return _fill(arrays, checkpoint, selected, [arrays.device_id(device)], [0] * len(selected), options, progress)
+
+
+def load_dict(
+    path: Source,
+    device_map: Any = "cpu",
+    *,
+    verify: bool = False,
+    progress: Progress | None = None,
+    revision: str | None = None,
+) -> LoadedDict:
+    """Load all tensors as torch tensors, each to its device.
+
+    `device_map` is a device as `load` takes it, or a mapping of module names to devices, such as
+    `{"": 0, "lm_head": "cpu"}`: the longest name that a tensor's name begins with decides, and `""` fits all.
+    """
+    arrays = _arrays_of("torch")
+    checkpoint = opened(path, revision)
+    selected = _native.select(checkpoint, None)
+    names = checkpoint.names
+    if not isinstance(device_map, Mapping):
+        device_map = {"": device_map}
+    ids = {module: arrays.device_id(device) for module, device in device_map.items()}
+    devices = sorted(set(ids.values()))
+    numbers = [devices.index(_device_of(names[i], ids)) for i in selected]
+    options = _options("auto", None, verify, None, None)
+    return _fill(arrays, checkpoint, selected, devices or ["cpu"], numbers, options, progress)
+
+
+def iter_tensors(
+    source: Source,
+    *,
+    device: Any = "auto",
+    max_bytes: int = 1 << 30,
+    tensors: str | Sequence[str] | None = None,
+    engine: str = "auto",
+    direct: bool | None = None,
+    threads: int | None = None,
+    pinned_bytes: int | None = None,
+    framework: str = "auto",
+    revision: str | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """Load a checkpoint group by group, and give names and tensors in the order of the files.
+
+    At most `max_bytes` of device memory are held by this, if the caller keeps no tensor longer than until the next
+    one: a group takes half of it, since the caller still holds the last tensor of one group while the next is loaded.
+    A tensor larger than half of it is a group of its own.
+    """
+    if max_bytes < 1:
+        raise InvalidError(f"max_bytes is {max_bytes}; at least 1 is needed")
+    arrays = _arrays_of(framework)
+    checkpoint = opened(source, revision)
+    selected = _native.select(checkpoint, [tensors] if isinstance(tensors, str) else _list(tensors))
+    options = _options(engine, direct, False, threads, pinned_bytes)
+    return _stream(arrays, checkpoint, selected, arrays.device_id(device), max_bytes // 2, options)
+
+
+def _stream(
+    arrays: Any, checkpoint: Checkpoint, selected: list[int], device: str, limit: int, options: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    for group in _groups(checkpoint, selected, limit):
+        loaded = _fill(arrays, checkpoint, group, [device], [0] * len(group), options, None)
+        for name in list(loaded):
+            yield name, loaded.pop(name)
+
+
+def _groups(checkpoint: Checkpoint, selected: list[int], limit: int) -> Iterator[list[int]]:
+    infos = checkpoint.tensors
+    group: list[int] = []
+    held = 0
+    last = None
+    for i in selected:
+        info = infos[i]
+        place = (info.file, info.offset, info.nbytes)
+        # Between neighbours there may be a gap of less than a page.
+        cost = 0 if place == last else info.nbytes + (_PAGE if group else 0)
+        if group and held + cost > limit and place != last:
+            yield group
+            group, held, cost = [], 0, info.nbytes
+        group.append(i)
+        held += cost
+        last = place
+    if group:
+        yield group
+
+
+def _fill(
+    arrays: Any,
+    checkpoint: Checkpoint,
+    selected: list[int],
+    devices: list[str],
+    numbers: list[int],
+    options: dict[str, Any],
+    progress: Progress | None,
+) -> LoadedDict:
+    placement = _native.Placement(checkpoint, selected, numbers)
+    placed = placement.tensors
+    for name, dtype, *_ in placed:
+        arrays.check(name, dtype)
+    start = time.perf_counter()
+    blocks = [arrays.allocate(devices[number], nbytes) for number, nbytes in placement.blocks]
+    alloc_s = time.perf_counter() - start
+    report, text = _native.fill(placement, devices, [address for _, address in blocks], **options, progress=progress)
+    loaded = LoadedDict()
+    for name, dtype, shape, strides, nbytes, block, offset in placed:
+        loaded[name] = arrays.view(blocks[block][0], name, dtype, shape, strides, nbytes, offset)
+    loaded.report = LoadReport._from_json(report, text)
+    loaded.report._allocated(alloc_s)
+    return loaded
+
+
+def _options(
+    engine: str, direct: bool | None, verify: bool, threads: int | None, pinned_bytes: int | None
+) -> dict[str, Any]:
+    return {"engine": engine, "direct": direct, "verify": verify, "threads": threads, "pinned_bytes": pinned_bytes}
+
+
+def _list(tensors: Sequence[str] | None) -> list[str] | None:
+    return None if tensors is None else list(tensors)
+
+
+def _device_of(name: str, devices: Mapping[str, str]) -> str:
+    prefix = name
+    while prefix not in devices:
+        if not prefix:
+            raise InvalidError(f'device_map has no device for tensor {name!r}; add "" for all others')
+        prefix = prefix.rpartition(".")[0]
+    return devices[prefix]
+
+
+def _arrays_of(framework: str) -> Any:
+    """The module that makes arrays. Importing it imports its library."""
+    if framework == "auto":
+        found = "torch" in sys.modules or importlib.util.find_spec("torch") is not None
+        framework = "torch" if found and sys.modules.get("torch", True) is not None else "numpy"
+    if framework == "torch":
+        from . import _torch
+
+        return _torch
+    if framework == "numpy":
+        from . import _numpy
+
+        return _numpy
+    raise InvalidError(f"{framework!r} is not a framework: give auto, torch or numpy")

@@ -1,0 +1,72 @@
+"""Convert, export, verify and save."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Union
+
+from . import _arrays, _native
+from ._native import Checkpoint
+from .reports import ConvertReport, ExportReport, VerifyReport
+
+Path = Union[str, "os.PathLike[str]"]
+Source = Union[Path, Checkpoint]
+Progress = Callable[[int, int], object]
+
+
+def opened(source: Source, revision: str | None = None) -> Checkpoint:
+    """The checkpoint itself, or the one at this path."""
+    return source if isinstance(source, Checkpoint) else _native.open(source, revision=revision)
+
+
+def convert(
+    source: Source,
+    target: Path,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    revision: str | None = None,
+) -> ConvertReport:
+    """Convert a checkpoint to a store at `target`.
+
+    `source` is a model directory, a safetensors file, a repository id that the Hugging Face cache holds (of `revision`),
+    or an opened checkpoint. The store appears as a whole; an interrupted conversion goes on where it was; memory does
+    not grow with the model. `progress(done, total)` is called with bytes, in this thread; what it raises stops the work.
+    """
+    checkpoint = opened(source, revision)
+    report = _native.convert(checkpoint, target, overwrite=overwrite, threads=threads, progress=progress)
+    return ConvertReport._from_json(report)  # type: ignore[no-any-return]
+
+
+def export(store: Source, target: Path, *, threads: int | None = None, progress: Progress | None = None) -> ExportReport:
+    """Write a checkpoint as safetensors files into the new directory `target`, as they were before conversion."""
+    report = _native.export(opened(store), target, threads=threads, progress=progress)
+    return ExportReport._from_json(report)  # type: ignore[no-any-return]
+
+
+def verify(store: Source, *, threads: int | None = None, progress: Progress | None = None) -> VerifyReport:
+    """Compare every chunk of a store with its checksum. Corrupt chunks are listed in the report; none is an exception."""
+    report = _native.verify(opened(store), threads=threads, progress=progress)
+    return VerifyReport._from_json(report)  # type: ignore[no-any-return]
+
+
+def save_dict(
+    state_dict: Mapping[str, Any],
+    path: Path,
+    *,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> ConvertReport:
+    """Save tensors (torch or NumPy) as a store at `path`.
+
+    Tensors of the same memory are tied and stored once. Those on a GPU are first copied to the host, all of them. The
+    tensors must not be changed until it returns.
+    """
+    kept = {name: _arrays.host_array(name, tensor) for name, tensor in state_dict.items()}
+    tensors = [(name, a.dtype, a.shape, a.address, a.nbytes) for name, a in kept.items()]
+    report = _native.save(tensors, path, overwrite=overwrite, threads=threads, progress=progress)
+    del kept
+    return ConvertReport._from_json(report)  # type: ignore[no-any-return]

@@ -1,0 +1,110 @@
+//! Loads into memory that Python objects own.
+
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use sllm_core::{Block, Device, EngineChoice, Filter, Loader};
+
+use crate::checkpoint::Checkpoint;
+use crate::error::raise;
+use crate::memory::HostBytes;
+use crate::wait;
+use crate::work::json;
+
+/// Places, in the order of the files, of the tensors that names or globs want; of all without any.
+#[pyfunction]
+#[pyo3(signature = (checkpoint, globs))]
+pub(crate) fn select(py: Python<'_>, checkpoint: &Checkpoint, globs: Option<Vec<String>>) -> PyResult<Vec<usize>> {
+    let filter = match globs {
+        Some(globs) => Filter::globs(globs),
+        None => Ok(Filter::all()),
+    };
+    filter.and_then(|filter| filter.select(&checkpoint.inner)).map_err(|e| raise(py, &e))
+}
+
+/// Blocks of memory, and the place of every wanted tensor in them.
+#[pyclass(frozen, module = "serverless_llm._native")]
+pub(crate) struct Placement {
+    checkpoint: Arc<sllm_core::Checkpoint>,
+    inner: sllm_core::Placement,
+}
+
+#[pymethods]
+impl Placement {
+    /// Places the selected tensors; each goes to the device whose number stands at its place in `devices`.
+    #[new]
+    #[pyo3(signature = (checkpoint, selected, devices))]
+    fn new(py: Python<'_>, checkpoint: &Checkpoint, selected: Vec<usize>, devices: Vec<usize>) -> PyResult<Self> {
+        let mut devices = devices.into_iter();
+        let placed = sllm_core::Placement::new(&checkpoint.inner, &selected, |_| devices.next().unwrap_or(usize::MAX));
+        let inner = placed.map_err(|e| raise(py, &e))?;
+        Ok(Placement { checkpoint: Arc::clone(&checkpoint.inner), inner })
+    }
+
+    /// Device number and bytes of each block.
+    #[getter]
+    fn blocks(&self) -> Vec<(usize, u64)> {
+        self.inner.blocks.iter().map(|block| (block.device, block.len)).collect()
+    }
+
+    /// For each tensor its name, dtype, shape, strides, bytes, block and first byte in the block.
+    #[getter]
+    #[allow(clippy::type_complexity)]
+    fn tensors(&self) -> Vec<(&str, &'static str, &[u64], Option<&[u64]>, u64, usize, u64)> {
+        let row = |placed: &sllm_core::Placed| {
+            let info = &self.checkpoint.tensors()[placed.tensor];
+            let strides = info.strides.as_deref();
+            (&*info.name, info.dtype.name(), &*info.shape, strides, info.len, placed.block, placed.offset)
+        };
+        self.inner.tensors.iter().map(row).collect()
+    }
+}
+
+/// Fills the blocks of a placement, which lie at `addresses`, and gives the report as JSON and as text.
+///
+/// The caller keeps every block allocated, and does not touch it, until this returns.
+#[pyfunction]
+#[pyo3(signature = (placement, devices, addresses, *, engine, direct, verify, threads, pinned_bytes, progress))]
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn fill(
+    py: Python<'_>,
+    placement: &Placement,
+    devices: Vec<String>,
+    addresses: Vec<u64>,
+    engine: &str,
+    direct: Option<bool>,
+    verify: bool,
+    threads: Option<usize>,
+    pinned_bytes: Option<u64>,
+    progress: Option<&Bound<'_, PyAny>>,
+) -> PyResult<(String, String)> {
+    let report = wait::run(py, progress, |control| {
+        let devices = devices.iter().map(|id| Device::parse(id)).collect::<sllm_core::Result<Vec<_>>>()?;
+        let invalid = |what: &str| sllm_core::Error::Invalid(what.into());
+        if addresses.len() != placement.inner.blocks.len() {
+            return Err(invalid("there is not one address a block"));
+        }
+        let mut blocks = Vec::with_capacity(addresses.len());
+        for (spec, &address) in placement.inner.blocks.iter().zip(&addresses) {
+            let device = devices.get(spec.device).ok_or_else(|| invalid("a block names a device that is not given"))?;
+            HostBytes::new(address, spec.len)?;
+            // SAFETY: `serverless_llm._load` allocated as many bytes there, on that device, waited for what was queued on
+            // them, and holds them until this call returns.
+            blocks.push(unsafe { Block::from_raw(device, address, spec.len) });
+        }
+        let mut loader = Loader::builder()
+            .devices(devices)
+            .engine(engine.parse::<EngineChoice>()?)
+            .direct(direct)
+            .verify(verify)
+            .control(control);
+        if let Some(threads) = threads {
+            loader = loader.threads(threads);
+        }
+        if let Some(len) = pinned_bytes {
+            loader = loader.pinned_bytes(len);
+        }
+        loader.build()?.fill(&placement.checkpoint, &placement.inner, blocks)
+    })?;
+    Ok((json(py, &report)?, report.to_string()))
+}

@@ -1,0 +1,85 @@
+//! Long calls: the work runs in a thread of its own, without the interpreter's lock, while the caller's thread waits,
+//! tells the progress callback and looks for signals.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::thread;
+use std::time::Duration;
+
+use pyo3::prelude::*;
+use sllm_core::{Cancel, Control};
+
+use crate::error::raise;
+
+/// How often the progress callback is called and signals are looked for.
+const TICK: Duration = Duration::from_millis(50);
+
+#[derive(Default)]
+struct Bytes {
+    done: AtomicU64,
+    total: AtomicU64,
+}
+
+/// Runs `work` and waits for it.
+///
+/// `progress(done, total)` is called in the caller's thread, every 50 ms at most, and once more at the end. If it raises,
+/// or a signal's handler does (KeyboardInterrupt), the work is cancelled, and that exception is raised when it has
+/// stopped.
+pub(crate) fn run<T: Send>(
+    py: Python<'_>,
+    progress: Option<&Bound<'_, PyAny>>,
+    work: impl FnOnce(Control) -> sllm_core::Result<T> + Send,
+) -> PyResult<T> {
+    let bytes = Arc::new(Bytes::default());
+    let cancel = Cancel::new();
+    let mut control = Control::new().cancelled_by(cancel.clone());
+    if progress.is_some() {
+        let bytes = Arc::clone(&bytes);
+        control = control.on_progress(move |p| {
+            bytes.total.store(p.total, Ordering::Relaxed);
+            bytes.done.fetch_max(p.done, Ordering::Relaxed);
+        });
+    }
+    let tell = |done: u64, total: u64| match progress {
+        Some(progress) => progress.call1((done, total)).map(drop),
+        None => Ok(()),
+    };
+    let result = thread::scope(|scope| {
+        let (finished, mut wait) = sync_channel::<()>(1);
+        let worker = scope.spawn(move || {
+            // Dropped at the end of the work, also when it panics.
+            let _finished = finished;
+            work(control)
+        });
+        let mut told = None;
+        let interrupted = loop {
+            let receiver = &mut wait;
+            let timeout = py.detach(move || receiver.recv_timeout(TICK));
+            if timeout != Err(RecvTimeoutError::Timeout) {
+                break None;
+            }
+            let now = (bytes.done.load(Ordering::Relaxed), bytes.total.load(Ordering::Relaxed));
+            let news = now.1 > 0 && told != Some(now);
+            told = Some(now);
+            let outcome = py.check_signals().and_then(|()| if news { tell(now.0, now.1) } else { Ok(()) });
+            if let Err(e) = outcome {
+                break Some(e);
+            }
+        };
+        if interrupted.is_some() {
+            cancel.cancel();
+        }
+        let result = py.detach(|| worker.join());
+        match (interrupted, result) {
+            (Some(e), Ok(_)) => Err(e),
+            (None, Ok(result)) => result.map_err(|e| raise(py, &e)),
+            (_, Err(panic)) => std::panic::resume_unwind(panic),
+        }
+    })?;
+    let total = bytes.total.load(Ordering::Relaxed);
+    if total > 0 {
+        tell(total, total)?;
+    }
+    Ok(result)
+}

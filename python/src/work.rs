@@ -1,0 +1,111 @@
+//! The operations that move no bytes to a device. Each gives its report as JSON.
+
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use serde::Serialize;
+use sllm_core::{ConvertOptions, Dtype, Error, ExportOptions, MemoryTensor, VerifyOptions};
+
+use crate::checkpoint::Checkpoint;
+use crate::error::named;
+use crate::memory::HostBytes;
+use crate::wait;
+
+/// A tensor in host memory: name, torch's dtype name, shape, address, bytes.
+type Saved = (String, String, Vec<u64>, u64, u64);
+
+pub(crate) fn json(py: Python<'_>, report: &impl Serialize) -> PyResult<String> {
+    serde_json::to_string(report).map_err(|e| named(py, "SllmError", &e.to_string()))
+}
+
+/// Every dtype: safetensors' name, torch's name, bits an element.
+#[pyfunction]
+pub(crate) fn dtypes() -> Vec<(&'static str, &'static str, u64)> {
+    Dtype::all().map(|dtype| (dtype.name(), dtype.torch_name(), dtype.bits())).collect()
+}
+
+/// Converts a checkpoint to a store.
+#[pyfunction]
+#[pyo3(signature = (source, target, *, overwrite, threads, progress))]
+pub(crate) fn convert(
+    py: Python<'_>,
+    source: &Checkpoint,
+    target: PathBuf,
+    overwrite: bool,
+    threads: Option<usize>,
+    progress: Option<&Bound<'_, PyAny>>,
+) -> PyResult<String> {
+    let source = &source.inner;
+    let report = wait::run(py, progress, |control| {
+        let options = ConvertOptions::new().overwrite(overwrite).control(control);
+        let options = if let Some(n) = threads { options.threads(n) } else { options };
+        sllm_core::convert(source, &target, &options)
+    })?;
+    json(py, &report)
+}
+
+/// Saves tensors in host memory as a store. The caller keeps them alive and unchanged until it returns.
+#[pyfunction]
+#[pyo3(signature = (tensors, target, *, overwrite, threads, progress))]
+pub(crate) fn save(
+    py: Python<'_>,
+    tensors: Vec<Saved>,
+    target: PathBuf,
+    overwrite: bool,
+    threads: Option<usize>,
+    progress: Option<&Bound<'_, PyAny>>,
+) -> PyResult<String> {
+    let report = wait::run(py, progress, |control| {
+        let mut memory = Vec::with_capacity(tensors.len());
+        for (name, dtype, shape, address, len) in &tensors {
+            let dtype = Dtype::from_torch_name(dtype)
+                .ok_or_else(|| Error::Invalid(format!("tensor {name:?}: {dtype} cannot be stored")))?;
+            let bytes = HostBytes::new(*address, *len)?;
+            // SAFETY: `serverless_llm.save_dict` holds the arrays for as long as this call runs, and its documentation
+            // says that they must not be changed meanwhile.
+            let bytes = unsafe { bytes.as_slice() };
+            memory.push(MemoryTensor { name, dtype, shape, strides: None, bytes });
+        }
+        let options = ConvertOptions::new().overwrite(overwrite).control(control);
+        let options = if let Some(n) = threads { options.threads(n) } else { options };
+        sllm_core::save(&memory, &target, &options)
+    })?;
+    json(py, &report)
+}
+
+/// Compares every chunk of a store with its checksum.
+#[pyfunction]
+#[pyo3(signature = (store, *, threads, progress))]
+pub(crate) fn verify(
+    py: Python<'_>,
+    store: &Checkpoint,
+    threads: Option<usize>,
+    progress: Option<&Bound<'_, PyAny>>,
+) -> PyResult<String> {
+    let store = &store.inner;
+    let report = wait::run(py, progress, |control| {
+        let options = VerifyOptions::new().control(control);
+        let options = if let Some(n) = threads { options.threads(n) } else { options };
+        sllm_core::verify(store, &options)
+    })?;
+    json(py, &report)
+}
+
+/// Writes a checkpoint as safetensors files.
+#[pyfunction]
+#[pyo3(signature = (store, target, *, threads, progress))]
+pub(crate) fn export(
+    py: Python<'_>,
+    store: &Checkpoint,
+    target: PathBuf,
+    threads: Option<usize>,
+    progress: Option<&Bound<'_, PyAny>>,
+) -> PyResult<String> {
+    let store = &store.inner;
+    let report = wait::run(py, progress, |control| {
+        let options = ExportOptions::new().control(control);
+        let options = if let Some(n) = threads { options.threads(n) } else { options };
+        sllm_core::export(store, &target, &options)
+    })?;
+    json(py, &report)
+}
