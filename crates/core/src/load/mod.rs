@@ -101,12 +101,6 @@ impl LoaderBuilder {
         self
     }
 
-    #[cfg(test)]
-    pub(crate) fn faults(mut self, faults: crate::read::Faults) -> Self {
-        self.loader.wishes.faults = Some(faults);
-        self
-    }
-
     /// Checks the settings.
     pub fn build(self) -> Result<Loader> {
         let Loader { devices, wishes, pinned_len, .. } = &self.loader;

@@ -251,10 +251,10 @@ mod tests {
         let pool = BufferPool::new(8192, 3, 8192, None).unwrap();
         let mut held: Vec<HostBuffer> = (0..3).map(|_| pool.try_acquire().unwrap()).collect();
         assert!(pool.try_acquire().is_none());
-        for (i, buffer) in held.iter_mut().enumerate() {
-            buffer.as_mut_slice().fill(i as u8 + 1);
+        for (i, buffer) in (1..).zip(&mut held) {
+            buffer.as_mut_slice().fill(i);
         }
-        assert!(held.iter().enumerate().all(|(i, b)| b.as_slice().iter().all(|&x| x == i as u8 + 1)));
+        assert!((1..).zip(&held).all(|(i, buffer)| buffer.as_slice().iter().all(|&x| x == i)));
         held.pop();
         assert!(pool.try_acquire().is_some());
     }

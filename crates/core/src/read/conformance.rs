@@ -1,1 +1,222 @@
+//! One suite that every engine passes: the bytes of the file, or an error that says why not.
 
+#![allow(clippy::cast_possible_truncation, reason = "made sizes are small")]
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rustix::io::Errno;
+
+use super::*;
+use crate::device::{self, Block, Device, Stream};
+use crate::plan::{LoadPlan, PlanOptions, Segment};
+use crate::pool::BufferPool;
+
+const PIECE: u64 = 64 << 10;
+
+/// Keeps what the engine hands over.
+struct Collect {
+    pool: BufferPool,
+    streams: [Stream; 1],
+    got: BTreeMap<(usize, u64), Vec<u8>>,
+}
+
+impl Collect {
+    fn new(buffers: usize) -> Collect {
+        let pool = BufferPool::new(PIECE as usize, buffers, 1 << 20, None).unwrap();
+        Collect { pool, streams: [Device::host().stream().unwrap()], got: BTreeMap::new() }
+    }
+}
+
+impl Sink for Collect {
+    fn room(&mut self, piece: &Piece) -> Result<Room> {
+        let buffer = self.pool.try_acquire().expect("the engine holds more buffers than it gave back");
+        Ok(Room { buffer, offset: piece.offset, len: piece.len as usize })
+    }
+
+    fn has_room(&mut self) -> bool {
+        self.pool.try_acquire().is_some()
+    }
+
+    fn filled(&mut self, piece: &Piece, filled: Filled) -> Result<()> {
+        let block = Block::alloc(&Device::host(), piece.len)?;
+        let copy = crate::plan::PieceCopy {
+            src_offset: 0,
+            row_len: piece.len,
+            rows: 1,
+            src_pitch: piece.len,
+            block: 0,
+            dst_offset: 0,
+            dst_pitch: piece.len,
+        };
+        device::copy(&self.streams, &vec![block.clone()].into(), filled, &[copy])?.wait()?;
+        let mut bytes = vec![0; piece.len as usize];
+        block.read(0, &mut bytes)?;
+        assert!(self.got.insert((piece.file, piece.offset), bytes).is_none(), "a piece came twice");
+        Ok(())
+    }
+
+    fn check(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn note(&self, _note: String) {}
+}
+
+/// Every engine, with and without the page cache.
+fn engines(faults: Option<&Faults>) -> Vec<(&'static str, Box<dyn ReadEngine>)> {
+    let faults = || faults.cloned();
+    let mut engines: Vec<(&'static str, Box<dyn ReadEngine>)> = vec![
+        ("pread", Box::new(Pread { direct: false, faults: faults() })),
+        ("pread direct", Box::new(Pread { direct: true, faults: faults() })),
+        ("uring", Box::new(Uring { direct: false, depth: 4, faults: faults() })),
+        ("uring direct", Box::new(Uring { direct: true, depth: 4, faults: faults() })),
+        ("uring depth 1", Box::new(Uring { direct: true, depth: 1, faults: faults() })),
+    ];
+    if faults().is_none() {
+        engines.push(("mapped", Box::new(Mapped::new(&Device::host()))));
+    }
+    engines
+}
+
+fn bytes(len: usize) -> Vec<u8> {
+    (0..len as u64).map(|i| (i.wrapping_mul(0x9E37_79B9) >> 9) as u8).collect()
+}
+
+struct Files {
+    dir: tempfile::TempDir,
+    files: Vec<DataFile>,
+    contents: Vec<Vec<u8>>,
+}
+
+/// Files of these lengths, on a disk that reads directly where the build directory does.
+fn files(lens: &[usize]) -> Files {
+    let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let contents: Vec<Vec<u8>> = lens.iter().map(|&len| bytes(len)).collect();
+    let open = |(k, content): (usize, &Vec<u8>)| {
+        let path = dir.path().join(k.to_string());
+        std::fs::write(&path, content).unwrap();
+        DataFile::open(&path, &k.to_string(), true).unwrap()
+    };
+    let files = contents.iter().enumerate().map(open).collect();
+    Files { dir, files, contents }
+}
+
+fn plan(files: &[DataFile]) -> LoadPlan {
+    let lens: Vec<u64> = files.iter().map(DataFile::len).collect();
+    let wants: Vec<Segment> = lens.iter().enumerate().map(|(k, &len)| Segment::contiguous(k, 0, len, k, 0)).collect();
+    LoadPlan::build(&lens, &lens, &wants, &PlanOptions { piece_len: PIECE, ..PlanOptions::default() }).unwrap()
+}
+
+fn run(engine: &dyn ReadEngine, made: &Files) -> Result<()> {
+    let plan = plan(&made.files);
+    let mut sink = Collect::new(8);
+    let result = engine.run(&made.files, &Queue::new(plan.pieces().iter().collect()), &mut sink);
+    // Whatever happened, every buffer is back.
+    assert_eq!(std::iter::from_fn(|| sink.pool.try_acquire()).collect::<Vec<_>>().len(), 8, "a buffer is lost");
+    result?;
+    assert_eq!(sink.got.len(), plan.pieces().len());
+    for ((file, offset), got) in sink.got {
+        let offset = offset as usize;
+        assert!(got == made.contents[file][offset..offset + got.len()], "file {file} at {offset}");
+    }
+    Ok(())
+}
+
+#[test]
+fn odd_lengths_are_read_to_the_last_byte() {
+    let made = files(&[1, 4095, 4096, 4097, 65536, 65537, 1_000_003, 0, 300_000]);
+    for (name, engine) in engines(None) {
+        run(engine.as_ref(), &made).unwrap_or_else(|e| panic!("{name}: {e}"));
+    }
+}
+
+#[test]
+fn short_reads_and_interruptions_lose_nothing() {
+    let made = files(&[1_000_003, 70_001]);
+    let calls = Arc::new(AtomicUsize::new(0));
+    let kinds: [fn(usize, usize) -> Option<Fault>; 6] = [
+        |call, _| call.is_multiple_of(2).then_some(Fault::Short(1)),
+        |call, got| (call % 3 == 1).then_some(Fault::Short(got / 2)),
+        |call, got| (call % 3 == 1).then_some(Fault::Short((got / 2).next_multiple_of(512))),
+        |call, _| call.is_multiple_of(2).then_some(Fault::Errno(Errno::INTR)),
+        |call, _| (call % 4 != 3).then_some(Fault::Errno(Errno::AGAIN)),
+        |call, _| (call == 0).then_some(Fault::Errno(Errno::INVAL)), // direct reads refused at the first call
+    ];
+    for (kind, fault) in kinds.into_iter().enumerate() {
+        let count = Arc::clone(&calls);
+        let faults: Faults = Arc::new(move |_, _, got| fault(count.fetch_add(1, Ordering::Relaxed), got));
+        for (name, engine) in engines(Some(&faults)) {
+            if kind == 5 && !name.contains("direct") {
+                continue; // EINVAL of a buffered read is an error
+            }
+            calls.store(0, Ordering::Relaxed);
+            run(engine.as_ref(), &made).unwrap_or_else(|e| panic!("fault {kind}, {name}: {e}"));
+            assert!(calls.load(Ordering::Relaxed) > 1, "no call was answered with a fault");
+        }
+    }
+}
+
+#[test]
+fn a_disk_error_in_the_middle_is_an_error_with_its_place() {
+    let made = files(&[1_000_003]);
+    let faults: Faults = Arc::new(|_, offset, _| (offset >= 500_000).then_some(Fault::Errno(Errno::IO)));
+    for (name, engine) in engines(Some(&faults)) {
+        let error = run(engine.as_ref(), &made).unwrap_err();
+        let Error::Io { source, path, .. } = &error else { panic!("{name}: {error}") };
+        assert_eq!(path, made.files[0].path());
+        assert!(source.to_string().contains("at byte 5"), "{name}: {source}");
+    }
+}
+
+#[test]
+fn endless_eagain_is_given_up() {
+    let made = files(&[5000]);
+    let faults: Faults = Arc::new(|_, _, _| Some(Fault::Errno(Errno::AGAIN)));
+    for (name, engine) in engines(Some(&faults)) {
+        assert!(matches!(run(engine.as_ref(), &made), Err(Error::Io { .. })), "{name}");
+    }
+}
+
+#[test]
+fn a_file_that_was_cut_off_is_an_error_and_no_signal() {
+    for left in [0, 100, 4096, 500_000, 999_999] {
+        let made = files(&[1_000_003]);
+        let path = made.dir.path().join("0");
+        std::fs::OpenOptions::new().write(true).open(&path).unwrap().set_len(left).unwrap();
+        for (name, engine) in engines(None) {
+            let error = run(engine.as_ref(), &made).unwrap_err();
+            assert!(matches!(error, Error::Truncated { end, .. } if end == left), "{name}: {error}");
+        }
+    }
+}
+
+#[test]
+fn mapped_pages_that_are_cut_off_under_way_are_an_error() {
+    let made = files(&[1_000_003]);
+    let path = made.dir.path().join("0");
+    struct Cut(Collect, std::path::PathBuf);
+    impl Sink for Cut {
+        fn room(&mut self, piece: &Piece) -> Result<Room> {
+            self.0.room(piece)
+        }
+        fn has_room(&mut self) -> bool {
+            true
+        }
+        fn filled(&mut self, piece: &Piece, filled: Filled) -> Result<()> {
+            if piece.offset == PIECE {
+                std::fs::OpenOptions::new().write(true).open(&self.1).unwrap().set_len(0).unwrap();
+            }
+            self.0.filled(piece, filled)
+        }
+        fn check(&self) -> Result<()> {
+            Ok(())
+        }
+        fn note(&self, _note: String) {}
+    }
+    let plan = plan(&made.files);
+    let queue = Queue::new(plan.pieces().iter().collect());
+    let error = Mapped::new(&Device::host()).run(&made.files, &queue, &mut Cut(Collect::new(1), path)).unwrap_err();
+    assert!(matches!(error, Error::Truncated { end: 0, .. }), "{error}");
+}
