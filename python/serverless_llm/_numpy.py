@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
 
 from ._arrays import TORCH_NAMES
 from .errors import DeviceError, InvalidError
+
+ml_dtypes: Any
+try:
+    import ml_dtypes
+except ImportError:
+    ml_dtypes = None
 
 _PAGE = 4096
 _OWN = {
@@ -46,15 +51,12 @@ def allocate(device: str, nbytes: int) -> tuple[Any, int]:
     return block, room.ctypes.data + start
 
 
-@functools.cache
 def _dtype(name: str) -> Any:
     if name in _OWN:
         return np.dtype(_OWN[name])
     if name in ("F4", "F6_E2M3", "F6_E3M2"):
         return None
-    try:
-        import ml_dtypes
-    except ImportError:
+    if ml_dtypes is None:
         return np.dtype("<u2" if name == "BF16" else "u1")
     return np.dtype(getattr(ml_dtypes, TORCH_NAMES[name]))
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Union
+from typing import Any
 
 from . import _arrays, _native
 from ._native import Checkpoint
 from .reports import ConvertReport, ExportReport, VerifyReport
 
-Path = Union[str, "os.PathLike[str]"]
-Source = Union[Path, Checkpoint]
+Path = str | os.PathLike[str]
+Source = Path | Checkpoint
 Progress = Callable[[int, int], object]
 
 
