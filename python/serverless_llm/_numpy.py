@@ -9,7 +9,6 @@ import numpy as np
 from ._arrays import TORCH_NAMES
 from .errors import DeviceError, InvalidError
 
-ml_dtypes: Any
 try:
     import ml_dtypes
 except ImportError:
