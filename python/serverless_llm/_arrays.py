@@ -28,8 +28,9 @@ def host_array(name: str, tensor: Any) -> HostArray:
         tensor = tensor.detach()
         if tensor.layout is not torch.strided:
             raise InvalidError(f"tensor {name!r}: a tensor of layout {tensor.layout} cannot be stored")
-        if tensor.is_quantized:
-            raise InvalidError(f"tensor {name!r}: a quantized tensor cannot be stored")
+        if tensor.is_quantized or tensor.is_meta:
+            kind = "meta" if tensor.is_meta else "quantized"
+            raise InvalidError(f"tensor {name!r}: a {kind} tensor cannot be stored")
         host = tensor.cpu().resolve_conj().resolve_neg().contiguous()
         shape = list(host.shape)
         dtype = str(host.dtype)

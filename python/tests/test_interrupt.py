@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,29 +19,41 @@ def test_ctrl_c_stops_a_conversion_and_the_next_one_succeeds(tmp_path: Path) -> 
     source = tmp_path / "source"
     sllm.save_dict({f"t{i}": np.full(8 << 20, i, np.uint8) for i in range(48)}, source)
     target = tmp_path / "target"
-    # One thread, and a source of 400 MB: the conversion is still at work when the signal comes.
+    # 400 MB and one thread. On a busy machine the signal may come after the end: then again, as a new conversion.
     code = f"""
+import os, signal, threading, time
 import serverless_llm as sllm
-def progress(done, total):
-    print("started", flush=True)
+timer = threading.Timer(0.03, os.kill, (os.getpid(), signal.SIGINT))
+outcome = "finished"
 try:
-    sllm.convert({str(source)!r}, {str(target)!r}, threads=1, progress=progress)
-    print("finished")
+    timer.start()
+    try:
+        sllm.convert({str(source)!r}, {str(target)!r}, threads=1)
+    except KeyboardInterrupt:
+        outcome = "interrupted"
+    time.sleep(0 if outcome == "interrupted" else 60)
 except KeyboardInterrupt:
-    print("interrupted")
+    pass
+print(outcome)
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "started\n"
-        child.send_signal(signal.SIGINT)
-        sent = time.monotonic()
-        rest = child.stdout.read().split()
-    assert child.returncode == 0
-    assert time.monotonic() - sent < 5
-    assert rest[-1] == "interrupted"
+    for _ in range(10):
+        outcome = python(code).stdout.strip()
+        if outcome == "interrupted":
+            break
+        assert outcome == "finished" and sllm.verify(target).ok
+        shutil.rmtree(target)
+    assert outcome == "interrupted"
     assert not target.exists()
     sllm.convert(source, target)
     assert sllm.verify(target).ok
+
+
+def test_what_ctrl_c_raises_in_the_callback_comes_out(store: Path, tmp_path: Path) -> None:
+    def progress(done: int, total: int) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        sllm.verify(store, progress=progress)
 
 
 def test_a_signal_that_interrupts_a_call_in_the_work_is_no_error(store: Path) -> None:

@@ -247,6 +247,29 @@ def test_ml_dtypes_are_used_where_they_are(store: Path, tmp_path: Path) -> None:
     assert all(again[name].dtype == SHAPES[name][0] for name in kept)
 
 
+def test_torch_tensors_that_cannot_be_stored(tmp_path: Path) -> None:
+    for tensor, why in [
+        (torch.empty(2, device="meta"), "a meta tensor"),
+        (torch.eye(3).to_sparse(), "of layout torch.sparse_coo"),
+        (torch.zeros(2, dtype=torch.complex128), "torch.complex128 cannot be stored"),
+    ]:
+        with pytest.raises(sllm.InvalidError, match=why):
+            sllm.save_dict({"t": tensor}, tmp_path / "store")
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_little_memory_is_said_before_anything_moves(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serverless_llm import _torch
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(_torch.torch, "empty", full)
+    monkeypatch.setattr(sllm._native, "fill", None)
+    with pytest.raises(sllm.DeviceMemoryError, match=r"cpu: \d+ bytes are needed: no room"):
+        sllm.load(store, device="cpu", framework="torch", tensors="large")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_no_cuda_device(store: Path) -> None:
     for device in ("cuda", 0, torch.device("cuda:1")):
@@ -271,3 +294,28 @@ def test_a_device_map_splits_a_model(tmp_path: Path) -> None:
     }  # fmt: skip
     assert torch.equal(loaded["a.w"], w) and torch.equal(loaded["b.tied"].cpu(), w)
     assert loaded["a.w"].data_ptr() == loaded["a.tied"].data_ptr()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_too_little_device_memory(tmp_path: Path) -> None:
+    sllm.save_dict({"w": np.zeros(256 << 20, np.uint8)}, tmp_path / "store")
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.001)
+    try:
+        with pytest.raises(sllm.DeviceMemoryError, match="cuda:0: 268435456 bytes are needed"):
+            sllm.load(tmp_path / "store", device="cuda:0")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
+def test_memory_that_torch_hands_out_again_is_not_overwritten_later(tmp_path: Path) -> None:
+    w = torch.randn(64 << 20)
+    sllm.save_dict({"w": w}, tmp_path / "store")
+    for _ in range(5):
+        # Work is queued on a block that is then free, so that the next load gets it while the work may still run.
+        block = torch.empty(w.numel(), device="cuda")
+        for _ in range(20):
+            block.fill_(1.0)
+        del block
+        assert torch.equal(sllm.load(tmp_path / "store", device="cuda")["w"].cpu(), w)
