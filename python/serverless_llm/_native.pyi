@@ -17,6 +17,7 @@ __all__ = [
     "export",
     "fill",
     "open",
+    "run_cli",
     "save",
     "select",
     "verify",
@@ -70,6 +71,7 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]: ...
 
 def open(path: _Path, *, revision: str | None = None) -> Checkpoint: ...
+
 @final
 class Placement:
     def __new__(cls, checkpoint: Checkpoint, selected: list[int], devices: list[int]) -> Placement: ...
@@ -89,12 +91,12 @@ def fill(
     verify: bool,
     threads: int | None,
     pinned_bytes: int | None,
+    alloc_s: float,
     progress: _Progress,
 ) -> tuple[str, str]: ...
+def run_cli(args: list[str]) -> int: ...
 def dtypes() -> list[tuple[str, str, int]]: ...
-def convert(
-    source: Checkpoint, target: _Path, *, overwrite: bool, threads: int | None, progress: _Progress
-) -> str: ...
+def convert(source: Checkpoint, target: _Path, *, overwrite: bool, threads: int | None, progress: _Progress) -> str: ...
 def save(
     tensors: list[tuple[str, str, list[int], int, int]],
     target: _Path,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
 
 from ._arrays import TORCH_NAMES
 from .errors import DeviceError, InvalidError
+
+try:
+    import ml_dtypes
+except ImportError:
+    ml_dtypes = None
 
 _PAGE = 4096
 _OWN = {
@@ -38,7 +42,7 @@ def device_id(device: Any) -> str:
 def allocate(device: str, nbytes: int) -> tuple[Any, int]:
     """A block of bytes, its first at the start of a page, and its address."""
     try:
-        room = np.empty(nbytes + _PAGE, np.uint8)
+        room: Any = np.empty(nbytes + _PAGE, np.uint8)
     except MemoryError as e:
         raise DeviceError(f"{device}: {nbytes} bytes of memory cannot be had: {e}") from e
     start = -room.ctypes.data % _PAGE
@@ -46,15 +50,12 @@ def allocate(device: str, nbytes: int) -> tuple[Any, int]:
     return block, room.ctypes.data + start
 
 
-@functools.cache
 def _dtype(name: str) -> Any:
     if name in _OWN:
         return np.dtype(_OWN[name])
     if name in ("F4", "F6_E2M3", "F6_E3M2"):
         return None
-    try:
-        import ml_dtypes
-    except ImportError:
+    if ml_dtypes is None:
         return np.dtype("<u2" if name == "BF16" else "u1")
     return np.dtype(getattr(ml_dtypes, TORCH_NAMES[name]))
 

@@ -58,9 +58,9 @@ def _dtype(name: str, dtype: str) -> torch.dtype:
     of = getattr(torch, TORCH_NAMES[dtype], None)
     if of is None:
         raise InvalidError(
-            f"tensor {name!r}: this torch has no type for {dtype}; leave it out by tensors=..., or use framework='numpy'"
+            f"tensor {name!r}: this torch has no type for {dtype}: leave it out (tensors=...) or use framework='numpy'"
         )
-    return of  # type: ignore[no-any-return]
+    return of
 
 
 def check(name: str, dtype: str) -> None:

@@ -39,8 +39,8 @@ def load(
 ) -> LoadedDict:
     """Load a checkpoint (a store, safetensors, or the original's layout) to a device.
 
-    `device`: `"auto"` (the current CUDA device if torch sees one, else the host), `"cpu"`, `"cuda"`, `"cuda:1"`, a number,
-    or a `torch.device`. `tensors`: a name or glob, or a list of them; one that matches nothing is an error.
+    `device`: `"auto"` (the current CUDA device if torch sees one, else the host), `"cpu"`, `"cuda"`, `"cuda:1"`, a
+    number, or a `torch.device`. `tensors`: a name or glob, or a list of them; one that matches nothing is an error.
     `engine`: `"auto"`, `"uring"`, `"pread"` or `"mapped"`. `direct`: whether reads pass the page cache; None chooses.
     `verify` compares the checksums of a store while it loads. `pinned_bytes` bounds the staging memory.
     `framework`: `"torch"`, `"numpy"` (host only), or `"auto"`: torch where it is installed.
@@ -154,12 +154,12 @@ def _fill(
     start = time.perf_counter()
     blocks = [arrays.allocate(devices[number], nbytes) for number, nbytes in placement.blocks]
     alloc_s = time.perf_counter() - start
-    report, text = _native.fill(placement, devices, [address for _, address in blocks], **options, progress=progress)
+    addresses = [address for _, address in blocks]
+    report, text = _native.fill(placement, devices, addresses, **options, alloc_s=alloc_s, progress=progress)
     loaded = LoadedDict()
     for name, dtype, shape, strides, nbytes, block, offset in placed:
         loaded[name] = arrays.view(blocks[block][0], name, dtype, shape, strides, nbytes, offset)
-    loaded.report = LoadReport._from_json(report, text)
-    loaded.report._allocated(alloc_s)
+    loaded.report = LoadReport._from_json(report, text.rstrip())
     return loaded
 
 

@@ -26,7 +26,9 @@ class Report:
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("_") and name in self._fields:
             return self._fields[name]
-        raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {', '.join(self.__dict__.get('_fields', ()))}")
+        raise AttributeError(
+            f"{type(self).__name__} has no {name!r}; it has {', '.join(self.__dict__.get('_fields', ()))}"
+        )
 
     def __dir__(self) -> list[str]:
         return [*super().__dir__(), *self._fields]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, Union
+from typing import Any
 
 from . import _arrays, _native
 from ._native import Checkpoint
 from .reports import ConvertReport, ExportReport, VerifyReport
 
-Path = Union[str, "os.PathLike[str]"]
-Source = Union[Path, Checkpoint]
+Path = str | os.PathLike[str]
+Source = Path | Checkpoint
 Progress = Callable[[int, int], object]
 
 
@@ -31,23 +31,26 @@ def convert(
 ) -> ConvertReport:
     """Convert a checkpoint to a store at `target`.
 
-    `source` is a model directory, a safetensors file, a repository id that the Hugging Face cache holds (of `revision`),
-    or an opened checkpoint. The store appears as a whole; an interrupted conversion goes on where it was; memory does
-    not grow with the model. `progress(done, total)` is called with bytes, in this thread; what it raises stops the work.
+    `source` is a model directory, a safetensors file, a repository id that the Hugging Face cache holds (its
+    `revision`), or an opened checkpoint. The store appears as a whole; an interrupted conversion goes on where it was;
+    memory does not grow with the model. `progress(done, total)` is called with bytes, in this thread; what it raises
+    stops the work.
     """
     checkpoint = opened(source, revision)
     report = _native.convert(checkpoint, target, overwrite=overwrite, threads=threads, progress=progress)
     return ConvertReport._from_json(report)  # type: ignore[no-any-return]
 
 
-def export(store: Source, target: Path, *, threads: int | None = None, progress: Progress | None = None) -> ExportReport:
+def export(
+    store: Source, target: Path, *, threads: int | None = None, progress: Progress | None = None
+) -> ExportReport:
     """Write a checkpoint as safetensors files into the new directory `target`, as they were before conversion."""
     report = _native.export(opened(store), target, threads=threads, progress=progress)
     return ExportReport._from_json(report)  # type: ignore[no-any-return]
 
 
 def verify(store: Source, *, threads: int | None = None, progress: Progress | None = None) -> VerifyReport:
-    """Compare every chunk of a store with its checksum. Corrupt chunks are listed in the report; none is an exception."""
+    """Compare every chunk of a store with its checksum. Corrupt chunks are listed in the report; they do not raise."""
     report = _native.verify(opened(store), threads=threads, progress=progress)
     return VerifyReport._from_json(report)  # type: ignore[no-any-return]
 

@@ -1,8 +1,8 @@
 //! The native half of the Python package `serverless_llm`.
 //!
-//! It is thin: arguments come in, a call of `sllm_core` runs without the interpreter's lock ([`wait`]), and a report goes
+//! It is thin: arguments come in, a call of `sllm_core` runs without the interpreter's lock (`wait`), and a report goes
 //! out as JSON, which the package shows as an object. Exceptions are the classes of `serverless_llm.errors`
-//! ([`error`]). Memory that outlives a call belongs to NumPy or torch and comes in as an address ([`memory`]).
+//! (`error`). Memory that outlives a call belongs to NumPy or torch and comes in as an address (`memory`).
 
 mod checkpoint;
 mod error;
@@ -21,7 +21,7 @@ mod _native {
     #[pymodule_export]
     use crate::load::{Placement, fill, select};
     #[pymodule_export]
-    use crate::work::{convert, dtypes, export, save, verify};
+    use crate::work::{convert, dtypes, export, run_cli, save, verify};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -62,9 +62,10 @@ impl Placement {
 
 /// Fills the blocks of a placement, which lie at `addresses`, and gives the report as JSON and as text.
 ///
-/// The caller keeps every block allocated, and does not touch it, until this returns.
+/// `alloc_s` is the time that allocating them took, for the report. The caller keeps every block allocated, and does not
+/// touch it, until this returns.
 #[pyfunction]
-#[pyo3(signature = (placement, devices, addresses, *, engine, direct, verify, threads, pinned_bytes, progress))]
+#[pyo3(signature = (placement, devices, addresses, *, engine, direct, verify, threads, pinned_bytes, alloc_s, progress))]
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn fill(
     py: Python<'_>,
@@ -76,9 +77,10 @@ pub(crate) fn fill(
     verify: bool,
     threads: Option<usize>,
     pinned_bytes: Option<u64>,
+    alloc_s: f64,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<(String, String)> {
-    let report = wait::run(py, progress, |control| {
+    let mut report = wait::run(py, progress, |control| {
         let devices = devices.iter().map(|id| Device::parse(id)).collect::<sllm_core::Result<Vec<_>>>()?;
         let invalid = |what: &str| sllm_core::Error::Invalid(what.into());
         if addresses.len() != placement.inner.blocks.len() {
@@ -106,5 +108,7 @@ pub(crate) fn fill(
         }
         loader.build()?.fill(&placement.checkpoint, &placement.inner, blocks)
     })?;
+    report.alloc_s = alloc_s;
+    report.seconds += alloc_s;
     Ok((json(py, &report)?, report.to_string()))
 }

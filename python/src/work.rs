@@ -1,5 +1,6 @@
 //! The operations that move no bytes to a device. Each gives its report as JSON.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use pyo3::prelude::*;
@@ -22,6 +23,12 @@ pub(crate) fn json(py: Python<'_>, report: &impl Serialize) -> PyResult<String> 
 #[pyfunction]
 pub(crate) fn dtypes() -> Vec<(&'static str, &'static str, u64)> {
     Dtype::all().map(|dtype| (dtype.name(), dtype.torch_name(), dtype.bits())).collect()
+}
+
+/// Runs the `sllm-store` command and gives its exit code. The first argument is the program's name.
+#[pyfunction]
+pub(crate) fn run_cli(py: Python<'_>, args: Vec<OsString>) -> u8 {
+    py.detach(|| sllm_cli::run(args))
 }
 
 /// Converts a checkpoint to a store.

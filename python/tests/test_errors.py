@@ -1,0 +1,106 @@
+"""Exceptions: their classes, the built-in ones they also are, and their messages."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+import serverless_llm as sllm
+from serverless_llm import errors
+
+
+@pytest.mark.parametrize(
+    ("ours", "builtin"),
+    [
+        (sllm.ReadWriteError, OSError),
+        (sllm.AccessError, PermissionError),
+        (sllm.FormatError, ValueError),
+        (sllm.NotFoundError, FileNotFoundError),
+        (sllm.TensorNotFoundError, KeyError),
+        (sllm.ExistsError, FileExistsError),
+        (sllm.NoSpaceError, OSError),
+        (sllm.DeviceError, RuntimeError),
+        (sllm.DeviceMemoryError, MemoryError),
+        (sllm.InvalidError, ValueError),
+        (sllm.CorruptError, sllm.SllmError),
+        (sllm.CancelledError, sllm.SllmError),
+    ],
+)
+def test_each_is_a_builtin_too(ours: type[Exception], builtin: type[Exception]) -> None:
+    assert issubclass(ours, builtin) and issubclass(ours, sllm.SllmError)
+    again = pickle.loads(pickle.dumps(ours("what went wrong")))
+    assert type(again) is ours and str(again) == "what went wrong"
+
+
+def test_all_are_exported() -> None:
+    ours = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    assert ours <= set(sllm.__all__)
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(sllm.NotFoundError, match="no checkpoint at"):
+        sllm.open(tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match="no manifest.json"):
+        sllm.open(tmp_path)
+
+
+def test_no_such_tensor(store: Path) -> None:
+    with pytest.raises(sllm.TensorNotFoundError, match='no tensor "absent" in'):
+        sllm.open(store)["absent"]
+    with pytest.raises(KeyError, match="absent"):
+        sllm.load(store, device="cpu", framework="numpy", tensors="absent.*")
+
+
+def test_a_bad_file_is_named_with_tensor_and_offset(tmp_path: Path) -> None:
+    header = b'{"t":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}'
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(sllm.FormatError, match=r'model\.safetensors: tensor "t"'):
+        sllm.open(path)
+
+
+def test_the_target_exists(safetensors_file: Path, store: Path, tmp_path: Path) -> None:
+    with pytest.raises(sllm.ExistsError, match="overwrite=True"):
+        sllm.convert(safetensors_file, store)
+    sllm.convert(safetensors_file, tmp_path / "store")
+    sllm.convert(safetensors_file, tmp_path / "store", overwrite=True)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_permission_denied(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"")
+    path.chmod(0)
+    with pytest.raises(sllm.AccessError, match="(?i)permission denied"):
+        sllm.open(path)
+
+
+def test_the_cause_is_in_the_message(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(sllm.ReadWriteError, match="cannot open: .*symbolic links"):
+        sllm.open(loop)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"engine": "magic"}, "not an engine"),
+        ({"framework": "jax"}, "not a framework"),
+        ({"device": "cuda:0"}, "NumPy arrays live in host memory"),
+        ({"threads": 0}, "at least one thread"),
+        ({"pinned_bytes": 5}, "fewer than a page"),
+        ({"tensors": []}, "list of globs is empty"),
+    ],
+)
+def test_arguments_that_make_no_sense(store: Path, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(sllm.InvalidError, match=message):
+        sllm.load(store, **{"device": "cpu", "framework": "numpy", **arguments})  # type: ignore[arg-type]
+
+
+def test_only_stores_have_checksums(safetensors_file: Path) -> None:
+    with pytest.raises(sllm.InvalidError, match="checksums"):
+        sllm.verify(safetensors_file)

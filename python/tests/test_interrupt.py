@@ -1,0 +1,173 @@
+"""Ctrl-C and forks."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import python
+
+import serverless_llm as sllm
+
+
+def test_ctrl_c_stops_a_conversion_and_the_next_one_succeeds(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    sllm.save_dict({f"t{i}": np.full(8 << 20, i, np.uint8) for i in range(48)}, source)
+    target = tmp_path / "target"
+    # One thread, and a source of 400 MB: the conversion is still at work when the signal comes.
+    code = f"""
+import serverless_llm as sllm
+def progress(done, total):
+    print("started", flush=True)
+try:
+    sllm.convert({str(source)!r}, {str(target)!r}, threads=1, progress=progress)
+    print("finished")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "started\n"
+        child.send_signal(signal.SIGINT)
+        sent = time.monotonic()
+        rest = child.stdout.read().split()
+    assert child.returncode == 0
+    assert time.monotonic() - sent < 5
+    assert rest[-1] == "interrupted"
+    assert not target.exists()
+    sllm.convert(source, target)
+    assert sllm.verify(target).ok
+
+
+def test_a_signal_that_interrupts_a_call_in_the_work_is_no_error(store: Path) -> None:
+    code = f"""
+import signal
+import serverless_llm as sllm
+ticks = 0
+def tick(*_):
+    global ticks
+    ticks += 1
+signal.signal(signal.SIGALRM, tick)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+for _ in range(50):
+    sllm.verify({str(store)!r})
+    sllm.load({str(store)!r}, device="cpu", framework="numpy")
+signal.setitimer(signal.ITIMER_REAL, 0)
+assert ticks > 10, ticks
+"""
+    python(code)
+
+
+def test_a_forked_child_loads_to_the_host(store: Path) -> None:
+    code = f"""
+import os
+import serverless_llm as sllm
+checkpoint = sllm.open({str(store)!r})
+before = sllm.load(checkpoint, device="cpu", framework="numpy")
+child = os.fork()
+after = sllm.load(checkpoint, device="cpu", framework="numpy")
+assert before["large"].tobytes() == after["large"].tobytes()
+if child == 0:
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+
+
+CUDA = """
+import ctypes, os, sys
+import serverless_llm as sllm
+from serverless_llm import _native
+driver = ctypes.CDLL("libcuda.so.1")
+def call(name, *arguments):
+    assert getattr(driver, name)(*arguments) == 0, name
+def fill(checkpoint, **changed):
+    selected = _native.select(checkpoint, None)
+    placement = _native.Placement(checkpoint, selected, [i % 2 for i in range(len(selected))])
+    addresses = []
+    for number, nbytes in placement.blocks:
+        address = ctypes.c_uint64()
+        context = ctypes.c_void_p()
+        call("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
+        call("cuCtxSetCurrent", context)
+        call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
+        addresses.append(address.value)
+    options = dict(engine="auto", direct=None, verify=False, threads=None)
+    options.update(pinned_bytes=None, alloc_s=0.0, progress=None)
+    report, text = _native.fill(placement, ["cuda:0", "cuda:1"], addresses, **{**options, **changed})
+    return placement, addresses, report
+call("cuInit", 0)
+"""
+
+
+@pytest.mark.parametrize("engine", ["auto", "pread", "mapped"])
+def test_cuda_gets_every_byte(store: Path, fake_cuda: dict[str, str], engine: str) -> None:
+    code = f"""{CUDA}
+checkpoint = sllm.open({str(store)!r})
+placement, addresses, report = fill(checkpoint, engine={engine!r})
+for name, dtype, shape, strides, nbytes, block, offset in placement.tensors:
+    info = checkpoint[name]
+    with open({str(store)!r} + "/" + info.file, "rb") as file:
+        file.seek(info.offset)
+        # The double's device addresses are addresses of the host.
+        assert file.read(nbytes) == (ctypes.string_at(addresses[block] + offset, nbytes) if nbytes else b""), name
+assert '"cuda:1"' in report
+"""
+    python(code, **fake_cuda, FAKE_CUDA_DEVICES="2")
+
+
+def test_a_lost_device_is_a_device_error(store: Path, fake_cuda: dict[str, str]) -> None:
+    code = f"""{CUDA}
+try:
+    fill(sllm.open({str(store)!r}), engine="pread")
+except sllm.DeviceError as e:
+    assert "CUDA_ERROR" in str(e), e
+else:
+    raise SystemExit("no error")
+"""
+    python(code, **fake_cuda, FAKE_CUDA_DEVICES="2", FAKE_CUDA_LOST_AFTER="0")
+
+
+def test_cuda_in_a_forked_child_is_an_error(store: Path, fake_cuda: dict[str, str]) -> None:
+    code = f"""{CUDA}
+checkpoint = sllm.open({str(store)!r})
+fill(checkpoint)
+child = os.fork()
+if child == 0:
+    selected = _native.select(checkpoint, ["odd"])
+    placement = _native.Placement(checkpoint, selected, [0])
+    try:
+        _native.fill(placement, ["cuda:0"], [4096], engine="auto", direct=None, verify=False, threads=None,
+                     pinned_bytes=None, alloc_s=0.0, progress=None)
+    except sllm.DeviceError as e:
+        os._exit(0 if "forked" in str(e) else 3)
+    os._exit(4)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**fake_cuda, "FAKE_CUDA_DEVICES": "2"}, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_device_that_is_not_there(store: Path, fake_cuda: dict[str, str]) -> None:
+    code = f"""{CUDA}
+try:
+    fill(sllm.open({str(store)!r}))
+except AssertionError:
+    pass
+try:
+    _native.fill(_native.Placement(sllm.open({str(store)!r}), [], []), ["cuda:7"], [], engine="auto", direct=None,
+                 verify=False, threads=None, pinned_bytes=None, alloc_s=0.0, progress=None)
+except sllm.DeviceError as e:
+    assert "no device cuda:7: 1 are visible" in str(e), e
+else:
+    raise SystemExit("no error")
+"""
+    python(code, **fake_cuda, FAKE_CUDA_DEVICES="1")
