@@ -84,13 +84,13 @@ fn calls_grow_with_bytes_and_not_with_tensors() {
             let loaded = loader.build().unwrap().load(&checkpoint).unwrap();
             let report = loaded.report();
             assert_eq!(report.copies, report.pieces, "{engine}: one copy a piece");
-            assert!(report.pieces <= 5, "{}", report.pieces);
+            assert!(report.pieces <= 6, "{}", report.pieces);
             assert_eq!(driver.count("cuMemcpyHtoDAsync"), report.pieces, "{engine}");
-            let events = driver.count("cuEventCreate") - report.pieces;
-            calls.push((events, driver.count("cuMemcpy2DAsync"), driver.count("cuMemAlloc")));
+            assert!(driver.count("cuEventCreate") <= report.pieces, "events are made once and used again");
+            calls.push((driver.count("cuMemcpy2DAsync"), driver.count("cuMemAlloc")));
         }
     }
-    assert!(calls.iter().all(|&calls| calls == (0, 0, 1)), "{calls:?}: 1000 times as many tensors cost more calls");
+    assert!(calls.iter().all(|&calls| calls == (0, 1)), "{calls:?}: 1000 times as many tensors cost more calls");
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::ffi::{CStr, c_uint};
 use std::ptr;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys;
 
@@ -189,8 +189,9 @@ impl Backend for Cuda {
         let mut stream = ptr::null_mut();
         // SAFETY: a context is current; destroyed in `CudaStream::drop`.
         self.context.check("make a stream", unsafe { sys::cuStreamCreate(&mut stream, STREAM_NON_BLOCKING) })?;
-        let blocking_wait = self.blocking_wait;
-        Ok(Box::new(CudaStream { context: Arc::clone(&self.context), stream, blocking_wait }))
+        let events =
+            Events { context: Arc::clone(&self.context), blocking: self.blocking_wait, spare: Mutex::default() };
+        Ok(Box::new(CudaStream { context: Arc::clone(&self.context), stream, events: Arc::new(events) }))
     }
 
     unsafe fn pin(&self, ptr: *mut u8, len: usize, read_only: bool) -> Result<(), DeviceError> {
@@ -240,7 +241,7 @@ impl Drop for CudaMemory {
 struct CudaStream {
     context: Arc<Context>,
     stream: sys::CUstream,
-    blocking_wait: bool,
+    events: Arc<Events>,
 }
 
 // SAFETY: the driver's stream calls may come from any thread.
@@ -291,13 +292,9 @@ impl BackendStream for CudaStream {
 
     fn mark(&self) -> Result<Box<dyn Mark>, DeviceError> {
         let _current = self.context.enter()?;
-        let flags = EVENT_DISABLE_TIMING | if self.blocking_wait { EVENT_BLOCKING_SYNC } else { 0 };
-        let mut event = ptr::null_mut();
-        // SAFETY: a context is current; destroyed in `CudaMark::drop`.
-        self.context.check("make an event", unsafe { sys::cuEventCreate(&mut event, flags) })?;
-        let mark = CudaMark { context: Arc::clone(&self.context), event };
+        let mark = CudaMark { event: self.events.take()?, events: Arc::clone(&self.events) };
         // SAFETY: both handles are live.
-        self.context.check("record an event", unsafe { sys::cuEventRecord(event, self.stream) })?;
+        self.context.check("record an event", unsafe { sys::cuEventRecord(mark.event.0, self.stream) })?;
         Ok(Box::new(mark))
     }
 
@@ -317,34 +314,75 @@ impl Drop for CudaStream {
     }
 }
 
+/// An event of the driver.
+#[derive(Debug, Clone, Copy)]
+struct Event(sys::CUevent);
+
+// SAFETY: an event may be recorded and waited for in any thread.
+unsafe impl Send for Event {}
+
+/// A stream's events, used again and again: making one takes a lock that the copies of all threads need.
 #[derive(Debug)]
-struct CudaMark {
+struct Events {
     context: Arc<Context>,
-    event: sys::CUevent,
+    /// Waiting for them blocks the thread instead of spinning.
+    blocking: bool,
+    spare: Mutex<Vec<Event>>,
 }
 
-// SAFETY: an event may be waited for in any thread.
-unsafe impl Send for CudaMark {}
+impl Events {
+    /// An event that nobody uses. A context is current.
+    fn take(&self) -> Result<Event, DeviceError> {
+        if let Some(event) = self.lock().pop() {
+            return Ok(event);
+        }
+        let flags = EVENT_DISABLE_TIMING | if self.blocking { EVENT_BLOCKING_SYNC } else { 0 };
+        let mut event = ptr::null_mut();
+        // SAFETY: a context is current; destroyed when `self` is dropped.
+        self.context.check("make an event", unsafe { sys::cuEventCreate(&mut event, flags) })?;
+        Ok(Event(event))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Event>> {
+        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.context.enter() {
+            for event in self.spare.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+                // SAFETY: made by `take`, destroyed once: each mark gave its event back and keeps `self`.
+                let _ = unsafe { sys::cuEventDestroy_v2(event.0) };
+            }
+        }
+    }
+}
+
+/// An event that was recorded.
+#[derive(Debug)]
+struct CudaMark {
+    event: Event,
+    events: Arc<Events>,
+}
 
 impl Mark for CudaMark {
     fn is_done(&self) -> bool {
-        let Ok(_current) = self.context.enter() else { return true };
+        let Ok(_current) = self.events.context.enter() else { return true };
         // SAFETY: the event is live. An error is found by `wait`.
-        unsafe { sys::cuEventQuery(self.event) != sys::CUresult::CUDA_ERROR_NOT_READY }
+        unsafe { sys::cuEventQuery(self.event.0) != sys::CUresult::CUDA_ERROR_NOT_READY }
     }
 
     fn wait(&self) -> Result<(), DeviceError> {
-        let _current = self.context.enter()?;
+        let _current = self.events.context.enter()?;
         // SAFETY: the event is live.
-        self.context.check("finish a copy", unsafe { sys::cuEventSynchronize(self.event) })
+        self.events.context.check("finish a copy", unsafe { sys::cuEventSynchronize(self.event.0) })
     }
 }
 
 impl Drop for CudaMark {
     fn drop(&mut self) {
-        if let Ok(_current) = self.context.enter() {
-            // SAFETY: made by `mark`, destroyed once.
-            let _ = unsafe { sys::cuEventDestroy_v2(self.event) };
-        }
+        // Recording it anew is allowed whatever has become of it.
+        self.events.lock().push(self.event);
     }
 }

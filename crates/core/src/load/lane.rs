@@ -154,9 +154,8 @@ impl<'a> Lane<'a> {
                 let preparing = Instant::now();
                 let buffer = self.shared.pool.try_acquire();
                 self.times.prepare += preparing.elapsed();
-                if let Some(buffer) = buffer {
-                    return Ok(buffer);
-                }
+                // The pool holds every lane's quota.
+                return buffer.ok_or_else(|| Error::Invalid("a lane has no buffer left".into()));
             } else if self.in_flight.is_empty() {
                 return Err(Error::Invalid("a lane has no buffer left".into()));
             } else {

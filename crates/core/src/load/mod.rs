@@ -21,8 +21,9 @@ use crate::read::choose::{Share, Wishes, choose};
 use crate::read::{EngineChoice, Queue};
 use lane::{Lane, Shared};
 
-/// Bytes of one piece, and of one staging buffer: what the link needs to come near its peak (`docs/benchmarks.md`).
-const PIECE_LEN: u64 = 4 << 20;
+/// Bytes of one piece, and of one staging buffer: enough for the link to come near its peak, and so few that the ring
+/// stays in the processor's cache (`docs/benchmarks.md`).
+const PIECE_LEN: u64 = 3 << 20;
 /// Pinned staging memory at most, unless asked otherwise.
 const PINNED_LEN: u64 = 256 << 20;
 

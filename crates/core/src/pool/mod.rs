@@ -10,7 +10,7 @@ mod memory;
 use std::any::Any;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 pub(crate) use memory::HostMemory;
 
@@ -36,6 +36,8 @@ struct Shared {
     /// The devices that the memory is pinned for: the first pins, for all contexts.
     device: Option<Device>,
     state: Mutex<State>,
+    /// Told when a step is ready.
+    prepared: Condvar,
     pinned: AtomicU64,
 }
 
@@ -44,6 +46,8 @@ struct State {
     free: Vec<usize>,
     /// Steps that somebody has taken on to prepare.
     claimed_steps: usize,
+    /// Of those, steps that are not ready yet.
+    preparing: usize,
     /// First buffer and length of the registrations, for their release.
     registered: Vec<usize>,
     /// Why memory is not pinned, once the driver refused.
@@ -74,21 +78,29 @@ impl BufferPool {
             buffers_per_step,
             device,
             state: Mutex::default(),
+            prepared: Condvar::new(),
             pinned: AtomicU64::new(0),
         };
         Ok(BufferPool { shared: Arc::new(shared) })
     }
 
-    /// A free buffer, or `None` when all are in use. Prepares a step where no prepared buffer is free.
+    /// A free buffer, or `None` when all are in use. Prepares a step where no prepared buffer is free, and waits for
+    /// those that other threads are preparing.
     pub fn try_acquire(&self) -> Option<HostBuffer> {
         let shared = &self.shared;
+        let mut state = shared.lock();
         loop {
-            if let Some(index) = shared.lock().free.pop() {
+            if let Some(index) = state.free.pop() {
                 return Some(shared.buffer(index, self));
             }
-            if !shared.prepare_next() {
-                // Another thread may have prepared a step meanwhile.
-                return shared.lock().free.pop().map(|index| shared.buffer(index, self));
+            if state.claimed_steps * shared.buffers_per_step < shared.buffers {
+                drop(state);
+                shared.prepare_next();
+                state = shared.lock();
+            } else if state.preparing > 0 {
+                state = shared.prepared.wait(state).unwrap_or_else(PoisonError::into_inner);
+            } else {
+                return None;
             }
         }
     }
@@ -137,6 +149,7 @@ impl Shared {
             return false;
         }
         state.claimed_steps += 1;
+        state.preparing += 1;
         let refused = state.refused.is_some();
         drop(state);
         let last = (first + self.buffers_per_step).min(self.buffers);
@@ -161,6 +174,9 @@ impl Shared {
             None => {}
         }
         state.free.extend((first..last).rev());
+        state.preparing -= 1;
+        drop(state);
+        self.prepared.notify_all();
         true
     }
 
@@ -268,6 +284,19 @@ mod tests {
         places.sort_unstable();
         places.dedup();
         assert_eq!(places.len(), 100);
+    }
+
+    #[test]
+    fn a_buffer_that_another_thread_prepares_is_waited_for() {
+        for _ in 0..50 {
+            // One step holds every buffer: whoever does not prepare it must not be told that there is none.
+            let pool = BufferPool::new(1 << 20, 8, 8 << 20, None).unwrap();
+            std::thread::scope(|scope| {
+                let take = || pool.try_acquire().expect("eight threads share eight buffers");
+                let held: Vec<_> = (0..8).map(|_| scope.spawn(take)).collect();
+                held.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+            });
+        }
     }
 
     #[test]

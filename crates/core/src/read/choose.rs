@@ -13,6 +13,8 @@ const URING_DEPTH: usize = 8;
 const PREAD_CPUS: usize = 8;
 /// Threads beyond which reading does not get faster (measured, `docs/benchmarks.md`).
 const MAX_LANES: usize = 12;
+/// Buffers of a pread lane: one is filled while the other is copied. More leave the processor's cache.
+const PREAD_BUFFERS: usize = 2;
 
 /// What the caller wants.
 #[derive(Clone, Default)]
@@ -142,7 +144,7 @@ fn share<'a>(
             Share { engine, name: "uring", direct, reason, pieces, lanes, buffers_per_lane: URING_DEPTH + 4 }
         }
         EngineChoice::Mapped if !wishes.verify => {
-            let lanes = lanes(cpus.clamp(1, 2));
+            let lanes = lanes(1); // the driver registers one window at a time
             let engine = Box::new(Mapped::new(&devices[0]));
             Share { engine, name: "mapped", direct: false, reason, pieces, lanes, buffers_per_lane: 0 }
         }
@@ -155,7 +157,7 @@ fn share<'a>(
         EngineChoice::Auto | EngineChoice::Pread => {
             let lanes = lanes(if warm { cpus.min(MAX_LANES) } else { MAX_LANES.min(8) });
             let engine = Box::new(Pread { direct, faults });
-            Share { engine, name: "pread", direct, reason, pieces, lanes, buffers_per_lane: 4 }
+            Share { engine, name: "pread", direct, reason, pieces, lanes, buffers_per_lane: PREAD_BUFFERS }
         }
     })
 }
