@@ -1,4 +1,4 @@
-//! Memory that Python objects own, by address. All `unsafe` of this crate is here.
+//! Memory that Python objects own, by address.
 
 use std::slice;
 
