@@ -4,7 +4,7 @@ use sllm_core::{Checkpoint, EngineChoice, Error, Loader};
 
 /// Makes `io_uring_setup` fail with EPERM in this thread and those that it starts.
 fn refuse_io_uring() {
-    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
+    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: u16::try_from(code).unwrap(), jt, jf, k };
     let io_uring_setup = u32::try_from(libc::SYS_io_uring_setup).unwrap();
     let mut program = [
         op(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
