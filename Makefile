@@ -29,9 +29,10 @@ check:
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
 
-rust-test:
+rust-test: $(MINILM)/model.safetensors
 	$(CARGO) build -p fake-cuda
 	$(CARGO) test --workspace
+	$(CARGO) run --quiet -p sllm-core --example load -- $(MINILM) host
 
 docs:
 	RUSTDOCFLAGS=-Dwarnings $(CARGO) doc --workspace --no-deps

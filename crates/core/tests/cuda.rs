@@ -149,6 +149,25 @@ fn memory_that_cannot_be_pinned_is_used_unpinned_and_noted() {
 }
 
 #[test]
+fn pages_that_cannot_be_registered_are_read_instead() {
+    let driver = Driver::load();
+    let model = model();
+    let checkpoint = Checkpoint::open(&model.source).unwrap();
+    // The first registration is the one of file pages, where few processors make that the choice.
+    driver.fail("cuMemHostRegister", 1, 801);
+    let loader = Loader::builder().device(Device::cuda(0).unwrap()).direct(Some(false)).build().unwrap();
+    let loaded = loader.load(&checkpoint).unwrap();
+    let report = loaded.report();
+    assert_eq!(report.engines[0].engine, "pread", "{report}");
+    for tensor in &model.tensors {
+        assert!(loaded.tensor(&tensor.name).unwrap().to_vec().unwrap() == tensor.bytes, "{:?}", tensor.name);
+    }
+    driver.fail("cuMemHostRegister", 1, 801);
+    let forced = Loader::builder().device(Device::cuda(0).unwrap()).engine(EngineChoice::Mapped).build().unwrap();
+    assert_eq!(forced.load(&checkpoint).unwrap_err().kind(), ErrorKind::Device);
+}
+
+#[test]
 fn tensors_go_to_the_devices_that_they_are_placed_on() {
     let driver = Driver::load();
     driver.set_devices(2);

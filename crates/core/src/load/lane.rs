@@ -9,6 +9,7 @@ use crate::checkpoint::{Checkpoint, ChunkSums};
 use crate::control::{Control, Meter};
 use crate::device::{self, Block, Pending, Stream};
 use crate::error::{CorruptChunk, Error, Result};
+use crate::format::PAGE;
 use crate::plan::{LoadPlan, Piece, PieceCopy};
 use crate::pool::{BufferPool, HostBuffer};
 use crate::read::{Filled, Room, Sink};
@@ -107,6 +108,8 @@ pub(super) struct Lane<'a> {
     shared: &'a Shared<'a>,
     /// Buffers that it may still take from the pool.
     quota: usize,
+    /// Its engine passes the page cache, so that a destination must be aligned to be read into.
+    direct: bool,
     spare: Vec<HostBuffer>,
     in_flight: VecDeque<Pending>,
     started: Instant,
@@ -114,9 +117,9 @@ pub(super) struct Lane<'a> {
 }
 
 impl<'a> Lane<'a> {
-    pub(super) fn new(shared: &'a Shared<'a>, quota: usize) -> Self {
+    pub(super) fn new(shared: &'a Shared<'a>, quota: usize, direct: bool) -> Self {
         let (spare, in_flight) = (Vec::new(), VecDeque::new());
-        Lane { shared, quota, spare, in_flight, started: Instant::now(), times: LaneTimes::default() }
+        Lane { shared, quota, direct, spare, in_flight, started: Instant::now(), times: LaneTimes::default() }
     }
 
     /// Waits for the lane's last copies.
@@ -172,7 +175,12 @@ impl<'a> Lane<'a> {
             return None;
         }
         let len = usize::try_from(row_len).ok()?;
-        let buffer = self.shared.blocks.get(block)?.loan(dst_offset, len)?;
+        let block = self.shared.blocks.get(block)?;
+        let aligned = |place: u64| place.is_multiple_of(PAGE);
+        if self.direct && !(src_offset == 0 && aligned(row_len) && aligned(block.addr() + dst_offset)) {
+            return None;
+        }
+        let buffer = block.loan(dst_offset, len)?;
         Some(Room { buffer, offset: piece.offset + src_offset, len })
     }
 }

@@ -203,7 +203,7 @@ impl Loader {
                 for _ in 0..share.lanes {
                     let (shared, queue, lanes) = (&shared, Arc::clone(&queue), &lanes);
                     scope.spawn(move || {
-                        let mut lane = Lane::new(shared, share.buffers_per_lane);
+                        let mut lane = Lane::new(shared, share.buffers_per_lane, share.direct);
                         let result =
                             share.engine.run(checkpoint.files(), &queue, &mut lane).and_then(|()| lane.finish());
                         if let Err(error) = result {

@@ -6,6 +6,7 @@ use super::Segment;
 use crate::checkpoint::{Checkpoint, TensorInfo};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
+use crate::format::manifest::LARGE_TENSOR;
 
 /// Alignment of a tensor in its block, in bytes: what a CUDA allocation gives and kernels expect.
 const ALIGN: u64 = 256;
@@ -105,6 +106,17 @@ struct Cursor {
     segment: usize,
 }
 
+/// Where a tensor that begins a segment goes: the first free place at a multiple of [`ALIGN`], and, for a large one
+/// whose file place allows it, as far into a page as in the file, so that host memory can be read into directly.
+fn start_of(tensor: &TensorInfo, free: u64) -> Option<u64> {
+    let skew = tensor.offset % PAGE;
+    if skew.is_multiple_of(ALIGN) && tensor.len >= LARGE_TENSOR {
+        let page = free.checked_sub(skew).unwrap_or_default().checked_next_multiple_of(PAGE)?;
+        return page.checked_add(skew);
+    }
+    free.checked_next_multiple_of(ALIGN)
+}
+
 impl Placement {
     /// Places the selected tensors (places in [`Checkpoint::tensors`], ascending); `device_of` gives each one's device (a place in the loader's list).
     pub fn new(
@@ -152,7 +164,7 @@ impl Placement {
                     offset
                 }
                 None => {
-                    let offset = cursor.end.checked_next_multiple_of(ALIGN).ok_or_else(too_large)?;
+                    let offset = start_of(tensor, cursor.end).ok_or_else(too_large)?;
                     cursor.segment = placement.segments.len();
                     let segment = Segment::contiguous(tensor.file, tensor.offset, tensor.len, cursor.block, offset);
                     placement.segments.push(segment);

@@ -60,6 +60,15 @@ pub(crate) fn choose<'a>(
             EngineChoice::Auto => auto(warm, cpus, devices, wishes),
             forced => (forced, "it was asked for".to_owned()),
         };
+        let engine = match engine {
+            (EngineChoice::Mapped, _) if wishes.engine == EngineChoice::Auto => {
+                match Mapped::new(devices).probe(files, pieces[0]) {
+                    Ok(()) => engine,
+                    Err(e) => (EngineChoice::Pread, format!("pages cannot be copied in place: {e}")),
+                }
+            }
+            engine => engine,
+        };
         let why = if wishes.engine == EngineChoice::Auto { format!("{told}; {}", engine.1) } else { engine.1 };
         shares.push(share(engine.0, why, warm, pieces, cpus, devices, wishes)?);
     }
@@ -145,7 +154,7 @@ fn share<'a>(
         }
         EngineChoice::Mapped if !wishes.verify => {
             let lanes = lanes(1); // the driver registers one window at a time
-            let engine = Box::new(Mapped::new(&devices[0]));
+            let engine = Box::new(Mapped::new(devices));
             Share { engine, name: "mapped", direct: false, reason, pieces, lanes, buffers_per_lane: 0 }
         }
         EngineChoice::Mapped => {

@@ -75,7 +75,7 @@ fn engines(faults: Option<&Faults>) -> Vec<(&'static str, Box<dyn ReadEngine>)> 
         ("uring depth 1", Box::new(Uring { direct: true, depth: 1, faults: faults() })),
     ];
     if faults().is_none() {
-        engines.push(("mapped", Box::new(Mapped::new(&Device::host()))));
+        engines.push(("mapped", Box::new(Mapped::new(&[Device::host()]))));
     }
     engines
 }
@@ -217,6 +217,6 @@ fn mapped_pages_that_are_cut_off_under_way_are_an_error() {
     }
     let plan = plan(&made.files);
     let queue = Queue::new(plan.pieces().iter().collect());
-    let error = Mapped::new(&Device::host()).run(&made.files, &queue, &mut Cut(Collect::new(1), path)).unwrap_err();
+    let error = Mapped::new(&[Device::host()]).run(&made.files, &queue, &mut Cut(Collect::new(1), path)).unwrap_err();
     assert!(matches!(error, Error::Truncated { end: 0, .. }), "{error}");
 }

@@ -96,8 +96,16 @@ pub(crate) struct Mapped {
 }
 
 impl Mapped {
-    pub(crate) fn new(device: &Device) -> Mapped {
-        Mapped { device: device.clone(), windows: Mutex::default() }
+    /// An engine whose windows are registered with the first of these devices that needs it; that holds for all.
+    pub(crate) fn new(devices: &[Device]) -> Mapped {
+        let device = devices.iter().find(|device| device.needs_pinning()).or(devices.first()).cloned();
+        Mapped { device: device.unwrap_or_else(Device::host), windows: Mutex::default() }
+    }
+
+    /// Whether pages of this piece's file can be mapped and registered here.
+    pub(crate) fn probe(&self, files: &[DataFile], piece: &Piece) -> Result<()> {
+        let window = Window::open(&files[piece.file], piece.offset, piece.len, &self.device);
+        window.map(drop)
     }
 }
 
