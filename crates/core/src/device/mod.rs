@@ -208,6 +208,9 @@ impl Block {
     /// # Safety
     /// `addr..addr+len` is memory of `device` that stays allocated, and is not used, while a load into it runs.
     pub unsafe fn from_raw(device: &Device, addr: u64, len: u64) -> Block {
+        if let (true, Ok(addr), Ok(len)) = (device.is_host(), usize::try_from(addr), usize::try_from(len)) {
+            crate::pool::ask_for_huge_pages(addr, len);
+        }
         Block { device: device.clone(), addr, len, memory: None }
     }
 

@@ -111,7 +111,7 @@ struct Cursor {
 fn start_of(tensor: &TensorInfo, free: u64) -> Option<u64> {
     let skew = tensor.offset % PAGE;
     if skew.is_multiple_of(ALIGN) && tensor.len >= LARGE_TENSOR {
-        let page = free.checked_sub(skew).unwrap_or_default().checked_next_multiple_of(PAGE)?;
+        let page = free.saturating_sub(skew).checked_next_multiple_of(PAGE)?;
         return page.checked_add(skew);
     }
     free.checked_next_multiple_of(ALIGN)

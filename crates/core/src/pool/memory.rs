@@ -5,6 +5,8 @@ use std::ptr::NonNull;
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 
+use crate::format::PAGE_BYTES;
+
 /// A private anonymous mapping, zeroed, page-aligned. It asks for huge pages, which pin ten times faster.
 #[derive(Debug)]
 pub(crate) struct HostMemory {
@@ -32,8 +34,7 @@ impl HostMemory {
                 MapFlags::PRIVATE | MapFlags::NORESERVE,
             )
         }?;
-        // SAFETY: the range is the mapping just made; the advice changes no contents. A refusal costs only speed.
-        let _ = unsafe { madvise(ptr, len, Advice::LinuxHugepage) };
+        ask_for_huge_pages(ptr.addr(), len);
         let ptr = NonNull::new(ptr.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(HostMemory { ptr, len })
     }
@@ -51,6 +52,17 @@ impl HostMemory {
             // SAFETY: inside the mapping and used by nobody else, by the caller's word.
             unsafe { self.ptr.add(at).write_volatile(0) };
         }
+    }
+}
+
+/// Asks for huge pages where memory is not touched yet; filling it is then several times faster, since each first touch
+/// of a page is a fault. A refusal, or a range that is not mapped, costs only speed.
+pub(crate) fn ask_for_huge_pages(addr: usize, len: usize) {
+    let start = addr.next_multiple_of(PAGE_BYTES);
+    let end = addr.saturating_add(len) / PAGE_BYTES * PAGE_BYTES;
+    if start < end {
+        // SAFETY: the advice changes no contents, only how pages of the range come to be; others are not concerned.
+        let _ = unsafe { madvise(std::ptr::without_provenance_mut(start), end - start, Advice::LinuxHugepage) };
     }
 }
 

@@ -12,7 +12,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-pub(crate) use memory::HostMemory;
+pub(crate) use memory::{HostMemory, ask_for_huge_pages};
 
 use crate::device::Device;
 use crate::error::{Error, Result};

@@ -1,6 +1,6 @@
 //! Which engine reads which pieces, and why.
 
-use super::residency::cached_len;
+use super::residency::is_cached;
 use super::{EngineChoice, Faults, Mapped, Pread, ReadEngine, Uring};
 use crate::checkpoint::DataFile;
 use crate::device::Device;
@@ -82,7 +82,7 @@ struct Residency<'a> {
     told: String,
 }
 
-/// Divides pieces by whether most of their bytes are cached; `all` forces the answer.
+/// Divides pieces by whether they are cached; `all` forces the answer.
 fn split<'a>(files: &[DataFile], plan: &'a LoadPlan, all: Option<bool>) -> Residency<'a> {
     let mut residency = Residency::default();
     let mut cached_bytes = 0;
@@ -90,8 +90,8 @@ fn split<'a>(files: &[DataFile], plan: &'a LoadPlan, all: Option<bool>) -> Resid
     for piece in plan.pieces() {
         let cached = match (all, files.get(piece.file)) {
             (Some(all), _) => all,
-            (None, Some(file)) => match cached_len(file, piece.offset, piece.len) {
-                Some(cached) => cached * 2 >= piece.len,
+            (None, Some(file)) => match is_cached(file, piece.offset, piece.len) {
+                Some(cached) => cached,
                 None => {
                     unknown = true;
                     true
