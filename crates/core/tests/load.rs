@@ -123,3 +123,30 @@ fn cancelling_stops_a_load() {
     let error = loader.load(&Checkpoint::open(&source).unwrap()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Cancelled);
 }
+
+#[test]
+fn a_file_that_is_rewritten_after_it_was_opened_is_an_error() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let source = dir.path().join("model.safetensors");
+    make(&source);
+    let checkpoint = Checkpoint::open(&source).unwrap();
+    let mut bytes = std::fs::read(&source).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::thread::sleep(std::time::Duration::from_millis(20)); // a file system's clock is coarse
+    std::fs::write(&source, bytes).unwrap();
+    let error = Loader::builder().build().unwrap().load(&checkpoint).unwrap_err();
+    assert!(error.to_string().contains("changed"), "{error}");
+}
+
+#[test]
+fn blocks_that_overlap_are_refused() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let source = dir.path().join("model.safetensors");
+    make(&source);
+    let checkpoint = Checkpoint::open(&source).unwrap();
+    let loader = Loader::builder().build().unwrap();
+    let block = sllm_core::Block::alloc(&sllm_core::Device::host(), 8192).unwrap();
+    let segments = [0, 1].map(|block| sllm_core::Segment::contiguous(0, 0, 100, block, 0));
+    let error = loader.fill_segments(&checkpoint, &segments, vec![block.clone(), block]).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+}

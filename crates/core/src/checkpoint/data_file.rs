@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::SystemTime;
 
 use rustix::fs::{Mode, OFlags};
 
@@ -16,6 +17,7 @@ pub struct DataFile {
     path: PathBuf,
     name: String,
     len: u64,
+    modified: Option<SystemTime>,
     buffered: File,
     direct: OnceLock<Result<File, rustix::io::Errno>>,
 }
@@ -34,10 +36,13 @@ impl DataFile {
         if !metadata.is_file() {
             return Err(FormatError::new(path, "it is not a regular file").into());
         }
+        // Only the opening must not wait (for a pipe); older kernels answer a read with EAGAIN where this is set.
+        rustix::fs::fcntl_setfl(&buffered, OFlags::empty()).map_err(|e| Error::io("open", path)(e.into()))?;
         Ok(DataFile {
             path: path.to_owned(),
             name: name.to_owned(),
             len: metadata.len(),
+            modified: metadata.modified().ok(),
             buffered,
             direct: OnceLock::new(),
         })
@@ -83,6 +88,18 @@ impl DataFile {
     /// Its length now, in bytes.
     pub(crate) fn current_len(&self) -> io::Result<u64> {
         Ok(self.buffered.metadata()?.len())
+    }
+
+    /// An error when the file is not as long as when it was opened, or was written to since.
+    pub(crate) fn check_unchanged(&self) -> Result<()> {
+        let now = self.buffered.metadata().map_err(Error::io("inspect", &self.path))?;
+        if now.len() < self.len {
+            return Err(Error::Truncated { path: self.path.clone(), offset: 0, len: self.len, end: now.len() });
+        }
+        if now.len() != self.len || now.modified().ok() != self.modified {
+            return Err(FormatError::new(&self.path, "it was changed while it was read; start again").into());
+        }
+        Ok(())
     }
 
     /// Fills `buf` from `offset`; a file that ends before is [`Error::Truncated`].

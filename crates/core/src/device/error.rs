@@ -46,6 +46,9 @@ pub enum DeviceError {
     /// File pages that were registered are gone.
     #[error("file pages went away while they were copied")]
     PagesGone,
+    /// The system refused to copy file pages.
+    #[error("file pages cannot be copied: {0}")]
+    PagesRefused(String),
     /// A copy outside its source or its block; nothing was copied.
     #[error("a copy lies outside its source or its block")]
     OutOfBounds,

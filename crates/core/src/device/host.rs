@@ -121,8 +121,12 @@ unsafe fn copy_file_pages(src: *const u8, dst: *mut u8, len: usize) -> Result<()
         // SAFETY: the vectors are alive for the call and describe this process's own memory.
         let n = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
         match usize::try_from(n) {
-            Ok(0) | Err(_) => return Err(DeviceError::PagesGone),
-            Ok(n) => done += n,
+            Ok(n) if n > 0 => done += n,
+            _ => {
+                let error = std::io::Error::last_os_error();
+                let gone = n == 0 || error.raw_os_error() == Some(libc::EFAULT);
+                return Err(if gone { DeviceError::PagesGone } else { DeviceError::PagesRefused(error.to_string()) });
+            }
         }
     }
     Ok(())

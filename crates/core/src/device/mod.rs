@@ -10,6 +10,7 @@ mod host;
 use std::any::Any;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use error::DeviceError;
 
@@ -190,6 +191,17 @@ pub struct Block {
     addr: u64,
     len: u64,
     memory: Option<Arc<dyn Memory>>,
+    loading: Arc<AtomicBool>,
+}
+
+/// A block's right to be loaded into, given to one load at a time.
+#[derive(Debug)]
+pub(crate) struct Claim(Arc<AtomicBool>);
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 impl Block {
@@ -197,10 +209,10 @@ impl Block {
     pub fn alloc(device: &Device, len: u64) -> Result<Block> {
         let bytes = usize::try_from(len).map_err(|_| Error::Invalid(format!("{len} bytes do not fit an address")))?;
         if bytes == 0 {
-            return Ok(Block { device: device.clone(), addr: 0, len, memory: None });
+            return Ok(Block { device: device.clone(), addr: 0, len, memory: None, loading: Arc::default() });
         }
         let memory: Arc<dyn Memory> = device.0.alloc(bytes)?.into();
-        Ok(Block { device: device.clone(), addr: memory.addr(), len, memory: Some(memory) })
+        Ok(Block { device: device.clone(), addr: memory.addr(), len, memory: Some(memory), loading: Arc::default() })
     }
 
     /// A block that somebody else allocated, such as torch.
@@ -211,7 +223,7 @@ impl Block {
         if let (true, Ok(addr), Ok(len)) = (device.is_host(), usize::try_from(addr), usize::try_from(len)) {
             crate::pool::ask_for_huge_pages(addr, len);
         }
-        Block { device: device.clone(), addr, len, memory: None }
+        Block { device: device.clone(), addr, len, memory: None, loading: Arc::default() }
     }
 
     /// Its device.
@@ -232,6 +244,19 @@ impl Block {
     /// Whether it has no bytes.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Takes it for a load; `None` while another load has it.
+    pub(crate) fn claim(&self) -> Option<Claim> {
+        let taken = self.loading.swap(true, Ordering::Acquire);
+        (!taken).then(|| Claim(Arc::clone(&self.loading)))
+    }
+
+    /// Whether two blocks share a byte.
+    pub(crate) fn overlaps(&self, other: &Block) -> bool {
+        let end = |block: &Block| block.addr.saturating_add(block.len);
+        let share = self.addr < end(other) && other.addr < end(self);
+        share && self.device.same_as(&other.device)
     }
 
     /// Copies a range of an allocated block to the host, and waits.

@@ -12,7 +12,7 @@ pub use report::{EngineReport, LoadReport};
 
 use crate::checkpoint::{Checkpoint, TensorInfo};
 use crate::control::Control;
-use crate::device::{Block, Device, DeviceError, Stream};
+use crate::device::{Block, Claim, Device, DeviceError, Stream};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
 use crate::plan::{Filter, LoadPlan, Placement, PlanOptions, Segment};
@@ -24,6 +24,8 @@ use lane::{Lane, Shared};
 /// Bytes of one piece, and of one staging buffer: enough for the link to come near its peak, and so few that the ring
 /// stays in the processor's cache (`docs/benchmarks.md`).
 const PIECE_LEN: u64 = 3 << 20;
+/// Reader threads at most.
+const MAX_THREADS: usize = 256;
 /// Pinned staging memory at most, unless asked otherwise.
 const PINNED_LEN: u64 = 256 << 20;
 
@@ -90,7 +92,7 @@ impl LoaderBuilder {
         self
     }
 
-    /// Staging memory at most, in bytes; 256 MiB unless given.
+    /// Pinned staging memory at most, in bytes; 256 MiB unless given.
     pub fn pinned_bytes(mut self, len: u64) -> Self {
         self.loader.pinned_len = len;
         self
@@ -108,8 +110,8 @@ impl LoaderBuilder {
         if devices.is_empty() || devices.len() > 64 {
             return Err(Error::Invalid(format!("{} devices are given; 1 to 64 can be", devices.len())));
         }
-        if wishes.threads == Some(0) {
-            return Err(Error::Invalid("a load needs at least one thread".into()));
+        if wishes.threads.is_some_and(|threads| threads == 0 || threads > MAX_THREADS) {
+            return Err(Error::Invalid(format!("a load runs in 1 to {MAX_THREADS} threads")));
         }
         if *pinned_len < PAGE {
             return Err(Error::Invalid(format!("{pinned_len} bytes of staging memory are fewer than a page")));
@@ -171,6 +173,7 @@ impl Loader {
         blocks: Vec<Block>,
     ) -> Result<LoadReport> {
         let started = Instant::now();
+        let _claims = claim(&blocks)?;
         let sums = match (self.wishes.verify, checkpoint.sums()) {
             (true, None) => {
                 let layout = checkpoint.layout().name();
@@ -202,17 +205,20 @@ impl Loader {
                 let queue = Arc::new(Queue::new(share.pieces.clone()));
                 for _ in 0..share.lanes {
                     let (shared, queue, lanes) = (&shared, Arc::clone(&queue), &lanes);
-                    scope.spawn(move || {
+                    let work = move || {
                         let mut lane = Lane::new(shared, share.buffers_per_lane, share.direct);
-                        let result =
-                            share.engine.run(checkpoint.files(), &queue, &mut lane).and_then(|()| lane.finish());
+                        let files = checkpoint.files();
+                        let result = share.engine.run(files, &queue, &mut lane).and_then(|()| lane.finish());
                         if let Err(error) = result {
                             shared.stop(error);
                         }
                         let times = lane.times();
                         drop(lane);
                         lanes.lock().unwrap_or_else(PoisonError::into_inner).push((number, times));
-                    });
+                    };
+                    if let Err(e) = std::thread::Builder::new().name(share.name.into()).spawn_scoped(scope, work) {
+                        shared.stop(Error::io("start a reader thread for", checkpoint.path())(e));
+                    }
                 }
             }
         });
@@ -220,7 +226,9 @@ impl Loader {
         shared.result()?;
         synced?;
         let move_s = moving.elapsed().as_secs_f64();
-        self.check_lengths(checkpoint, &plan)?;
+        let mut read = plan.pieces().iter().map(|piece| piece.file).collect::<Vec<_>>();
+        read.dedup(); // pieces are ordered by file
+        read.iter().try_for_each(|&file| checkpoint.files()[file].check_unchanged())?;
 
         let lanes = lanes.into_inner().unwrap_or_else(PoisonError::into_inner);
         let mut report = LoadReport::new(checkpoint, &self.devices, &plan, &shares, &lanes);
@@ -275,21 +283,15 @@ impl Loader {
         let pool = BufferPool::new(buffer_len, buffers, step, self.devices.iter().find(|d| d.needs_pinning()))?;
         Ok((pool, shares))
     }
+}
 
-    /// A file that was cut off while its pages were copied in place gave stale bytes.
-    fn check_lengths(&self, checkpoint: &Checkpoint, plan: &LoadPlan) -> Result<()> {
-        for (file, last) in checkpoint
-            .files()
-            .iter()
-            .enumerate()
-            .filter_map(|(k, file)| Some((file, plan.pieces().iter().rfind(|piece| piece.file == k)?)))
-        {
-            let end = file.current_len().map_err(Error::io("inspect", file.path()))?;
-            if end < last.offset + last.len {
-                let (offset, len) = (last.offset, last.len);
-                return Err(Error::Truncated { path: file.path().to_owned(), offset, len, end });
-            }
+/// Takes blocks for one load, so that no byte has two writers.
+fn claim(blocks: &[Block]) -> Result<Vec<Claim>> {
+    for (i, a) in blocks.iter().enumerate() {
+        if blocks[..i].iter().any(|b| a.overlaps(b)) {
+            return Err(Error::Invalid("two of the blocks overlap".into()));
         }
-        Ok(())
     }
+    let in_use = || Error::Invalid("a block is being loaded already".into());
+    blocks.iter().map(|block| block.claim().ok_or_else(in_use)).collect()
 }

@@ -161,8 +161,14 @@ impl LoadPlan {
         if options.piece_len == 0 || !options.piece_len.is_multiple_of(PAGE) {
             return Err(Error::Invalid(format!("a piece of {} bytes is not a multiple of {PAGE}", options.piece_len)));
         }
+        if let Some(len) = files.iter().chain(blocks).find(|&&len| i64::try_from(len).is_err()) {
+            return Err(Error::Invalid(format!("a length of {len} bytes does not fit 63 bits")));
+        }
         let segments = normalise(files, blocks, segments, options)?;
-        let mut plan = LoadPlan { wanted: segments.iter().map(Segment::len).sum(), ..LoadPlan::default() };
+        check_destinations(&segments)?;
+        // No overflow: destinations lie apart, in blocks whose lengths fit 63 bits.
+        let wanted = segments.iter().fold(0u64, |sum, segment| sum.saturating_add(segment.len()));
+        let mut plan = LoadPlan { wanted, ..LoadPlan::default() };
 
         // Segments that reach past the cell before, by index, and where that cell ended.
         let mut active: Vec<usize> = Vec::new();
@@ -204,7 +210,7 @@ impl LoadPlan {
         while let Some(first) = rest.first() {
             let mut end = first.end();
             let near = |end: u64, part: &Segment| {
-                options.whole_pieces || part.offset / PAGE * PAGE < (end + options.max_gap).next_multiple_of(PAGE)
+                options.whole_pieces || part.offset / PAGE * PAGE < round_up(end.saturating_add(options.max_gap))
             };
             let mut count = 1;
             while rest.get(count).is_some_and(|part| near(end, part)) {
@@ -214,7 +220,7 @@ impl LoadPlan {
             let read = if options.whole_pieces {
                 cell.clone()
             } else {
-                first.offset / PAGE * PAGE..end.next_multiple_of(PAGE).min(cell.end)
+                first.offset / PAGE * PAGE..round_up(end).min(cell.end)
             };
             let first_copy = self.copies.len();
             self.copies.extend(rest[..count].iter().map(|part| PieceCopy {
@@ -256,6 +262,45 @@ impl LoadPlan {
     pub fn read_len(&self) -> u64 {
         self.pieces.iter().map(|piece| piece.len).sum()
     }
+}
+
+fn round_up(offset: u64) -> u64 {
+    offset.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX)
+}
+
+/// Refuses segments that write a byte twice: which one came last would be chance.
+///
+/// Rows may interleave with rows of the same pitch in other columns; what is harder to tell apart is refused.
+fn check_destinations(segments: &[Segment]) -> Result<()> {
+    let end = |s: &Segment| s.dst_offset + (s.rows - 1) * s.dst_pitch + s.row_len;
+    let mut order: Vec<&Segment> = segments.iter().collect();
+    order.sort_unstable_by_key(|s| (s.block, s.dst_offset));
+    let mut open: Vec<&Segment> = Vec::new();
+    for segment in order {
+        open.retain(|other| other.block == segment.block && end(other) > segment.dst_offset);
+        if let Some(other) = open.iter().find(|other| !in_other_columns(segment, other)) {
+            return Err(Error::Invalid(format!("{segment:?} and {other:?} go to the same place")));
+        }
+        open.push(segment);
+    }
+    Ok(())
+}
+
+/// Whether two segments are in different columns of one pitch.
+fn in_other_columns(a: &Segment, b: &Segment) -> bool {
+    let pitch = match (a.rows > 1, b.rows > 1) {
+        (true, true) if a.dst_pitch != b.dst_pitch => return false,
+        (true, _) => a.dst_pitch,
+        (false, true) => b.dst_pitch,
+        (false, false) => return false,
+    };
+    if a.row_len.max(b.row_len) > pitch {
+        return false;
+    }
+    // The distance from a's column to b's, going round: room for a's row; and from b's to a's, for b's.
+    let (a_column, b_column) = (a.dst_offset % pitch, b.dst_offset % pitch);
+    let round = |from: u64, to: u64| if to >= from { to - from } else { to + (pitch - from) };
+    a_column != b_column && round(a_column, b_column) >= a.row_len && round(b_column, a_column) >= b.row_len
 }
 
 /// Checks, sorts and joins segments: empty ones go, rows too far apart become segments of their own, and neighbours

@@ -137,6 +137,42 @@ fn far_ranges_are_not_read_through() {
 }
 
 #[test]
+fn a_byte_has_one_source() {
+    let build = |a: Segment, b: Segment| LoadPlan::build(&[1 << 20], &[10_000], &[a, b], &PlanOptions::default());
+    let line = |offset, dst_offset| Segment::contiguous(0, offset, 100, 0, dst_offset);
+    assert!(build(line(0, 0), line(5000, 100)).is_ok());
+    assert!(build(line(0, 0), line(5000, 99)).is_err());
+    assert!(build(line(0, 0), line(0, 0)).is_err());
+    let rows = |offset, dst_offset, row_len| Segment {
+        file: 0,
+        offset,
+        row_len,
+        rows: 10,
+        src_pitch: 500,
+        block: 0,
+        dst_offset,
+        dst_pitch: 200,
+    };
+    assert!(build(rows(0, 0, 100), rows(100, 100, 100)).is_ok(), "two halves of each row");
+    assert!(build(rows(0, 0, 101), rows(101, 100, 100)).is_err());
+    assert!(build(rows(0, 150, 100), rows(100, 50, 100)).is_ok(), "columns that go round");
+    assert!(build(rows(0, 150, 100), rows(100, 49, 102)).is_err());
+    assert!(build(rows(0, 0, 100), line(9000, 300)).is_ok(), "a gap between rows");
+    assert!(build(rows(0, 0, 100), line(9000, 250)).is_err());
+}
+
+#[test]
+fn extreme_numbers_are_refused_and_do_not_overflow() {
+    let segment = Segment::contiguous(0, u64::MAX - 1, 1, 0, 0);
+    assert!(LoadPlan::build(&[u64::MAX], &[10], &[segment], &PlanOptions::default()).is_err());
+    let last = Segment::contiguous(0, i64::MAX as u64 - 1, 1, 0, 0);
+    let all = PlanOptions { max_gap: u64::MAX, ..PlanOptions::default() };
+    let plan = LoadPlan::build(&[i64::MAX as u64], &[10], &[last], &all).unwrap();
+    let piece = &plan.pieces()[0];
+    assert_eq!((piece.offset + piece.len, plan.copies(piece)[0].row_len), (i64::MAX as u64, 1));
+}
+
+#[test]
 fn what_does_not_fit_is_refused() {
     let good =
         Segment { file: 0, offset: 0, row_len: 10, rows: 2, src_pitch: 20, block: 0, dst_offset: 0, dst_pitch: 10 };

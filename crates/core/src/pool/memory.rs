@@ -58,7 +58,7 @@ impl HostMemory {
 /// Asks for huge pages where memory is not touched yet; filling it is then several times faster, since each first touch
 /// of a page is a fault. A refusal, or a range that is not mapped, costs only speed.
 pub(crate) fn ask_for_huge_pages(addr: usize, len: usize) {
-    let start = addr.next_multiple_of(PAGE_BYTES);
+    let Some(start) = addr.checked_next_multiple_of(PAGE_BYTES) else { return };
     let end = addr.saturating_add(len) / PAGE_BYTES * PAGE_BYTES;
     if start < end {
         // SAFETY: the advice changes no contents, only how pages of the range come to be; others are not concerned.

@@ -108,9 +108,12 @@ impl BufferPool {
     /// Prepares every step, by this many threads.
     pub fn prepare_all(&self, threads: usize) {
         std::thread::scope(|scope| {
-            for _ in 0..threads.max(1) {
-                scope.spawn(|| while self.shared.prepare_next() {});
+            for _ in 1..threads {
+                let work = || while self.shared.prepare_next() {};
+                // Where no thread can be had, this one does the work below.
+                let _ = std::thread::Builder::new().spawn_scoped(scope, work);
             }
+            while self.shared.prepare_next() {}
         });
     }
 

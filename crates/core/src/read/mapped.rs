@@ -12,7 +12,7 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
 use super::{Filled, Queue, ReadEngine, Sink};
 use crate::checkpoint::DataFile;
-use crate::device::Device;
+use crate::device::{Device, DeviceError};
 use crate::error::{Error, Result};
 use crate::plan::Piece;
 
@@ -138,7 +138,7 @@ impl ReadEngine for Mapped {
 /// Pages that went away are a file that was cut off.
 fn pages_gone(file: &DataFile, piece: &Piece, error: Error) -> Error {
     match (error, file.current_len()) {
-        (Error::Device(crate::device::DeviceError::PagesGone), Ok(end)) => {
+        (Error::Device(DeviceError::PagesGone), Ok(end)) if end < piece.offset + piece.len => {
             Error::Truncated { path: file.path().to_owned(), offset: piece.offset, len: piece.len, end }
         }
         (error, _) => error,

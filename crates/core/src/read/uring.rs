@@ -12,6 +12,11 @@ use crate::checkpoint::DataFile;
 use crate::error::{Error, Result};
 use crate::plan::Piece;
 
+/// Refused submissions in a row that are taken before the load is given up.
+const MAX_REFUSALS: u32 = 100_000;
+/// io_uring_enter: wait for answers.
+const ENTER_GETEVENTS: u32 = 1;
+
 /// The engine for disks: a lane keeps `depth` reads in flight.
 pub(crate) struct Uring {
     /// Whether to pass the page cache.
@@ -140,16 +145,26 @@ impl<'a> InFlight<'a> {
     }
 
     /// Submits what was started and waits for one answer.
-    fn wait(&self) -> std::io::Result<()> {
-        loop {
+    fn wait(&mut self) -> std::io::Result<()> {
+        for _ in 0..MAX_REFUSALS {
             match self.ring.submit_and_wait(1) {
                 Ok(_) => return Ok(()),
-                Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
-                // The kernel is short of memory for requests: answers make room.
-                Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => std::thread::yield_now(),
+                Err(e) if e.raw_os_error() == Some(libc::EINTR) => continue,
+                // The kernel is short of memory for requests: the answers to those that it has make room.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {}
                 Err(e) => return Err(e),
             }
+            let unsent = self.ring.submission().len();
+            if unsent < self.slots.len() - self.free.len() {
+                // SAFETY: submits nothing and passes no argument; it only waits for an answer.
+                match unsafe { self.ring.submitter().enter::<()>(0, 1, ENTER_GETEVENTS, None) } {
+                    Err(e) if e.raw_os_error() != Some(libc::EINTR) => return Err(e),
+                    _ => return Ok(()),
+                }
+            }
+            std::thread::yield_now();
         }
+        Err(std::io::Error::from_raw_os_error(libc::EAGAIN))
     }
 
     /// An answer that is there: the slot and the result.
