@@ -85,6 +85,12 @@ impl DataFile {
         self.direct.get_or_init(open).as_ref().map_err(|&e| e)
     }
 
+    /// Makes direct reads refused, as some file systems refuse to open for them.
+    #[cfg(test)]
+    pub(crate) fn refuse_direct(&mut self) {
+        self.direct = OnceLock::from(Err(rustix::io::Errno::INVAL));
+    }
+
     /// Its length now, in bytes.
     pub(crate) fn current_len(&self) -> io::Result<u64> {
         Ok(self.buffered.metadata()?.len())

@@ -20,12 +20,13 @@ struct Collect {
     pool: BufferPool,
     streams: [Stream; 1],
     got: BTreeMap<(usize, u64), Vec<u8>>,
+    notes: std::cell::RefCell<Vec<String>>,
 }
 
 impl Collect {
     fn new(buffers: usize) -> Collect {
         let pool = BufferPool::new(PIECE as usize, buffers, 1 << 20, None).unwrap();
-        Collect { pool, streams: [Device::host().stream().unwrap()], got: BTreeMap::new() }
+        Collect { pool, streams: [Device::host().stream().unwrap()], got: BTreeMap::new(), notes: Default::default() }
     }
 }
 
@@ -61,7 +62,9 @@ impl Sink for Collect {
         Ok(())
     }
 
-    fn note(&self, _note: String) {}
+    fn note(&self, note: String) {
+        self.notes.borrow_mut().push(note);
+    }
 }
 
 /// Every engine, with and without the page cache.
@@ -109,7 +112,8 @@ fn plan(files: &[DataFile]) -> LoadPlan {
     LoadPlan::build(&lens, &lens, &wants, &PlanOptions { piece_len: PIECE, ..PlanOptions::default() }).unwrap()
 }
 
-fn run(engine: &dyn ReadEngine, made: &Files) -> Result<()> {
+/// Runs an engine over whole files; its notes, when every byte was right.
+fn run(engine: &dyn ReadEngine, made: &Files) -> Result<Vec<String>> {
     let plan = plan(&made.files);
     let mut sink = Collect::new(8);
     let result = engine.run(&made.files, &Queue::new(plan.pieces().iter().collect()), &mut sink);
@@ -121,7 +125,7 @@ fn run(engine: &dyn ReadEngine, made: &Files) -> Result<()> {
         let offset = offset as usize;
         assert!(got == made.contents[file][offset..offset + got.len()], "file {file} at {offset}");
     }
-    Ok(())
+    Ok(sink.notes.take())
 }
 
 #[test]
@@ -129,6 +133,17 @@ fn odd_lengths_are_read_to_the_last_byte() {
     let made = files(&[1, 4095, 4096, 4097, 65536, 65537, 1_000_003, 0, 300_000]);
     for (name, engine) in engines(None) {
         run(engine.as_ref(), &made).unwrap_or_else(|e| panic!("{name}: {e}"));
+    }
+}
+
+#[test]
+fn a_file_system_without_direct_reads_is_read_by_the_cache_and_that_is_said() {
+    let mut made = files(&[300_001]);
+    made.files[0].refuse_direct();
+    for (name, engine) in engines(None) {
+        let notes = run(engine.as_ref(), &made).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let said = notes.iter().any(|note| note.contains("cannot be read directly"));
+        assert_eq!(said, name.contains("direct") || name.contains("depth"), "{name}: {notes:?}");
     }
 }
 
