@@ -91,7 +91,7 @@ def test_the_cause_is_in_the_message(tmp_path: Path) -> None:
         ({"engine": "magic"}, "not an engine"),
         ({"framework": "jax"}, "not a framework"),
         ({"device": "cuda:0"}, "NumPy arrays live in host memory"),
-        ({"threads": 0}, "at least one thread"),
+        ({"threads": 0}, "1 to 256 threads"),
         ({"pinned_bytes": 5}, "fewer than a page"),
         ({"tensors": []}, "list of globs is empty"),
     ],

@@ -80,7 +80,7 @@ pub fn export(store: &Checkpoint, dir: &Path, options: &ExportOptions) -> Result
     let target = Target::check(dir, Some(store.path()), false)?;
     let side_files = side_files_of(store)?;
     let files: Vec<TargetFile<'_>> = shards.iter().map(|shard| shard.target_file(store)).collect();
-    let threads = options.threads.unwrap_or_else(workers::default_threads);
+    let threads = options.threads.unwrap_or(workers::DEFAULT_THREADS);
     let sources = Some(store.files());
     let (written, ()) = build(&target, &files, sources, &side_files, threads, &options.control, |partial, _| {
         match &store.origin().index {

@@ -10,7 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::control::Control;
 use crate::convert::chunks::{Chunk, Chunks};
 use crate::convert::gb_per_s;
-use crate::convert::workers::{default_threads, for_each};
+use crate::convert::workers::{DEFAULT_THREADS, for_each};
 use crate::error::{CorruptChunk, Error, Result};
 use crate::format::manifest::CHUNK_LEN;
 
@@ -75,7 +75,7 @@ pub fn verify(store: &Checkpoint, options: &VerifyOptions) -> Result<VerifyRepor
     let corrupt = Mutex::new(Vec::new());
     let meter = options.control.meter(chunks.total_len());
     options.control.check()?;
-    for_each(options.threads.unwrap_or_else(default_threads), chunks.count(), CHUNK_LEN, |number, buffer| {
+    for_each(options.threads.unwrap_or(DEFAULT_THREADS), chunks.count(), CHUNK_LEN, |number, buffer| {
         let chunk = chunks.get(number);
         let file = &store.files()[chunk.file];
         let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);

@@ -243,7 +243,7 @@ fn write_store(
         identity = manifest.identity;
         Ok(manifest.tensors.len())
     };
-    let threads = options.threads.unwrap_or_else(workers::default_threads);
+    let threads = options.threads.unwrap_or(workers::DEFAULT_THREADS);
     let (written, tensors) = build(target, &files, sources, &side_files, threads, &options.control, finish)?;
     let bytes = files.iter().map(|file| file.len).sum();
     let seconds = start.elapsed().as_secs_f64();

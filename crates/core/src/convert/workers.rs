@@ -7,13 +7,9 @@ use super::layout::as_index;
 use crate::error::{Error, Result};
 use crate::format::PAGE;
 
-/// More threads than this do not make a disk faster.
-const MAX_DEFAULT_THREADS: usize = 8;
-
-/// The number of threads to use where the caller asked for none in particular.
-pub(crate) fn default_threads() -> usize {
-    std::thread::available_parallelism().map_or(1, |n| n.get().min(MAX_DEFAULT_THREADS))
-}
+/// Threads to use where the caller asked for none in particular. They wait for the disk more than they compute, so that
+/// the number of processors does not matter (`docs/benchmarks.md`).
+pub(crate) const DEFAULT_THREADS: usize = 8;
 
 /// A page-aligned buffer, as direct writes need it.
 #[derive(Debug)]
