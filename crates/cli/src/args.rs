@@ -184,7 +184,7 @@ pub(crate) struct Output {
 
 #[derive(Debug, Args)]
 pub(crate) struct Threads {
-    /// Threads that read, check and write [default: one a core, at most 8]
+    /// Threads that read, check and write [default: 8]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
 }
