@@ -344,7 +344,7 @@ fn a_cancelled_conversion_leaves_no_target_and_goes_on_later() {
             stop.cancel()
         }
     });
-    let error = convert(&source, &target, &ConvertOptions::new().control(control)).unwrap_err();
+    let error = convert(&source, &target, &ConvertOptions::new().threads(2).control(control)).unwrap_err();
     assert!(matches!(error, Error::Cancelled));
     assert!(!target.exists());
     let report = convert(&source, &target, &ConvertOptions::new()).unwrap();
