@@ -90,25 +90,20 @@ pub(crate) fn fill(
         for (spec, &address) in placement.inner.blocks.iter().zip(&addresses) {
             let device = devices.get(spec.device).ok_or_else(|| invalid("a block names a device that is not given"))?;
             HostBytes::new(address, spec.len)?;
-            // SAFETY: `serverless_llm._load` allocated as many bytes there, on that device, waited for what was queued on
+            // SAFETY: `serverless_llm.loading` allocated as many bytes there, on that device, waited for what was queued on
             // them, and holds them until this call returns.
             blocks.push(unsafe { Block::from_raw(device, address, spec.len) });
         }
-        let mut loader = Loader::builder()
+        let loader = Loader::builder()
             .devices(devices)
             .engine(engine.parse::<EngineChoice>()?)
             .direct(direct)
             .verify(verify)
+            .threads(threads)
+            .pinned_bytes(pinned_bytes)
             .control(control);
-        if let Some(threads) = threads {
-            loader = loader.threads(threads);
-        }
-        if let Some(len) = pinned_bytes {
-            loader = loader.pinned_bytes(len);
-        }
         loader.build()?.fill(&placement.checkpoint, &placement.inner, blocks)
     })?;
-    report.alloc_s = alloc_s;
-    report.seconds += alloc_s;
+    report.add_alloc(alloc_s);
     Ok((json(py, &report)?, report.to_string()))
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use pyo3::prelude::*;
 use serde::Serialize;
-use sllm_core::{ConvertOptions, Dtype, Error, ExportOptions, MemoryTensor, VerifyOptions};
+use sllm_core::{ConvertOptions, Dtype, Error, MemoryTensor, WorkOptions};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::named;
@@ -44,8 +44,7 @@ pub(crate) fn convert(
 ) -> PyResult<String> {
     let source = &source.inner;
     let report = wait::run(py, progress, |control| {
-        let options = ConvertOptions::new().overwrite(overwrite).control(control);
-        let options = if let Some(n) = threads { options.threads(n) } else { options };
+        let options = ConvertOptions::new().overwrite(overwrite).threads(threads).control(control);
         sllm_core::convert(source, &target, &options)
     })?;
     json(py, &report)
@@ -73,8 +72,7 @@ pub(crate) fn save(
             let bytes = unsafe { bytes.as_slice() };
             memory.push(MemoryTensor { name, dtype, shape, strides: None, bytes });
         }
-        let options = ConvertOptions::new().overwrite(overwrite).control(control);
-        let options = if let Some(n) = threads { options.threads(n) } else { options };
+        let options = ConvertOptions::new().overwrite(overwrite).threads(threads).control(control);
         sllm_core::save(&memory, &target, &options)
     })?;
     json(py, &report)
@@ -91,8 +89,7 @@ pub(crate) fn verify(
 ) -> PyResult<String> {
     let store = &store.inner;
     let report = wait::run(py, progress, |control| {
-        let options = VerifyOptions::new().control(control);
-        let options = if let Some(n) = threads { options.threads(n) } else { options };
+        let options = WorkOptions::new().threads(threads).control(control);
         sllm_core::verify(store, &options)
     })?;
     json(py, &report)
@@ -110,8 +107,7 @@ pub(crate) fn export(
 ) -> PyResult<String> {
     let store = &store.inner;
     let report = wait::run(py, progress, |control| {
-        let options = ExportOptions::new().control(control);
-        let options = if let Some(n) = threads { options.threads(n) } else { options };
+        let options = WorkOptions::new().threads(threads).control(control);
         sllm_core::export(store, &target, &options)
     })?;
     json(py, &report)

@@ -9,10 +9,8 @@ use crate::size::{count, human};
 pub(crate) fn run(args: &ConvertArgs, session: &Session) -> Result<Answer> {
     let source = args.revision.open(&args.source)?;
     let progress = session.progress("convert");
-    let mut options = ConvertOptions::new().overwrite(args.overwrite).control(progress.control());
-    if let Some(threads) = args.threads.get() {
-        options = options.threads(threads);
-    }
+    let options =
+        ConvertOptions::new().overwrite(args.overwrite).threads(args.threads.get()).control(progress.control());
     let report = sllm_core::convert(&source, &args.target, &options)?;
     drop(progress);
     session.answer(&report, || text(&report))

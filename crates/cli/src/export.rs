@@ -1,6 +1,6 @@
 //! `sllm-store export`.
 
-use sllm_core::{ExportOptions, ExportReport, Result};
+use sllm_core::{ExportReport, Result, WorkOptions};
 
 use crate::args::ExportArgs;
 use crate::output::{Answer, Session};
@@ -9,10 +9,7 @@ use crate::size::{count, human};
 pub(crate) fn run(args: &ExportArgs, session: &Session) -> Result<Answer> {
     let store = args.revision.open(&args.store)?;
     let progress = session.progress("export");
-    let mut options = ExportOptions::new().control(progress.control());
-    if let Some(threads) = args.threads.get() {
-        options = options.threads(threads);
-    }
+    let options = WorkOptions::new().threads(args.threads.get()).control(progress.control());
     let report = sllm_core::export(&store, &args.dir, &options)?;
     drop(progress);
     session.answer(&report, || text(&report))

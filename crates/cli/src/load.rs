@@ -54,18 +54,13 @@ fn builder(args: &LoadArgs) -> Result<LoaderBuilder> {
         let reason = "--engine mapped copies the page cache's own pages: it does not go with --direct on";
         return Err(Error::Invalid(reason.into()));
     }
-    let mut builder = Loader::builder()
+    Ok(Loader::builder()
         .device(Device::parse(&args.device)?)
         .engine(args.engine)
         .direct(args.direct.resolve())
-        .verify(args.verify);
-    if let Some(threads) = args.threads {
-        builder = builder.threads(usize::from(threads));
-    }
-    if let Some(len) = args.pinned {
-        builder = builder.pinned_bytes(len);
-    }
-    Ok(builder)
+        .verify(args.verify)
+        .threads(args.threads.map(usize::from))
+        .pinned_bytes(args.pinned))
 }
 
 impl Measured {

@@ -101,7 +101,6 @@ impl Lines {
     }
 
     /// The line for this progress, once a tenth.
-    #[allow(clippy::cast_precision_loss)]
     fn due(&self, progress: Progress) -> Option<String> {
         let Progress { done, total } = progress;
         let tenth = u64::try_from(u128::from(done) * 10 / u128::from(total.max(1))).unwrap_or(10);

@@ -31,7 +31,6 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
 }
 
 /// Bytes for people, in binary units.
-#[allow(clippy::cast_precision_loss)]
 pub(crate) fn human(bytes: u64) -> String {
     let units = [("TiB", 1u64 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
     match units.iter().find(|(_, unit)| bytes >= *unit) {

@@ -1,7 +1,7 @@
 //! `sllm-store verify`.
 
 use serde::Serialize;
-use sllm_core::{CorruptChunk, ErrorKind, Result, VerifyOptions, VerifyReport};
+use sllm_core::{CorruptChunk, ErrorKind, Result, VerifyReport, WorkOptions};
 
 use crate::args::VerifyArgs;
 use crate::output::{Answer, ErrorObject, Fault, Session};
@@ -19,10 +19,7 @@ struct Found<'a> {
 pub(crate) fn run(args: &VerifyArgs, session: &Session) -> Result<Answer> {
     let store = args.revision.open(&args.store)?;
     let progress = session.progress("verify");
-    let mut options = VerifyOptions::new().control(progress.control());
-    if let Some(threads) = args.threads.get() {
-        options = options.threads(threads);
-    }
+    let options = WorkOptions::new().threads(args.threads.get()).control(progress.control());
     let report = sllm_core::verify(&store, &options)?;
     drop(progress);
     let fault = fault(&report);

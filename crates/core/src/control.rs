@@ -82,6 +82,45 @@ impl fmt::Debug for Control {
     }
 }
 
+/// Threads that convert, export and verify where the caller asks for no number. They wait for the disk more than they
+/// compute, so that the number of processors does not matter (`docs/benchmarks.md`).
+const DEFAULT_THREADS: usize = 8;
+
+/// How long work on files runs: its threads, how it is watched and stopped.
+#[derive(Debug, Clone, Default)]
+pub struct WorkOptions {
+    threads: Option<usize>,
+    pub(crate) control: Control,
+}
+
+impl WorkOptions {
+    /// The defaults: eight threads.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Threads; `None`: eight.
+    pub fn threads(mut self, threads: impl Into<Option<usize>>) -> Self {
+        self.threads = threads.into();
+        self
+    }
+
+    /// Progress callback and cancel flag.
+    pub fn control(mut self, control: Control) -> Self {
+        self.control = control;
+        self
+    }
+
+    pub(crate) fn thread_count(&self) -> usize {
+        self.threads.unwrap_or(DEFAULT_THREADS)
+    }
+}
+
+/// Bytes by seconds, in 1e9 bytes a second; 0 of no time.
+pub(crate) fn gb_per_s(bytes: u64, seconds: f64) -> f64 {
+    if seconds > 0.0 { bytes as f64 / 1e9 / seconds } else { 0.0 }
+}
+
 /// Counts bytes done by several threads and tells the callback.
 #[derive(Debug)]
 pub(crate) struct Meter<'a> {
@@ -97,6 +136,11 @@ impl Meter<'_> {
         if let Some(progress) = &self.control.progress {
             progress(Progress { done: done.min(self.total), total: self.total });
         }
+        self.check()
+    }
+
+    /// An error when the work was cancelled.
+    pub(crate) fn check(&self) -> Result<()> {
         self.control.check()
     }
 }

@@ -8,39 +8,13 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::{Checkpoint, TensorInfo};
-use crate::control::Control;
+use crate::control::{WorkOptions, gb_per_s};
 use crate::convert::layout::{Bytes, Extent, TargetFile};
 use crate::convert::target::Target;
-use crate::convert::{build, gb_per_s, is_reserved, side_files_of, workers};
+use crate::convert::{build, is_reserved, side_files_of};
 use crate::error::{Error, FormatError, Result};
 use crate::format::hf_index::{INDEX_NAME, is_plain_relative};
 use crate::format::safetensors::{LENGTH_FIELD, MAX_HEADER_LEN};
-
-/// How to export.
-#[derive(Debug, Clone, Default)]
-pub struct ExportOptions {
-    threads: Option<usize>,
-    control: Control,
-}
-
-impl ExportOptions {
-    /// The defaults: a thread a core and at most eight.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Threads that read and write.
-    pub fn threads(mut self, threads: usize) -> Self {
-        self.threads = Some(threads);
-        self
-    }
-
-    /// Progress callback and cancel flag.
-    pub fn control(mut self, control: Control) -> Self {
-        self.control = control;
-        self
-    }
-}
 
 /// What an export did.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -74,20 +48,18 @@ pub struct ExportReport {
 /// # Errors
 /// [`Error::Invalid`] for a tensor with strides, which safetensors cannot hold; [`Error::Exists`]; otherwise as
 /// [`convert`](crate::convert()).
-pub fn export(store: &Checkpoint, dir: &Path, options: &ExportOptions) -> Result<ExportReport> {
+pub fn export(store: &Checkpoint, dir: &Path, options: &WorkOptions) -> Result<ExportReport> {
     let start = Instant::now();
     let shards = plan_shards(store)?;
     let target = Target::check(dir, Some(store.path()), false)?;
     let side_files = side_files_of(store)?;
     let files: Vec<TargetFile<'_>> = shards.iter().map(|shard| shard.target_file(store)).collect();
-    let threads = options.threads.unwrap_or(workers::DEFAULT_THREADS);
     let sources = Some(store.files());
-    let (written, ()) = build(&target, &files, sources, &side_files, threads, &options.control, |partial, _| {
-        match &store.origin().index {
+    let (written, ()) =
+        build(&target, &files, sources, &side_files, options, |partial, _| match &store.origin().index {
             Some(metadata) => partial.write(INDEX_NAME, index_json(metadata, &shards).as_bytes()),
             None => Ok(()),
-        }
-    })?;
+        })?;
     let bytes = files.iter().map(|file| file.len).sum();
     let seconds = start.elapsed().as_secs_f64();
     Ok(ExportReport {

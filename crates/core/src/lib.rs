@@ -52,15 +52,15 @@ mod read;
 mod verify;
 
 pub use checkpoint::{Checkpoint, ChunkSums, DataFile, Layout, OpenOptions, TensorInfo};
-pub use control::{Cancel, Control, Progress};
+pub use control::{Cancel, Control, Progress, WorkOptions};
 pub use convert::{ConvertOptions, ConvertReport, MemoryTensor, convert, save};
 pub use device::{Block, Device, DeviceError};
 pub use dtype::Dtype;
 pub use error::{CorruptChunk, Error, ErrorKind, FormatError, Result};
-pub use export::{ExportOptions, ExportReport, export};
+pub use export::{ExportReport, export};
 pub use format::PAGE;
 pub use load::{EngineReport, LoadReport, Loaded, Loader, LoaderBuilder, TensorView};
 pub use plan::{BlockSpec, Filter, LoadPlan, Piece, PieceCopy, Placed, Placement, PlanOptions, Segment};
 pub use pool::{BufferPool, HostBuffer};
 pub use read::EngineChoice;
-pub use verify::{VerifyOptions, VerifyReport, verify};
+pub use verify::{VerifyReport, verify};

@@ -7,38 +7,11 @@ use std::time::Instant;
 use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
-use crate::control::Control;
-use crate::convert::chunks::{Chunk, Chunks};
-use crate::convert::gb_per_s;
-use crate::convert::workers::{DEFAULT_THREADS, for_each};
+use crate::control::{WorkOptions, gb_per_s};
+use crate::convert::chunks::Chunks;
+use crate::convert::workers::for_each;
 use crate::error::{CorruptChunk, Error, Result};
 use crate::format::manifest::CHUNK_LEN;
-
-/// How to verify.
-#[derive(Debug, Clone, Default)]
-pub struct VerifyOptions {
-    threads: Option<usize>,
-    control: Control,
-}
-
-impl VerifyOptions {
-    /// The defaults: a thread a core and at most eight.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Threads that read and check.
-    pub fn threads(mut self, threads: usize) -> Self {
-        self.threads = Some(threads);
-        self
-    }
-
-    /// Progress callback and cancel flag.
-    pub fn control(mut self, control: Control) -> Self {
-        self.control = control;
-        self
-    }
-}
 
 /// What a verification found.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -65,7 +38,7 @@ pub struct VerifyReport {
 /// # Errors
 /// [`Error::Invalid`] for a checkpoint that is not a store: only a store has checksums. [`Error::Io`] and
 /// [`Error::Truncated`] where a file cannot be read; [`Error::Cancelled`].
-pub fn verify(store: &Checkpoint, options: &VerifyOptions) -> Result<VerifyReport> {
+pub fn verify(store: &Checkpoint, options: &WorkOptions) -> Result<VerifyReport> {
     let start = Instant::now();
     let Some((sums, identity)) = store.sums().zip(store.identity()) else {
         let (path, layout) = (store.path().display(), store.layout().name());
@@ -75,7 +48,7 @@ pub fn verify(store: &Checkpoint, options: &VerifyOptions) -> Result<VerifyRepor
     let corrupt = Mutex::new(Vec::new());
     let meter = options.control.meter(chunks.total_len());
     options.control.check()?;
-    for_each(options.threads.unwrap_or(DEFAULT_THREADS), chunks.count(), CHUNK_LEN, |number, buffer| {
+    for_each(options.thread_count(), chunks.count(), CHUNK_LEN, |number, buffer| {
         let chunk = chunks.get(number);
         let file = &store.files()[chunk.file];
         let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);
@@ -88,14 +61,13 @@ pub fn verify(store: &Checkpoint, options: &VerifyOptions) -> Result<VerifyRepor
             done += buf.len() as u64;
             meter.add(buf.len() as u64)?;
         }
-        // The manifest has a checksum for every chunk: that was checked when it was opened.
-        let expected = sums.get(chunk.file, chunk.number).unwrap_or_default();
-        let found = digest.finalize();
-        if found != expected {
-            let fault = describe(store, chunk, expected, found);
-            corrupt.lock().unwrap_or_else(|e| e.into_inner()).push((number, fault));
+        match store.check_chunk(chunk.file, chunk.number, digest.finalize()) {
+            Err(Error::Corrupt(fault)) => {
+                corrupt.lock().unwrap_or_else(|e| e.into_inner()).push((number, *fault));
+                Ok(())
+            }
+            result => result,
         }
-        Ok(())
     })?;
     let mut corrupt = corrupt.into_inner().unwrap_or_else(|e| e.into_inner());
     corrupt.sort_unstable_by_key(|(number, _)| *number);
@@ -109,20 +81,4 @@ pub fn verify(store: &Checkpoint, options: &VerifyOptions) -> Result<VerifyRepor
         seconds,
         gb_per_s: gb_per_s(chunks.total_len(), seconds),
     })
-}
-
-fn describe(store: &Checkpoint, chunk: Chunk, expected: u64, found: u64) -> CorruptChunk {
-    let tensors = store.tensors();
-    // Tensors are sorted by file and offset and do not overlap, so their ends are sorted too.
-    let first = tensors.partition_point(|t| (t.file, t.offset + t.len) <= (chunk.file, chunk.offset));
-    let inside = tensors[first..].iter().take_while(|t| (t.file, t.offset) < (chunk.file, chunk.offset + chunk.len));
-    CorruptChunk {
-        path: store.files()[chunk.file].path().to_owned(),
-        chunk: chunk.number,
-        offset: chunk.offset,
-        len: chunk.len,
-        expected,
-        found,
-        tensors: inside.filter(|t| t.len > 0).map(|t| t.name.clone()).collect(),
-    }
 }

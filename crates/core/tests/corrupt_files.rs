@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use common::{Made, write_safetensors};
-use sllm_core::{Cancel, Checkpoint, Control, ConvertOptions, Dtype, Error, ErrorKind, VerifyOptions, convert, verify};
+use sllm_core::{Cancel, Checkpoint, Control, ConvertOptions, Dtype, Error, ErrorKind, WorkOptions, convert, verify};
 use tempfile::{TempDir, tempdir};
 
 const CHUNK: u64 = 4 << 20;
@@ -55,7 +55,7 @@ fn a_flipped_bit_is_found_wherever_it_is() {
     for (i, (what, offset, tensors)) in cases.into_iter().enumerate() {
         let bit = u8::try_from(i).unwrap();
         flip(&data, offset, bit);
-        let report = verify(&Checkpoint::open(&path).unwrap(), &VerifyOptions::new()).unwrap();
+        let report = verify(&Checkpoint::open(&path).unwrap(), &WorkOptions::new()).unwrap();
         assert_eq!(report.corrupt.len(), 1, "{what}");
         let fault = &report.corrupt[0];
         assert_eq!((fault.chunk, fault.offset), (offset / CHUNK, offset / CHUNK * CHUNK), "{what}");
@@ -73,7 +73,7 @@ fn a_flipped_bit_is_found_wherever_it_is() {
         assert!(message.contains(&format!("chunk {}", fault.chunk)) && message.contains(expected[0]), "{message}");
         flip(&data, offset, bit);
     }
-    let report = verify(&Checkpoint::open(&path).unwrap(), &VerifyOptions::new()).unwrap();
+    let report = verify(&Checkpoint::open(&path).unwrap(), &WorkOptions::new()).unwrap();
     assert_eq!((report.corrupt.len(), report.chunks, report.bytes), (0, len.div_ceil(CHUNK), len));
 }
 
@@ -83,7 +83,7 @@ fn all_corrupt_chunks_are_listed_in_order() {
     for chunk in [3, 0, 2] {
         flip(&path.join("tensor.data_0"), chunk * CHUNK + 5, 0);
     }
-    let report = verify(&Checkpoint::open(&path).unwrap(), &VerifyOptions::new().threads(3)).unwrap();
+    let report = verify(&Checkpoint::open(&path).unwrap(), &WorkOptions::new().threads(3)).unwrap();
     assert_eq!(report.corrupt.iter().map(|fault| fault.chunk).collect::<Vec<_>>(), [0, 2, 3]);
     let json = serde_json::to_value(&report).unwrap();
     assert_eq!(json["corrupt"][0]["found"].as_str().map(str::len), Some(16));
@@ -95,10 +95,10 @@ fn a_verification_can_be_cancelled_and_a_file_cut_under_it_is_told() {
     let store = Checkpoint::open(&path).unwrap();
     let cancel = Cancel::new();
     cancel.cancel();
-    let options = VerifyOptions::new().control(Control::new().cancelled_by(cancel));
+    let options = WorkOptions::new().control(Control::new().cancelled_by(cancel));
     assert!(matches!(verify(&store, &options), Err(Error::Cancelled)));
     File::options().write(true).open(path.join("tensor.data_0")).unwrap().set_len(CHUNK).unwrap();
-    assert!(matches!(verify(&store, &VerifyOptions::new()), Err(Error::Truncated { .. })));
+    assert!(matches!(verify(&store, &WorkOptions::new()), Err(Error::Truncated { .. })));
 }
 
 fn open_error(path: &Path) -> String {
@@ -147,6 +147,6 @@ fn an_edited_manifest_is_not_opened() {
     Checkpoint::open(&path).unwrap();
     // A store whose manifest is lost is still the original's directory, but no longer verified.
     fs::remove_file(&manifest).unwrap();
-    let error = verify(&Checkpoint::open(&path).unwrap(), &VerifyOptions::new()).unwrap_err();
+    let error = verify(&Checkpoint::open(&path).unwrap(), &WorkOptions::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
 }

@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{Made, assert_holds, entries, write_safetensors};
-use sllm_core::{Checkpoint, Control, ConvertOptions, Dtype, VerifyOptions, convert, verify};
+use sllm_core::{Checkpoint, Control, ConvertOptions, Dtype, WorkOptions, convert, verify};
 use tempfile::tempdir;
 
 const SOURCE: &str = "SLLM_TEST_CONVERT_SOURCE";
@@ -64,7 +64,7 @@ fn model(dir: &Path, name: &str) -> (std::path::PathBuf, Vec<Made>) {
 fn assert_whole(target: &Path, models: &[&[Made]]) -> usize {
     let store = Checkpoint::open(target).unwrap();
     assert_eq!(entries(target), ["config.json", "manifest.json", "tensor.data_0", "tensor_index.json"]);
-    assert!(verify(&store, &VerifyOptions::new()).unwrap().corrupt.is_empty());
+    assert!(verify(&store, &WorkOptions::new()).unwrap().corrupt.is_empty());
     let which = models.iter().position(|tensors| store.tensor(&tensors[0].name).is_ok()).unwrap();
     assert_holds(&store, models[which]);
     which

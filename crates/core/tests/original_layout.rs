@@ -7,9 +7,7 @@ use std::path::Path;
 
 use common::{Made, assert_holds, bytes_of, every_dtype, noise, write_safetensors};
 use serde_json::{Map, Value, json};
-use sllm_core::{
-    Checkpoint, ConvertOptions, Dtype, ErrorKind, ExportOptions, Layout, VerifyOptions, convert, export, verify,
-};
+use sllm_core::{Checkpoint, ConvertOptions, Dtype, ErrorKind, Layout, WorkOptions, convert, export, verify};
 use tempfile::tempdir;
 
 /// Reads a directory as the original does: offsets count over the data files, as long as these are, one after another.
@@ -104,16 +102,16 @@ fn the_originals_directories_are_opened_and_converted() {
     let store = Checkpoint::open(dir.path().join("store")).unwrap();
     assert_holds(&store, tensors.iter().chain([&transposed]));
     assert_eq!(store.tensor("transposed").unwrap().strides.as_deref(), Some(&[1, 8][..]));
-    assert!(verify(&store, &VerifyOptions::new()).unwrap().corrupt.is_empty());
+    assert!(verify(&store, &WorkOptions::new()).unwrap().corrupt.is_empty());
     let read = read_as_the_original(&dir.path().join("store"));
     assert_eq!(read["transposed"], json!(["torch.float32", [8, 5], [1, 8], transposed.bytes]));
 
-    let error = export(&source, &dir.path().join("back"), &ExportOptions::new()).unwrap_err();
+    let error = export(&source, &dir.path().join("back"), &WorkOptions::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Invalid);
     write_as_the_original(&original, &written[..31], 4000);
-    export(&Checkpoint::open(&original).unwrap(), &dir.path().join("back"), &ExportOptions::new()).unwrap();
+    export(&Checkpoint::open(&original).unwrap(), &dir.path().join("back"), &WorkOptions::new()).unwrap();
     assert_holds(&Checkpoint::open(dir.path().join("back")).unwrap(), &tensors);
-    let error = verify(&Checkpoint::open(&original).unwrap(), &VerifyOptions::new()).unwrap_err();
+    let error = verify(&Checkpoint::open(&original).unwrap(), &WorkOptions::new()).unwrap_err();
     assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("no checksums"), "{error}");
 }
 

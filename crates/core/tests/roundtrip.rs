@@ -11,8 +11,8 @@ use common::{
 };
 use proptest::prelude::*;
 use sllm_core::{
-    Cancel, Checkpoint, Control, ConvertOptions, ConvertReport, Dtype, Error, ErrorKind, ExportOptions, Layout,
-    MemoryTensor, VerifyOptions, convert, export, save, verify,
+    Cancel, Checkpoint, Control, ConvertOptions, ConvertReport, Dtype, Error, ErrorKind, Layout, MemoryTensor,
+    WorkOptions, convert, export, save, verify,
 };
 use tempfile::tempdir;
 
@@ -30,9 +30,9 @@ fn assert_round_trip(source: &Path) {
     assert_eq!(store.identity(), Some(report.identity.as_str()));
     assert_eq!((report.tensors, report.files), (store.tensors().len(), store.files().len()));
     assert_eq!(report.bytes, store.files().iter().map(|file| file.len()).sum::<u64>());
-    assert!(verify(&store, &VerifyOptions::new()).unwrap().corrupt.is_empty());
+    assert!(verify(&store, &WorkOptions::new()).unwrap().corrupt.is_empty());
 
-    let exported = export(&store, &back, &ExportOptions::new()).unwrap();
+    let exported = export(&store, &back, &WorkOptions::new()).unwrap();
     assert_eq!(exported.tensors, store.tensors().len());
     assert_eq!(entries(&back), entries(source));
     let mut made = Vec::new();
@@ -169,9 +169,9 @@ fn saved_tensors_are_read_back_and_the_same_slice_is_tied() {
     assert_eq!(store.tensor("transposed").unwrap().strides.as_deref(), Some(&[1, 100][..]));
     assert_eq!(store.tensor("contiguous after all").unwrap().strides, None);
     assert_eq!(store.total_len(), 140_600);
-    assert!(verify(&store, &VerifyOptions::new()).unwrap().corrupt.is_empty());
+    assert!(verify(&store, &WorkOptions::new()).unwrap().corrupt.is_empty());
 
-    let error = export(&store, &dir.path().join("back"), &ExportOptions::new()).unwrap_err();
+    let error = export(&store, &dir.path().join("back"), &WorkOptions::new()).unwrap_err();
     assert!(matches!(&error, Error::Invalid(reason) if reason.contains("\"transposed\"")), "{error}");
     assert_eq!(entries(dir.path()), ["store"]);
 
@@ -179,7 +179,7 @@ fn saved_tensors_are_read_back_and_the_same_slice_is_tied() {
     let plain = [tensors[0], tensors[2]];
     let options = ConvertOptions::new().overwrite(true);
     save(&plain, &target, &options).unwrap();
-    export(&Checkpoint::open(&target).unwrap(), &dir.path().join("back"), &ExportOptions::new()).unwrap();
+    export(&Checkpoint::open(&target).unwrap(), &dir.path().join("back"), &WorkOptions::new()).unwrap();
     let exported = read_safetensors(&dir.path().join("back/model.safetensors")).1;
     assert_eq!((exported["embed"].bytes == bytes, exported["head"].bytes == bytes), (true, true));
     convert_new(&target, &dir.path().join("again"));
@@ -242,7 +242,7 @@ fn other_files_are_copied_and_foreign_weights_are_not() {
     assert!(!target.join("pytorch_model.bin").exists() && !target.join(".git").exists());
     assert_holds(&Checkpoint::open(&target).unwrap(), &tensors);
 
-    export(&Checkpoint::open(&target).unwrap(), &back, &ExportOptions::new()).unwrap();
+    export(&Checkpoint::open(&target).unwrap(), &back, &WorkOptions::new()).unwrap();
     let expected =
         [".gitattributes", "1_Pooling", "config.json", "journal", "link.json", "model.safetensors", "tokenizer.model"];
     assert_eq!(entries(&back), expected);
@@ -308,7 +308,7 @@ fn targets_that_must_not_be_written_are_refused() {
     convert(&checkpoint, &dir.path().join("empty"), &over).unwrap();
     assert_eq!(kind(&dir.path().join("empty"), &plain), ErrorKind::Exists);
     let store = Checkpoint::open(dir.path().join("empty")).unwrap();
-    let error = export(&store, &occupied, &ExportOptions::new()).unwrap_err();
+    let error = export(&store, &occupied, &WorkOptions::new()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Exists);
 }
 

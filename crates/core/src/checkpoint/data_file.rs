@@ -1,23 +1,36 @@
 //! One open data file of a checkpoint.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::time::SystemTime;
 
 use rustix::fs::{Mode, OFlags};
 
 use crate::error::{Error, FormatError, Result};
+
+/// What a file was when it was looked at; another stamp means other bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    len: u64,
+    inode: u64,
+    modified: (i64, i64),
+}
+
+impl Stamp {
+    fn of(metadata: &Metadata) -> Stamp {
+        Stamp { len: metadata.len(), inode: metadata.ino(), modified: (metadata.mtime(), metadata.mtime_nsec()) }
+    }
+}
 
 /// A data file, open for buffered reading and, on demand, for direct reading.
 #[derive(Debug)]
 pub struct DataFile {
     path: PathBuf,
     name: String,
-    len: u64,
-    modified: Option<SystemTime>,
+    stamp: Stamp,
     buffered: File,
     direct: OnceLock<Result<File, rustix::io::Errno>>,
 }
@@ -41,8 +54,7 @@ impl DataFile {
         Ok(DataFile {
             path: path.to_owned(),
             name: name.to_owned(),
-            len: metadata.len(),
-            modified: metadata.modified().ok(),
+            stamp: Stamp::of(&metadata),
             buffered,
             direct: OnceLock::new(),
         })
@@ -60,12 +72,12 @@ impl DataFile {
 
     /// Its length in bytes when it was opened.
     pub fn len(&self) -> u64 {
-        self.len
+        self.stamp.len
     }
 
     /// Whether it had no bytes.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.len() == 0
     }
 
     /// The descriptor for reads through the page cache.
@@ -91,18 +103,28 @@ impl DataFile {
         self.direct = OnceLock::from(Err(rustix::io::Errno::INVAL));
     }
 
+    /// The descriptor to read by: the direct one where that is wanted and not refused.
+    pub(crate) fn descriptor(&self, direct: bool) -> &File {
+        if direct { self.direct().unwrap_or(&self.buffered) } else { &self.buffered }
+    }
+
     /// Its length now, in bytes.
     pub(crate) fn current_len(&self) -> io::Result<u64> {
         Ok(self.buffered.metadata()?.len())
     }
 
+    /// What it was when it was opened.
+    pub(crate) fn stamp(&self) -> Stamp {
+        self.stamp
+    }
+
     /// An error when the file is not as long as when it was opened, or was written to since.
     pub(crate) fn check_unchanged(&self) -> Result<()> {
         let now = self.buffered.metadata().map_err(Error::io("inspect", &self.path))?;
-        if now.len() < self.len {
-            return Err(Error::Truncated { path: self.path.clone(), offset: 0, len: self.len, end: now.len() });
+        if now.len() < self.len() {
+            return Err(Error::Truncated { path: self.path.clone(), offset: 0, len: self.len(), end: now.len() });
         }
-        if now.len() != self.len || now.modified().ok() != self.modified {
+        if Stamp::of(&now) != self.stamp {
             return Err(FormatError::new(&self.path, "it was changed while it was read; start again").into());
         }
         Ok(())

@@ -18,7 +18,7 @@ pub use data_file::DataFile;
 pub(crate) use safetensors::ensure_inside;
 
 use crate::dtype::Dtype;
-use crate::error::{Error, FormatError, Result};
+use crate::error::{CorruptChunk, Error, FormatError, Result};
 use crate::format::manifest::Manifest;
 
 /// How a checkpoint is laid out on disk.
@@ -292,6 +292,25 @@ impl Checkpoint {
     /// A store's identity, 64 hexadecimal digits; `None` for other layouts.
     pub fn identity(&self) -> Option<&str> {
         self.identity.as_deref()
+    }
+
+    /// Compares the checksum found of a chunk with the manifest's; [`Error::Corrupt`] names the tensors in it.
+    pub(crate) fn check_chunk(&self, file: usize, chunk: u64, found: u64) -> Result<()> {
+        let Some((sums, expected)) = self.sums.as_ref().and_then(|sums| Some((sums, sums.get(file, chunk)?))) else {
+            return Err(Error::Invalid(format!("chunk {chunk} of data file {file} has no checksum")));
+        };
+        if found == expected {
+            return Ok(());
+        }
+        let data = &self.files[file]; // it has checksums, so that it is there
+        let offset = chunk * sums.chunk_len;
+        let len = sums.chunk_len.min(data.len() - offset);
+        // Tensors are sorted by file and offset and do not overlap, so their ends are sorted too.
+        let first = self.tensors.partition_point(|t| (t.file, t.offset + t.len) <= (file, offset));
+        let inside = self.tensors[first..].iter().take_while(|t| (t.file, t.offset) < (file, offset + len));
+        let tensors = inside.filter(|t| t.len > 0).map(|t| t.name.clone()).collect();
+        let path = data.path().to_owned();
+        Err(Error::Corrupt(Box::new(CorruptChunk { path, chunk, offset, len, expected, found, tensors })))
     }
 
     pub(crate) fn origin(&self) -> &Origin {

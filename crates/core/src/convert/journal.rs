@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use super::layout::{Bytes, TargetFile};
@@ -20,32 +20,17 @@ pub(crate) const JOURNAL_NAME: &str = ".sllm-journal";
 /// Checksums of finished chunks, by file and chunk number.
 pub(crate) type Finished = HashMap<(usize, u64), u64>;
 
-/// What a source file was when it was looked at; another stamp means other bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Stamp {
-    len: u64,
-    inode: u64,
-    modified: (i64, i64),
-}
-
-impl Stamp {
-    pub(crate) fn of(file: &DataFile) -> Result<Stamp> {
-        let metadata = file.buffered().metadata().map_err(Error::io("inspect", file.path()))?;
-        Ok(Stamp { len: metadata.len(), inode: metadata.ino(), modified: (metadata.mtime(), metadata.mtime_nsec()) })
-    }
-}
-
 /// Identifies what is to be written and the state of the files that it is read from.
-pub(crate) fn fingerprint(sources: &[DataFile], stamps: &[Stamp], files: &[TargetFile<'_>]) -> String {
+pub(crate) fn fingerprint(sources: &[DataFile], files: &[TargetFile<'_>]) -> String {
     let mut hash = blake3::Hasher::new();
     let mut field = |bytes: &[u8]| {
         hash.update(&(bytes.len() as u64).to_le_bytes());
         hash.update(bytes);
     };
     field(format!("sllm-journal of chunks of {CHUNK_LEN}").as_bytes());
-    for (source, stamp) in sources.iter().zip(stamps) {
+    for source in sources {
         field(source.path().as_os_str().as_encoded_bytes());
-        field(format!("{stamp:?}").as_bytes());
+        field(format!("{:?}", source.stamp()).as_bytes());
     }
     for file in files {
         field(file.name.as_bytes());

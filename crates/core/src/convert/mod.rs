@@ -19,14 +19,14 @@ use std::time::Instant;
 use serde::Serialize;
 
 use crate::checkpoint::{Checkpoint, DataFile};
-use crate::control::Control;
+use crate::control::{Control, WorkOptions, gb_per_s};
 use crate::dtype::Dtype;
-use crate::error::{Error, FormatError, Result};
+use crate::error::{Error, Result};
 use crate::format::manifest::{
     FileEntry, MANIFEST_NAME, MAX_FILE_LEN, Manifest, Source, SourceFile, TensorEntry, data_file_name,
 };
 use crate::format::original::{self, contiguous_strides, strided_len};
-use journal::{Stamp, fingerprint};
+use journal::fingerprint;
 use layout::{Bytes, TargetFile, place};
 use side_files::SideFiles;
 pub(crate) use side_files::is_reserved;
@@ -37,12 +37,11 @@ use writer::{Written, write_files};
 #[derive(Debug, Clone, Default)]
 pub struct ConvertOptions {
     overwrite: bool,
-    threads: Option<usize>,
-    control: Control,
+    work: WorkOptions,
 }
 
 impl ConvertOptions {
-    /// The defaults: nothing is overwritten, a thread a core and at most eight.
+    /// The defaults: nothing is overwritten, eight threads.
     pub fn new() -> Self {
         Self::default()
     }
@@ -53,15 +52,15 @@ impl ConvertOptions {
         self
     }
 
-    /// Threads that read, check and write.
-    pub fn threads(mut self, threads: usize) -> Self {
-        self.threads = Some(threads);
+    /// Threads that read, check and write; `None`: eight.
+    pub fn threads(mut self, threads: impl Into<Option<usize>>) -> Self {
+        self.work = self.work.threads(threads);
         self
     }
 
     /// Progress callback and cancel flag.
     pub fn control(mut self, control: Control) -> Self {
-        self.control = control;
+        self.work = self.work.control(control);
         self
     }
 }
@@ -243,8 +242,7 @@ fn write_store(
         identity = manifest.identity;
         Ok(manifest.tensors.len())
     };
-    let threads = options.threads.unwrap_or(workers::DEFAULT_THREADS);
-    let (written, tensors) = build(target, &files, sources, &side_files, threads, &options.control, finish)?;
+    let (written, tensors) = build(target, &files, sources, &side_files, &options.work, finish)?;
     let bytes = files.iter().map(|file| file.len).sum();
     let seconds = start.elapsed().as_secs_f64();
     Ok(ConvertReport {
@@ -269,33 +267,22 @@ pub(crate) fn build<T>(
     files: &[TargetFile<'_>],
     sources: Option<&[DataFile]>,
     side_files: &SideFiles,
-    threads: usize,
-    control: &Control,
+    options: &WorkOptions,
     finish: impl FnOnce(&Partial<'_>, &mut Written) -> Result<T>,
 ) -> Result<(Written, T)> {
-    let stamps = sources.unwrap_or_default().iter().map(Stamp::of).collect::<Result<Vec<_>>>()?;
-    let fingerprint = sources.map(|sources| fingerprint(sources, &stamps, files));
+    let fingerprint = sources.map(|sources| fingerprint(sources, files));
     let partial = target.begin(fingerprint.as_deref(), files, side_files.len)?;
     let work = || {
         let journal = partial.journal.as_ref();
-        let mut written = write_files(partial.dir(), files, journal, &partial.finished, threads, control)?;
-        for (file, stamp) in sources.unwrap_or_default().iter().zip(&stamps) {
-            if Stamp::of(file)? != *stamp {
-                return Err(FormatError::new(file.path(), "it was changed while it was read; start again").into());
-            }
-        }
+        let mut written = write_files(partial.dir(), files, journal, &partial.finished, options)?;
+        sources.unwrap_or_default().iter().try_for_each(DataFile::check_unchanged)?;
         side_files.copy_to(partial.dir())?;
         let told = finish(&partial, &mut written)?;
-        control.check()?;
+        options.control.check()?;
         partial.publish()?;
         Ok((written, told))
     };
     work().inspect_err(|e| partial.abandon(e))
-}
-
-#[allow(clippy::cast_precision_loss)]
-pub(crate) fn gb_per_s(bytes: u64, seconds: f64) -> f64 {
-    if seconds > 0.0 { bytes as f64 / 1e9 / seconds } else { 0.0 }
 }
 
 #[cfg(test)]

@@ -7,10 +7,6 @@ use super::layout::as_index;
 use crate::error::{Error, Result};
 use crate::format::PAGE;
 
-/// Threads to use where the caller asked for none in particular. They wait for the disk more than they compute, so that
-/// the number of processors does not matter (`docs/benchmarks.md`).
-pub(crate) const DEFAULT_THREADS: usize = 8;
-
 /// A page-aligned buffer, as direct writes need it.
 #[derive(Debug)]
 pub(crate) struct PageBuffer {

@@ -13,7 +13,7 @@ use super::chunks::Chunks;
 use super::journal::{Finished, Journal};
 use super::layout::{TargetFile, as_index};
 use super::workers::{PageBuffer, for_each};
-use crate::control::Control;
+use crate::control::WorkOptions;
 use crate::error::{Error, Result};
 use crate::format::PAGE;
 use crate::format::manifest::{CHUNK_LEN, Checksums};
@@ -33,15 +33,14 @@ pub(crate) fn write_files(
     files: &[TargetFile<'_>],
     journal: Option<&Journal>,
     finished: &Finished,
-    threads: usize,
-    control: &Control,
+    options: &WorkOptions,
 ) -> Result<Written> {
-    control.check()?;
+    options.control.check()?;
     let outputs = files.iter().map(|file| Output::create(dir, file)).collect::<Result<Vec<_>>>()?;
     let chunks = Chunks::new(CHUNK_LEN, files.iter().map(|file| file.len));
     let sums: Vec<AtomicU64> = (0..chunks.count()).map(|_| AtomicU64::new(0)).collect();
     let resumed = AtomicU64::new(0);
-    let meter = control.meter(chunks.total_len());
+    let meter = options.control.meter(chunks.total_len());
 
     let one = |number: u64, buffer: &mut PageBuffer| {
         let chunk = chunks.get(number);
@@ -64,7 +63,7 @@ pub(crate) fn write_files(
         sums[as_index(number)].store(crc, Ordering::Relaxed);
         meter.add(buf.len() as u64)
     };
-    for_each(threads, chunks.count(), CHUNK_LEN, one)?;
+    for_each(options.thread_count(), chunks.count(), CHUNK_LEN, one)?;
 
     for output in &outputs {
         output.file.sync_all().map_err(Error::io("sync", &output.path))?;

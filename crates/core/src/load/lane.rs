@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::checkpoint::{Checkpoint, ChunkSums};
-use crate::control::{Control, Meter};
+use crate::control::Meter;
 use crate::device::{self, Block, Pending, Stream};
-use crate::error::{CorruptChunk, Error, Result};
+use crate::error::{Error, Result};
 use crate::format::PAGE;
 use crate::plan::{LoadPlan, Piece, PieceCopy};
 use crate::pool::{BufferPool, HostBuffer};
@@ -19,35 +19,26 @@ const MAPPED_IN_FLIGHT: usize = 64;
 
 /// What all lanes of a load share.
 pub(super) struct Shared<'a> {
-    checkpoint: &'a Checkpoint,
-    plan: &'a LoadPlan,
-    sums: Option<&'a ChunkSums>,
-    pool: &'a BufferPool,
-    streams: &'a [Stream],
-    blocks: Arc<[Block]>,
-    meter: &'a Meter<'a>,
-    control: &'a Control,
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) plan: &'a LoadPlan,
+    /// With checksums, a piece is one chunk.
+    pub(super) sums: Option<&'a ChunkSums>,
+    pub(super) pool: &'a BufferPool,
+    pub(super) streams: &'a [Stream],
+    pub(super) blocks: Arc<[Block]>,
+    pub(super) meter: Meter<'a>,
+    pub(super) outcome: Outcome,
+}
+
+/// How a load goes: whether it was stopped, why, and what its report should say.
+#[derive(Debug, Default)]
+pub(super) struct Outcome {
     stopped: AtomicBool,
     error: Mutex<Option<Error>>,
     notes: Mutex<Vec<String>>,
 }
 
-impl<'a> Shared<'a> {
-    #[allow(clippy::too_many_arguments)]
-    pub(super) fn new(
-        checkpoint: &'a Checkpoint,
-        plan: &'a LoadPlan,
-        sums: Option<&'a ChunkSums>,
-        pool: &'a BufferPool,
-        streams: &'a [Stream],
-        blocks: Arc<[Block]>,
-        meter: &'a Meter<'a>,
-        control: &'a Control,
-    ) -> Self {
-        let (stopped, error, notes) = (AtomicBool::new(false), Mutex::default(), Mutex::default());
-        Shared { checkpoint, plan, sums, pool, streams, blocks, meter, control, stopped, error, notes }
-    }
-
+impl Outcome {
     /// Stops all lanes; the first error is the load's.
     pub(super) fn stop(&self, error: Error) {
         self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
@@ -61,32 +52,6 @@ impl<'a> Shared<'a> {
 
     pub(super) fn into_notes(self) -> Vec<String> {
         self.notes.into_inner().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn verify(&self, piece: &Piece, bytes: &[u8]) -> Result<()> {
-        let Some(sums) = self.sums else { return Ok(()) };
-        // With checksums a piece is one chunk.
-        let chunk = piece.offset / sums.chunk_len;
-        let found = crc_fast::crc64_nvme(bytes);
-        match sums.get(piece.file, chunk) {
-            Some(expected) if expected != found => {
-                let file = &self.checkpoint.files()[piece.file];
-                let touched = self.checkpoint.tensors().iter().filter(|t| {
-                    t.file == piece.file && t.offset < piece.offset + piece.len && t.offset + t.len > piece.offset
-                });
-                Err(Error::Corrupt(Box::new(CorruptChunk {
-                    path: file.path().to_owned(),
-                    chunk,
-                    offset: piece.offset,
-                    len: piece.len,
-                    expected,
-                    found,
-                    tensors: touched.map(|t| t.name.clone()).collect(),
-                })))
-            }
-            Some(_) => Ok(()),
-            None => Err(Error::Invalid(format!("chunk {chunk} has no checksum"))),
-        }
     }
 }
 
@@ -201,10 +166,11 @@ impl Sink for Lane<'_> {
 
     fn filled(&mut self, piece: &Piece, filled: Filled) -> Result<()> {
         if let Filled::Buffer(buffer) = &filled {
-            if self.shared.sums.is_some() {
+            if let Some(sums) = self.shared.sums {
                 let verifying = Instant::now();
                 let len = usize::try_from(piece.len).unwrap_or(usize::MAX).min(buffer.as_slice().len());
-                self.shared.verify(piece, &buffer.as_slice()[..len])?;
+                let found = crc_fast::crc64_nvme(&buffer.as_slice()[..len]);
+                self.shared.checkpoint.check_chunk(piece.file, piece.offset / sums.chunk_len, found)?;
                 self.times.verify += verifying.elapsed();
             }
             if buffer.is_loan() {
@@ -222,14 +188,14 @@ impl Sink for Lane<'_> {
     }
 
     fn check(&self) -> Result<()> {
-        if self.shared.stopped.load(Ordering::Relaxed) {
+        if self.shared.outcome.stopped.load(Ordering::Relaxed) {
             return Err(Error::Cancelled);
         }
-        self.shared.control.check()
+        self.shared.meter.check()
     }
 
     fn note(&self, note: String) {
-        let mut notes = self.shared.notes.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut notes = self.shared.outcome.notes.lock().unwrap_or_else(PoisonError::into_inner);
         if !notes.contains(&note) {
             notes.push(note);
         }

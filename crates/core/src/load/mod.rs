@@ -4,7 +4,7 @@ mod lane;
 mod loaded;
 mod report;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 pub use loaded::{Loaded, TensorView};
@@ -19,7 +19,7 @@ use crate::plan::{Filter, LoadPlan, Placement, PlanOptions, Segment};
 use crate::pool::BufferPool;
 use crate::read::choose::{Share, Wishes, choose};
 use crate::read::{EngineChoice, Queue};
-use lane::{Lane, Shared};
+use lane::{Lane, Outcome, Shared};
 
 /// Bytes of one piece, and of one staging buffer: enough for the link to come near its peak, and so few that the ring
 /// stays in the processor's cache (`docs/benchmarks.md`).
@@ -86,15 +86,15 @@ impl LoaderBuilder {
         self
     }
 
-    /// Reader threads; as the engine needs unless given.
-    pub fn threads(mut self, threads: usize) -> Self {
-        self.loader.wishes.threads = Some(threads);
+    /// Reader threads; `None`: as the engine needs.
+    pub fn threads(mut self, threads: impl Into<Option<usize>>) -> Self {
+        self.loader.wishes.threads = threads.into();
         self
     }
 
-    /// Pinned staging memory at most, in bytes; 256 MiB unless given.
-    pub fn pinned_bytes(mut self, len: u64) -> Self {
-        self.loader.pinned_len = len;
+    /// Pinned staging memory at most, in bytes; `None`: 256 MiB.
+    pub fn pinned_bytes(mut self, len: impl Into<Option<u64>>) -> Self {
+        self.loader.pinned_len = len.into().unwrap_or(PINNED_LEN);
         self
     }
 
@@ -153,8 +153,7 @@ impl Loader {
         let blocks = blocks.collect::<Result<Vec<Block>>>()?;
         let alloc_s = started.elapsed().as_secs_f64();
         let mut report = self.fill(checkpoint, &placement, blocks.clone())?;
-        report.alloc_s = alloc_s;
-        report.seconds += alloc_s;
+        report.add_alloc(alloc_s);
         Ok(Loaded::new(checkpoint, &placement, blocks, report))
     }
 
@@ -197,33 +196,35 @@ impl Loader {
         let (pool, shares) = self.staging(options.piece_len, shares)?;
         let streams: Vec<Stream> = self.devices.iter().map(Device::stream).collect::<Result<_>>()?;
         let meter = self.control.meter(plan.read_len());
-        let shared = Shared::new(checkpoint, &plan, sums, &pool, &streams, blocks.into(), &meter, &self.control);
+        let outcome = Outcome::default();
+        let blocks = blocks.into();
+        let shared = Shared { checkpoint, plan: &plan, sums, pool: &pool, streams: &streams, blocks, meter, outcome };
+        let queues: Vec<Queue<'_>> = shares.iter().map(|share| Queue::new(&share.pieces)).collect();
         let moving = Instant::now();
         let lanes = Mutex::new(Vec::new());
         std::thread::scope(|scope| {
-            for (number, share) in shares.iter().enumerate() {
-                let queue = Arc::new(Queue::new(share.pieces.clone()));
+            for (number, (share, queue)) in shares.iter().zip(&queues).enumerate() {
                 for _ in 0..share.lanes {
-                    let (shared, queue, lanes) = (&shared, Arc::clone(&queue), &lanes);
+                    let (shared, lanes) = (&shared, &lanes);
                     let work = move || {
                         let mut lane = Lane::new(shared, share.buffers_per_lane, share.direct);
                         let files = checkpoint.files();
-                        let result = share.engine.run(files, &queue, &mut lane).and_then(|()| lane.finish());
+                        let result = share.engine.run(files, queue, &mut lane).and_then(|()| lane.finish());
                         if let Err(error) = result {
-                            shared.stop(error);
+                            shared.outcome.stop(error);
                         }
                         let times = lane.times();
                         drop(lane);
                         lanes.lock().unwrap_or_else(PoisonError::into_inner).push((number, times));
                     };
                     if let Err(e) = std::thread::Builder::new().name(share.name.into()).spawn_scoped(scope, work) {
-                        shared.stop(Error::io("start a reader thread for", checkpoint.path())(e));
+                        shared.outcome.stop(Error::io("start a reader thread for", checkpoint.path())(e));
                     }
                 }
             }
         });
         let synced = streams.iter().try_for_each(Stream::synchronize);
-        shared.result()?;
+        shared.outcome.result()?;
         synced?;
         let move_s = moving.elapsed().as_secs_f64();
         let mut read = plan.pieces().iter().map(|piece| piece.file).collect::<Vec<_>>();
@@ -236,7 +237,7 @@ impl Loader {
         report.plan_s = plan_s;
         report.move_s = move_s;
         report.pinned_bytes = pool.pinned_len();
-        report.notes = shared.into_notes();
+        report.notes = shared.outcome.into_notes();
         report.notes.extend(pool.refusal().map(|why| format!("staging memory is not pinned: {why}")));
         report.seconds = started.elapsed().as_secs_f64();
         Ok(report)

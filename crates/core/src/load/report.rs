@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::lane::LaneTimes;
 use crate::checkpoint::Checkpoint;
+use crate::control::gb_per_s;
 use crate::device::Device;
 use crate::plan::LoadPlan;
 use crate::read::choose::Share;
@@ -84,12 +85,8 @@ pub struct EngineReport {
 impl EngineReport {
     /// GB/s of its reads.
     pub fn gb_per_s(&self) -> f64 {
-        rate(self.bytes, self.seconds)
+        gb_per_s(self.bytes, self.seconds)
     }
-}
-
-fn rate(bytes: u64, seconds: f64) -> f64 {
-    if seconds > 0.0 { bytes as f64 / seconds / 1e9 } else { 0.0 }
 }
 
 impl LoadReport {
@@ -153,9 +150,15 @@ impl LoadReport {
         }
     }
 
+    /// Adds the seconds that allocating the blocks took, where that was not part of the load.
+    pub fn add_alloc(&mut self, seconds: f64) {
+        self.alloc_s += seconds;
+        self.seconds += seconds;
+    }
+
     /// GB/s of the whole load.
     pub fn gb_per_s(&self) -> f64 {
-        rate(self.bytes, self.seconds)
+        gb_per_s(self.bytes, self.seconds)
     }
 }
 
@@ -180,7 +183,7 @@ impl fmt::Display for LoadReport {
             self.copies,
             self.alloc_s,
             self.move_s,
-            rate(self.bytes, self.move_s),
+            gb_per_s(self.bytes, self.move_s),
             if self.verified { ", verified" } else { "" }
         )?;
         for e in &self.engines {

@@ -1,7 +1,7 @@
 //! Which engine reads which pieces, and why.
 
 use super::residency::is_cached;
-use super::{EngineChoice, Faults, Mapped, Pread, ReadEngine, Uring};
+use super::{EngineChoice, Mapped, Pread, ReadEngine, Uring};
 use crate::checkpoint::DataFile;
 use crate::device::Device;
 use crate::error::Result;
@@ -13,6 +13,8 @@ const URING_DEPTH: usize = 8;
 const PREAD_CPUS: usize = 8;
 /// Threads beyond which reading does not get faster (measured, `docs/benchmarks.md`).
 const MAX_LANES: usize = 12;
+/// Threads that keep a disk busy where each has one read in flight.
+const COLD_LANES: usize = 8;
 /// Buffers of a pread lane: one is filled while the other is copied. More leave the processor's cache.
 const PREAD_BUFFERS: usize = 2;
 
@@ -26,7 +28,6 @@ pub(crate) struct Wishes {
     pub(crate) threads: Option<usize>,
     /// Checksums are taken, so that pages must come into buffers.
     pub(crate) verify: bool,
-    pub(crate) faults: Option<Faults>,
 }
 
 /// One engine's share of a load.
@@ -56,21 +57,14 @@ pub(crate) fn choose<'a>(
         if pieces.is_empty() {
             continue;
         }
-        let engine = match wishes.engine {
-            EngineChoice::Auto => auto(warm, cpus, devices, wishes),
+        let (engine, reason) = match wishes.engine {
+            EngineChoice::Auto => {
+                let (engine, reason) = auto(files, pieces[0], warm, cpus, devices, wishes);
+                (engine, format!("{told}; {reason}"))
+            }
             forced => (forced, "it was asked for".to_owned()),
         };
-        let engine = match engine {
-            (EngineChoice::Mapped, _) if wishes.engine == EngineChoice::Auto => {
-                match Mapped::new(devices).probe(files, pieces[0]) {
-                    Ok(()) => engine,
-                    Err(e) => (EngineChoice::Pread, format!("pages cannot be copied in place: {e}")),
-                }
-            }
-            engine => engine,
-        };
-        let why = if wishes.engine == EngineChoice::Auto { format!("{told}; {}", engine.1) } else { engine.1 };
-        shares.push(share(engine.0, why, warm, pieces, cpus, devices, wishes)?);
+        shares.push(share(engine, reason, warm, pieces, cpus, devices, wishes)?);
     }
     Ok(shares)
 }
@@ -116,7 +110,15 @@ fn split<'a>(files: &[DataFile], plan: &'a LoadPlan, all: Option<bool>) -> Resid
     residency
 }
 
-fn auto(warm: bool, cpus: usize, devices: &[Device], wishes: &Wishes) -> (EngineChoice, String) {
+/// The engine for pieces of which this is the first.
+fn auto(
+    files: &[DataFile],
+    first: &Piece,
+    warm: bool,
+    cpus: usize,
+    devices: &[Device],
+    wishes: &Wishes,
+) -> (EngineChoice, String) {
     let on_host = devices.iter().all(Device::is_host);
     if !warm {
         return match Uring::probe() {
@@ -129,7 +131,10 @@ fn auto(warm: bool, cpus: usize, devices: &[Device], wishes: &Wishes) -> (Engine
     } else if cpus >= PREAD_CPUS || wishes.verify {
         (EngineChoice::Pread, format!("{cpus} processors copy faster than pages are registered"))
     } else {
-        (EngineChoice::Mapped, format!("{cpus} processors: pages are copied in place"))
+        match Mapped::new(devices).probe(files, first) {
+            Ok(()) => (EngineChoice::Mapped, format!("{cpus} processors: pages are copied in place")),
+            Err(e) => (EngineChoice::Pread, format!("pages cannot be copied in place: {e}")),
+        }
     }
 }
 
@@ -142,14 +147,13 @@ fn share<'a>(
     devices: &[Device],
     wishes: &Wishes,
 ) -> Result<Share<'a>> {
-    let faults = wishes.faults.clone();
     let direct = !warm;
     let lanes = |wanted: usize| wishes.threads.unwrap_or(wanted).clamp(1, pieces.len().max(1));
     Ok(match engine {
         EngineChoice::Uring => {
             Uring::probe()?;
             let lanes = lanes(if warm { cpus.min(MAX_LANES) } else { 2 });
-            let engine = Box::new(Uring { direct, depth: URING_DEPTH, faults });
+            let engine = Box::new(Uring { direct, depth: URING_DEPTH, faults: None });
             Share { engine, name: "uring", direct, reason, pieces, lanes, buffers_per_lane: URING_DEPTH + 4 }
         }
         EngineChoice::Mapped if !wishes.verify => {
@@ -164,8 +168,8 @@ fn share<'a>(
             });
         }
         EngineChoice::Auto | EngineChoice::Pread => {
-            let lanes = lanes(if warm { cpus.min(MAX_LANES) } else { MAX_LANES.min(8) });
-            let engine = Box::new(Pread { direct, faults });
+            let lanes = lanes(if warm { cpus.min(MAX_LANES) } else { COLD_LANES });
+            let engine = Box::new(Pread { direct, faults: None });
             Share { engine, name: "pread", direct, reason, pieces, lanes, buffers_per_lane: PREAD_BUFFERS }
         }
     })

@@ -116,7 +116,8 @@ fn plan(files: &[DataFile]) -> LoadPlan {
 fn run(engine: &dyn ReadEngine, made: &Files) -> Result<Vec<String>> {
     let plan = plan(&made.files);
     let mut sink = Collect::new(8);
-    let result = engine.run(&made.files, &Queue::new(plan.pieces().iter().collect()), &mut sink);
+    let pieces: Vec<&Piece> = plan.pieces().iter().collect();
+    let result = engine.run(&made.files, &Queue::new(&pieces), &mut sink);
     // Whatever happened, every buffer is back.
     assert_eq!(std::iter::from_fn(|| sink.pool.try_acquire()).collect::<Vec<_>>().len(), 8, "a buffer is lost");
     result?;
@@ -231,7 +232,8 @@ fn mapped_pages_that_are_cut_off_under_way_are_an_error() {
         fn note(&self, _note: String) {}
     }
     let plan = plan(&made.files);
-    let queue = Queue::new(plan.pieces().iter().collect());
+    let pieces: Vec<&Piece> = plan.pieces().iter().collect();
+    let queue = Queue::new(&pieces);
     let error = Mapped::new(&[Device::host()]).run(&made.files, &queue, &mut Cut(Collect::new(1), path)).unwrap_err();
     assert!(matches!(error, Error::Truncated { end: 0, .. }), "{error}");
 }

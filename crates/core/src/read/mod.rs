@@ -70,12 +70,12 @@ impl FromStr for EngineChoice {
 /// Pieces to be read, taken by several lanes.
 #[derive(Debug)]
 pub(crate) struct Queue<'a> {
-    pieces: Vec<&'a Piece>,
+    pieces: &'a [&'a Piece],
     next: AtomicUsize,
 }
 
 impl<'a> Queue<'a> {
-    pub(crate) fn new(pieces: Vec<&'a Piece>) -> Self {
+    pub(crate) fn new(pieces: &'a [&'a Piece]) -> Self {
         Queue { pieces, next: AtomicUsize::new(0) }
     }
 
@@ -153,6 +153,15 @@ pub(crate) trait Sink {
 pub(crate) trait ReadEngine: Send + Sync {
     /// Reads pieces of the queue until it is empty. One thread's work.
     fn run(&self, files: &[DataFile], queue: &Queue<'_>, sink: &mut dyn Sink) -> Result<()>;
+}
+
+/// Whether a file is to be read past the page cache: where that is wanted and not refused. A refusal is noted.
+fn reads_direct(wanted: bool, file: &DataFile, sink: &dyn Sink) -> bool {
+    let refusal = if wanted { file.direct().err() } else { None };
+    if let Some(errno) = refusal {
+        sink.note(format!("{} cannot be read directly ({errno}); read by the page cache", file.name()));
+    }
+    wanted && refusal.is_none()
 }
 
 /// A fault that a test puts in place of what the system answered.

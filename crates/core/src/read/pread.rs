@@ -1,7 +1,7 @@
 //! Reading by `pread`, one piece at a time a lane.
 
 use super::transfer::Transfer;
-use super::{Faults, Filled, Queue, ReadEngine, Sink, inject};
+use super::{Faults, Filled, Queue, ReadEngine, Sink, inject, reads_direct};
 use crate::checkpoint::DataFile;
 use crate::error::Result;
 
@@ -25,18 +25,11 @@ impl ReadEngine for Pread {
 
 impl Pread {
     fn fill(&self, file: &DataFile, buf: &mut [u8], offset: u64, len: usize, sink: &dyn Sink) -> Result<()> {
-        let direct = match file.direct() {
-            Ok(direct) if self.direct => Some(direct),
-            Err(errno) if self.direct => {
-                sink.note(format!("{} cannot be read directly ({errno}); read by the page cache", file.name()));
-                None
-            }
-            _ => None,
-        };
-        let mut transfer = Transfer::new(offset, len, direct.is_some(), buf.as_ptr().addr(), buf.len());
+        let direct = reads_direct(self.direct, file, sink);
+        let mut transfer = Transfer::new(offset, len, direct, buf.as_ptr().addr(), buf.len());
         loop {
             let request = transfer.request();
-            let from = direct.filter(|_| request.direct).unwrap_or(file.buffered());
+            let from = file.descriptor(request.direct);
             let answer = rustix::io::pread(from, &mut buf[request.at..request.at + request.len], request.offset);
             let answer = inject(self.faults.as_ref(), file, request.offset, answer);
             if transfer.answer(file, answer)? {

@@ -2,12 +2,11 @@
 
 use std::os::fd::AsRawFd;
 
-use io_uring::squeue::{self, Flags};
 use io_uring::{IoUring, opcode, types};
 use rustix::io::Errno;
 
 use super::transfer::Transfer;
-use super::{Faults, Filled, Queue, ReadEngine, Room, Sink, inject};
+use super::{Faults, Filled, Queue, ReadEngine, Room, Sink, inject, reads_direct};
 use crate::checkpoint::DataFile;
 use crate::error::{Error, Result};
 use crate::plan::Piece;
@@ -41,7 +40,7 @@ struct InFlight<'a> {
 }
 
 /// A ring, or why the system has none for us.
-pub(crate) fn open_ring(depth: usize) -> std::io::Result<IoUring> {
+fn open_ring(depth: usize) -> Result<IoUring> {
     let entries = u32::try_from(depth.clamp(1, 1024)).unwrap_or(1024).next_power_of_two();
     // One thread submits and reaps; the kernel then need not interrupt it. Older kernels refuse the flags.
     IoUring::builder()
@@ -49,24 +48,20 @@ pub(crate) fn open_ring(depth: usize) -> std::io::Result<IoUring> {
         .setup_defer_taskrun()
         .build(entries)
         .or_else(|_| IoUring::builder().build(entries))
+        .map_err(|e| Error::Engine { engine: "uring", reason: format!("io_uring is refused: {e}") })
 }
 
 impl Uring {
     /// Whether a ring can be had here.
     pub(crate) fn probe() -> Result<()> {
-        match open_ring(1) {
-            Ok(_) => Ok(()),
-            Err(e) => Err(Error::Engine { engine: "uring", reason: format!("io_uring is refused: {e}") }),
-        }
+        open_ring(1).map(drop)
     }
 }
 
 impl ReadEngine for Uring {
     fn run(&self, files: &[DataFile], queue: &Queue<'_>, sink: &mut dyn Sink) -> Result<()> {
-        let ring = open_ring(self.depth)
-            .map_err(|e| Error::Engine { engine: "uring", reason: format!("io_uring is refused: {e}") })?;
-        let mut flights =
-            InFlight { ring, slots: (0..self.depth).map(|_| None).collect(), free: (0..self.depth).rev().collect() };
+        let (slots, free) = ((0..self.depth).map(|_| None).collect(), (0..self.depth).rev().collect());
+        let mut flights = InFlight { ring: open_ring(self.depth)?, slots, free };
         let mut queue_empty = false;
         loop {
             while !queue_empty && !flights.free.is_empty() && (flights.is_empty() || sink.has_room()) {
@@ -76,7 +71,7 @@ impl ReadEngine for Uring {
                 };
                 let mut room = sink.room(piece)?;
                 let file = &files[piece.file];
-                let direct = self.direct && is_direct(file, sink);
+                let direct = reads_direct(self.direct, file, sink);
                 let buffer = room.buffer.as_mut_slice();
                 let transfer = Transfer::new(room.offset, room.len, direct, buffer.as_ptr().addr(), buffer.len());
                 flights.start(file, Flight { piece, room, transfer })?;
@@ -101,17 +96,6 @@ impl ReadEngine for Uring {
     }
 }
 
-/// Whether a file can be read directly; a refusal is noted.
-fn is_direct(file: &DataFile, sink: &dyn Sink) -> bool {
-    match file.direct() {
-        Ok(_) => true,
-        Err(errno) => {
-            sink.note(format!("{} cannot be read directly ({errno}); read by the page cache", file.name()));
-            false
-        }
-    }
-}
-
 impl<'a> InFlight<'a> {
     fn is_empty(&self) -> bool {
         self.free.len() == self.slots.len()
@@ -120,18 +104,14 @@ impl<'a> InFlight<'a> {
     /// Submits the next request of a flight.
     fn start(&mut self, file: &DataFile, mut flight: Flight<'a>) -> Result<()> {
         let request = flight.transfer.request();
-        let fd = match file.direct() {
-            Ok(direct) if request.direct => direct.as_raw_fd(),
-            _ => file.buffered().as_raw_fd(),
-        };
+        let fd = file.descriptor(request.direct).as_raw_fd();
         let room = &mut flight.room.buffer.as_mut_slice()[request.at..request.at + request.len];
         let len = u32::try_from(room.len()).map_err(|_| Error::Invalid("a piece is longer than 4 GiB".into()))?;
         // A ring has at least as many entries as there are slots, and every slot's answer is reaped before its next.
         let slot = self.free.pop().ok_or_else(|| Error::Invalid("more reads than slots".into()))?;
-        let entry: squeue::Entry = opcode::Read::new(types::Fd(fd), room.as_mut_ptr(), len)
+        let entry = opcode::Read::new(types::Fd(fd), room.as_mut_ptr(), len)
             .offset(request.offset)
             .build()
-            .flags(Flags::empty())
             .user_data(slot as u64);
         // The flight lies in its slot from now on, so that a drop of `self` waits for the kernel.
         self.slots[slot] = Some(flight);
