@@ -40,12 +40,12 @@ pub struct Progress {
     pub total: u64,
 }
 
-/// A progress callback and a cancel flag, given to every long operation.
+/// A progress callback and cancel flags, given to every long operation.
 ///
 /// The callback runs in worker threads, once a finished piece (a few MiB), and must be quick.
 #[derive(Clone, Default)]
 pub struct Control {
-    cancel: Cancel,
+    cancels: Vec<Cancel>,
     progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
 }
 
@@ -61,14 +61,20 @@ impl Control {
         self
     }
 
-    /// Stops when this flag is set.
+    /// Stops when this flag is set, too.
     pub fn cancelled_by(mut self, cancel: Cancel) -> Self {
-        self.cancel = cancel;
+        self.cancels.push(cancel);
         self
     }
 
     pub(crate) fn check(&self) -> Result<()> {
-        self.cancel.check()
+        self.cancels.iter().try_for_each(Cancel::check)
+    }
+
+    pub(crate) fn tell(&self, progress: Progress) {
+        if let Some(callback) = &self.progress {
+            callback(progress);
+        }
     }
 
     pub(crate) fn meter(&self, total: u64) -> Meter<'_> {
@@ -78,7 +84,7 @@ impl Control {
 
 impl fmt::Debug for Control {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Control").field("cancel", &self.cancel).finish_non_exhaustive()
+        f.debug_struct("Control").field("cancels", &self.cancels).finish_non_exhaustive()
     }
 }
 
@@ -133,9 +139,7 @@ impl Meter<'_> {
     /// Adds finished bytes; an error when the work was cancelled.
     pub(crate) fn add(&self, bytes: u64) -> Result<()> {
         let done = self.done.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        if let Some(progress) = &self.control.progress {
-            progress(Progress { done: done.min(self.total), total: self.total });
-        }
+        self.control.tell(Progress { done: done.min(self.total), total: self.total });
         self.check()
     }
 

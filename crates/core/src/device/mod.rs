@@ -252,6 +252,11 @@ impl Block {
         (!taken).then(|| Claim(Arc::clone(&self.loading)))
     }
 
+    /// Whether two blocks are the same memory.
+    pub(crate) fn is_same_as(&self, other: &Block) -> bool {
+        (self.addr, self.len) == (other.addr, other.len) && self.device.same_as(&other.device)
+    }
+
     /// Whether two blocks share a byte.
     pub(crate) fn overlaps(&self, other: &Block) -> bool {
         let end = |block: &Block| block.addr.saturating_add(block.len);

@@ -3,12 +3,15 @@
 mod lane;
 mod loaded;
 mod report;
+mod session;
+mod staging;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 pub use loaded::{Loaded, TensorView};
 pub use report::{EngineReport, LoadReport};
+pub use session::Session;
 
 use crate::checkpoint::{Checkpoint, TensorInfo};
 use crate::control::Control;
@@ -16,10 +19,10 @@ use crate::device::{Block, Claim, Device, DeviceError, Stream};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
 use crate::plan::{Filter, LoadPlan, Placement, PlanOptions, Segment};
-use crate::pool::BufferPool;
-use crate::read::choose::{Share, Wishes, choose};
+use crate::read::choose::{Wishes, choose};
 use crate::read::{EngineChoice, Queue};
 use lane::{Lane, Outcome, Shared};
+use staging::Staging;
 
 /// Bytes of one piece, and of one staging buffer: enough for the link to come near its peak, and so few that the ring
 /// stays in the processor's cache (`docs/benchmarks.md`).
@@ -171,6 +174,22 @@ impl Loader {
         segments: &[Segment],
         blocks: Vec<Block>,
     ) -> Result<LoadReport> {
+        self.run(checkpoint, segments, blocks, &mut Staging::default())
+    }
+
+    /// Starts a load whose segments become known while it runs.
+    pub fn session(&self, checkpoint: Arc<Checkpoint>) -> Result<Session> {
+        Session::start(self.clone(), checkpoint)
+    }
+
+    /// Moves segments by staging that may have served before.
+    fn run(
+        &self,
+        checkpoint: &Checkpoint,
+        segments: &[Segment],
+        blocks: Vec<Block>,
+        staging: &mut Staging,
+    ) -> Result<LoadReport> {
         let started = Instant::now();
         let _claims = claim(&blocks)?;
         let sums = match (self.wishes.verify, checkpoint.sums()) {
@@ -190,15 +209,14 @@ impl Loader {
             ..PlanOptions::default()
         };
         let plan = LoadPlan::build(&files, &lens, segments, &options)?;
-        let shares = choose(checkpoint.files(), &plan, &self.devices, &self.wishes)?;
+        let mut shares = choose(checkpoint.files(), &plan, &self.devices, &self.wishes)?;
         let plan_s = started.elapsed().as_secs_f64();
 
-        let (pool, shares) = self.staging(options.piece_len, shares)?;
-        let streams: Vec<Stream> = self.devices.iter().map(Device::stream).collect::<Result<_>>()?;
+        let (pool, streams) = staging.fit(self, options.piece_len, &mut shares)?;
         let meter = self.control.meter(plan.read_len());
         let outcome = Outcome::default();
         let blocks = blocks.into();
-        let shared = Shared { checkpoint, plan: &plan, sums, pool: &pool, streams: &streams, blocks, meter, outcome };
+        let shared = Shared { checkpoint, plan: &plan, sums, pool, streams, blocks, meter, outcome };
         let queues: Vec<Queue<'_>> = shares.iter().map(|share| Queue::new(&share.pieces)).collect();
         let moving = Instant::now();
         let lanes = Mutex::new(Vec::new());
@@ -264,25 +282,6 @@ impl Loader {
     /// A piece fits the staging memory twice, so that reading and copying overlap.
     fn piece_len(&self) -> u64 {
         PIECE_LEN.min(self.pinned_len / 2 / PAGE * PAGE).max(PAGE)
-    }
-
-    /// The staging pool; shares get fewer lanes and buffers where it is small.
-    fn staging<'a>(&self, piece_len: u64, mut shares: Vec<Share<'a>>) -> Result<(BufferPool, Vec<Share<'a>>)> {
-        let too_large = || Error::Invalid(format!("a piece of {piece_len} bytes does not fit the memory"));
-        let buffer_len = usize::try_from(piece_len).map_err(|_| too_large())?;
-        let most = usize::try_from(self.pinned_len / piece_len).unwrap_or(usize::MAX).max(1);
-        let staged = shares.iter().filter(|share| share.buffers_per_lane > 0).count();
-        for share in shares.iter_mut().filter(|share| share.buffers_per_lane > 0) {
-            let mine = (most / staged).max(1);
-            share.lanes = share.lanes.min(mine);
-            share.buffers_per_lane = share.buffers_per_lane.min(mine / share.lanes);
-        }
-        let buffers = shares.iter().map(|share| share.lanes * share.buffers_per_lane).sum();
-        let per_lane = shares.iter().map(|share| share.buffers_per_lane).max().unwrap_or(0);
-        // Each lane prepares and pins its own buffers, one at a time, while others read already.
-        let step = buffer_len * per_lane.clamp(1, 2);
-        let pool = BufferPool::new(buffer_len, buffers, step, self.devices.iter().find(|d| d.needs_pinning()))?;
-        Ok((pool, shares))
     }
 }
 

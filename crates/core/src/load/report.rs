@@ -83,10 +83,38 @@ pub struct EngineReport {
 }
 
 impl EngineReport {
+    /// Adds what the engine did in a later load; parts of time count by its seconds, and the larger load tells why.
+    fn add(&mut self, next: EngineReport) {
+        let seconds = (self.seconds + next.seconds).max(f64::MIN_POSITIVE);
+        let mean = |a: f64, b: f64| (a * self.seconds + b * next.seconds) / seconds;
+        *self = EngineReport {
+            reading: mean(self.reading, next.reading),
+            waiting: mean(self.waiting, next.waiting),
+            copying: mean(self.copying, next.copying),
+            verifying: mean(self.verifying, next.verifying),
+            pinning: mean(self.pinning, next.pinning),
+            engine: self.engine,
+            direct: self.direct,
+            bytes: self.bytes + next.bytes,
+            threads: self.threads.max(next.threads),
+            seconds: self.seconds + next.seconds,
+            reason: if next.bytes > self.bytes { next.reason } else { std::mem::take(&mut self.reason) },
+        };
+    }
+
     /// GB/s of its reads.
     pub fn gb_per_s(&self) -> f64 {
         gb_per_s(self.bytes, self.seconds)
     }
+}
+
+/// What the threads of the engine that took longest did most.
+fn limit(engines: &[EngineReport]) -> &'static str {
+    let slowest = engines.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds));
+    slowest.map_or("read", |e| {
+        let parts = [("read", e.reading), ("copy", e.waiting + e.copying), ("verify", e.verifying), ("pin", e.pinning)];
+        parts.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).map_or("read", |part| part.0)
+    })
 }
 
 impl LoadReport {
@@ -121,13 +149,6 @@ impl LoadReport {
                 }
             })
             .collect();
-        // The engine that took longest, and what its threads did most.
-        let slowest = engines.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds));
-        let limit = slowest.map_or("read", |e| {
-            let parts =
-                [("read", e.reading), ("copy", e.waiting + e.copying), ("verify", e.verifying), ("pin", e.pinning)];
-            parts.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).map_or("read", |part| part.0)
-        });
         LoadReport {
             path: checkpoint.path().display().to_string(),
             layout: checkpoint.layout().name(),
@@ -144,9 +165,35 @@ impl LoadReport {
             alloc_s: 0.0,
             move_s: 0.0,
             pinned_bytes: 0,
-            limit,
+            limit: limit(&engines),
             engines,
             notes: Vec::new(),
+        }
+    }
+
+    /// Adds a load of the same checkpoint that ran after this one.
+    pub(super) fn add(&mut self, next: LoadReport) {
+        self.bytes += next.bytes;
+        self.read_bytes += next.read_bytes;
+        self.tensors += next.tensors;
+        self.pieces += next.pieces;
+        self.copies += next.copies;
+        self.seconds += next.seconds;
+        self.plan_s += next.plan_s;
+        self.alloc_s += next.alloc_s;
+        self.move_s += next.move_s;
+        self.pinned_bytes = self.pinned_bytes.max(next.pinned_bytes);
+        for engine in next.engines {
+            match self.engines.iter_mut().find(|e| (e.engine, e.direct) == (engine.engine, engine.direct)) {
+                Some(same) => same.add(engine),
+                None => self.engines.push(engine),
+            }
+        }
+        self.limit = limit(&self.engines);
+        for note in next.notes {
+            if !self.notes.contains(&note) {
+                self.notes.push(note);
+            }
         }
     }
 

@@ -55,7 +55,13 @@ impl Segment {
         self.offset + (self.rows - 1) * self.src_pitch + self.row_len
     }
 
-    fn check(&self, files: &[u64], blocks: &[u64]) -> Result<()> {
+    /// End of the last row in the block.
+    pub(crate) fn dst_end(&self) -> u64 {
+        let rows = self.rows.saturating_sub(1).saturating_mul(self.dst_pitch);
+        self.dst_offset.saturating_add(rows).saturating_add(self.row_len)
+    }
+
+    pub(crate) fn check(&self, files: &[u64], blocks: &[u64]) -> Result<()> {
         let extent = |start: u64, pitch: u64| -> Option<u64> {
             (self.rows - 1).checked_mul(pitch)?.checked_add(self.row_len)?.checked_add(start)
         };
@@ -272,18 +278,22 @@ fn round_up(offset: u64) -> u64 {
 ///
 /// Rows may interleave with rows of the same pitch in other columns; what is harder to tell apart is refused.
 fn check_destinations(segments: &[Segment]) -> Result<()> {
-    let end = |s: &Segment| s.dst_offset + (s.rows - 1) * s.dst_pitch + s.row_len;
     let mut order: Vec<&Segment> = segments.iter().collect();
     order.sort_unstable_by_key(|s| (s.block, s.dst_offset));
     let mut open: Vec<&Segment> = Vec::new();
     for segment in order {
-        open.retain(|other| other.block == segment.block && end(other) > segment.dst_offset);
+        open.retain(|other| other.block == segment.block && other.dst_end() > segment.dst_offset);
         if let Some(other) = open.iter().find(|other| !in_other_columns(segment, other)) {
             return Err(Error::Invalid(format!("{segment:?} and {other:?} go to the same place")));
         }
         open.push(segment);
     }
     Ok(())
+}
+
+/// Whether two segments of one block may write the same byte.
+pub(crate) fn destinations_meet(a: &Segment, b: &Segment) -> bool {
+    a.dst_offset < b.dst_end() && b.dst_offset < a.dst_end() && !in_other_columns(a, b)
 }
 
 /// Whether two segments are in different columns of one pitch.

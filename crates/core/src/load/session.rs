@@ -1,0 +1,271 @@
+//! A load that grows while it runs.
+//!
+//! An engine that slices weights itself tells what it wants tensor by tensor. What has been told waits in a batch; a
+//! thread takes the batch and moves it while the next one gathers. So the disk and the link work while the engine
+//! still plans, and few batches carry a whole model.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use super::{LoadReport, Loader, Staging};
+use crate::checkpoint::Checkpoint;
+use crate::control::{Cancel, Control, Progress};
+use crate::device::Block;
+use crate::error::{Error, Result};
+use crate::plan::{Segment, destinations_meet};
+
+/// Bytes that a batch should have: fewer are not worth starting the readers for.
+const BATCH_LEN: u64 = 128 << 20;
+
+/// A load to which segments are added while it runs. Make one by [`Loader::session`].
+///
+/// What was added later is written later: two segments may go to the same place. Dropping a session stops it; no byte
+/// is written after that.
+#[derive(Debug)]
+pub struct Session {
+    shared: Arc<Shared>,
+    /// Lengths of the checkpoint's files.
+    files: Vec<u64>,
+    cancel: Cancel,
+    started: Instant,
+    worker: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Bytes read by the batches that are done, and by the one that moves.
+    read_before: AtomicU64,
+    read_now: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Waiting; the last one is still open.
+    batches: VecDeque<Batch>,
+    moving: bool,
+    /// Someone waits: move what is there, however little.
+    flush: bool,
+    closed: bool,
+    /// The worker is gone.
+    ended: bool,
+    failed: bool,
+    error: Option<Error>,
+    report: Option<LoadReport>,
+}
+
+#[derive(Debug, Default)]
+struct Batch {
+    segments: Vec<Segment>,
+    blocks: Vec<Block>,
+    /// Place of a block by its address; several devices may have the same.
+    places: HashMap<u64, Vec<usize>>,
+    /// By block: its segments, and the end of the one that reaches furthest.
+    taken: Vec<(Vec<Segment>, u64)>,
+    len: u64,
+}
+
+impl Batch {
+    fn place_of(&mut self, block: &Block) -> usize {
+        let places = self.places.entry(block.addr()).or_default();
+        if let Some(&place) = places.iter().find(|&&place| self.blocks[place].is_same_as(block)) {
+            return place;
+        }
+        places.push(self.blocks.len());
+        self.blocks.push(block.clone());
+        self.taken.push((Vec::new(), 0));
+        self.blocks.len() - 1
+    }
+
+    /// Adds a segment; `false` where it writes what another one of the batch writes.
+    fn add(&mut self, block: &Block, segment: Segment) -> bool {
+        let place = self.place_of(block);
+        let segment = Segment { block: place, ..segment };
+        let (others, end) = &mut self.taken[place];
+        // Most come in ascending order.
+        if segment.dst_offset < *end && others.iter().any(|other| destinations_meet(other, &segment)) {
+            return false;
+        }
+        *end = (*end).max(segment.dst_end());
+        others.push(segment);
+        self.segments.push(segment);
+        self.len = self.len.saturating_add(segment.len());
+        true
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The next batch that is worth moving; `None` when the session is over.
+    fn next(&self) -> Option<Batch> {
+        let mut state = self.lock();
+        loop {
+            let ready = |batch: &Batch| state.flush || state.closed || batch.len >= BATCH_LEN;
+            if state.batches.len() > 1 || state.batches.front().is_some_and(ready) {
+                state.moving = true;
+                return state.batches.pop_front();
+            }
+            if state.closed {
+                return None;
+            }
+            state = self.wait(state);
+        }
+    }
+
+    fn moved(&self, result: Result<LoadReport>) {
+        let mut state = self.lock();
+        state.moving = false;
+        match result {
+            Ok(report) => match &mut state.report {
+                Some(sum) => sum.add(report),
+                None => state.report = Some(report),
+            },
+            Err(error) => {
+                state.error = Some(error);
+                state.failed = true;
+                state.batches.clear();
+            }
+        }
+        self.read_before.fetch_add(self.read_now.swap(0, Ordering::Relaxed), Ordering::Relaxed);
+        self.changed.notify_all();
+    }
+}
+
+/// Tells those who wait that the worker is gone, also when it panicked.
+struct End<'a>(&'a Shared);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.lock().ended = true;
+        self.0.changed.notify_all();
+    }
+}
+
+impl Session {
+    pub(super) fn start(mut loader: Loader, checkpoint: Arc<Checkpoint>) -> Result<Session> {
+        let shared = Arc::new(Shared {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            read_before: AtomicU64::new(0),
+            read_now: AtomicU64::new(0),
+        });
+        let cancel = Cancel::new();
+        let (outer, meter) = (loader.control.clone(), Arc::clone(&shared));
+        let tell = move |progress: Progress| {
+            meter.read_now.fetch_max(progress.done, Ordering::Relaxed);
+            outer.tell(progress);
+        };
+        let control: Control = loader.control.clone();
+        loader.control = control.on_progress(tell).cancelled_by(cancel.clone());
+        let files = checkpoint.files().iter().map(|file| file.len()).collect();
+        let (path, work) = (checkpoint.path().to_owned(), Arc::clone(&shared));
+        let work = move || {
+            let end = End(&work);
+            let mut staging = Staging::default();
+            while let Some(batch) = end.0.next() {
+                end.0.moved(loader.run(&checkpoint, &batch.segments, batch.blocks, &mut staging));
+            }
+        };
+        let worker = std::thread::Builder::new().name("sllm-session".into()).spawn(work);
+        let worker = worker.map_err(Error::io("start a session's thread for", &path))?;
+        Ok(Session { shared, files, cancel, started: Instant::now(), worker: Some(worker) })
+    }
+
+    /// Adds segments that go to `block`, whose own `block` is not looked at. They move soon; [`Session::wait`] says
+    /// when they have arrived. An error is that of bytes added before.
+    pub fn add(&self, block: &Block, segments: impl IntoIterator<Item = Segment>) -> Result<()> {
+        let mut state = self.shared.lock();
+        check(&mut state)?;
+        for segment in segments.into_iter().filter(|segment| !segment.is_empty()) {
+            Segment { block: 0, ..segment }.check(&self.files, &[block.len()])?;
+            if state.batches.is_empty() {
+                state.batches.push_back(Batch::default());
+            }
+            let added = state.batches.back_mut().is_some_and(|batch| batch.add(block, segment));
+            if !added {
+                let mut batch = Batch::default();
+                batch.add(block, segment);
+                state.batches.push_back(batch);
+            }
+        }
+        let ready = state.batches.len() > 1 || state.batches.front().is_some_and(|batch| batch.len >= BATCH_LEN);
+        if ready && !state.moving {
+            self.shared.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    /// Waits until all that was added has arrived.
+    pub fn wait(&self) -> Result<()> {
+        let mut state = self.shared.lock();
+        state.flush = true;
+        self.shared.changed.notify_all();
+        while !state.failed && !state.ended && (state.moving || !state.batches.is_empty()) {
+            state = self.shared.wait(state);
+        }
+        state.flush = false;
+        check(&mut state)
+    }
+
+    /// Bytes read so far.
+    pub fn read_len(&self) -> u64 {
+        let shared = &self.shared;
+        shared.read_before.load(Ordering::Relaxed) + shared.read_now.load(Ordering::Relaxed)
+    }
+
+    /// A flag that stops the session.
+    pub fn cancel(&self) -> Cancel {
+        self.cancel.clone()
+    }
+
+    /// Waits for all, and reports; `None` where nothing was added. Staging memory is given back.
+    pub fn finish(mut self) -> Result<Option<LoadReport>> {
+        self.wait()?;
+        self.close();
+        let mut report = self.shared.lock().report.take();
+        if let Some(report) = &mut report {
+            report.seconds = self.started.elapsed().as_secs_f64();
+        }
+        Ok(report)
+    }
+
+    fn close(&mut self) {
+        self.shared.lock().closed = true;
+        self.shared.changed.notify_all();
+        if let Some(worker) = self.worker.take() {
+            // A panic was told as an error by `check`.
+            let _ = worker.join();
+        }
+    }
+}
+
+fn check(state: &mut State) -> Result<()> {
+    match state.error.take() {
+        Some(error) => Err(error),
+        None if state.failed => Err(Error::Invalid("the session failed before".into())),
+        None if state.ended => Err(Error::Invalid("the session's thread is gone".into())),
+        None => Ok(()),
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.cancel.cancel();
+        self.shared.lock().batches.clear();
+        self.close();
+    }
+}
+
+#[cfg(test)]
+mod tests;
