@@ -60,7 +60,7 @@ pub use error::{CorruptChunk, Error, ErrorKind, FormatError, Result};
 pub use export::{ExportReport, export};
 pub use format::PAGE;
 pub use load::{EngineReport, LoadReport, Loaded, Loader, LoaderBuilder, Session, TensorView};
-pub use plan::{BlockSpec, Filter, LoadPlan, Piece, PieceCopy, Placed, Placement, PlanOptions, Segment};
+pub use plan::{BlockSpec, Filter, LoadPlan, Piece, PieceCopy, Placed, Placement, PlanOptions, Segment, Strided};
 pub use pool::{BufferPool, HostBuffer};
 pub use read::EngineChoice;
 pub use verify::{VerifyReport, verify};

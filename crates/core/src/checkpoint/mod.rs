@@ -180,6 +180,11 @@ impl Checkpoint {
         OpenOptions::new().open(path)
     }
 
+    /// Opens safetensors files that the caller chose, found below the directory `root`. They are one checkpoint.
+    pub fn open_files(root: impl AsRef<Path>, files: &[PathBuf]) -> Result<Checkpoint> {
+        safetensors::open_files(root.as_ref(), files)
+    }
+
     fn open_dir(dir: &Path) -> Result<Checkpoint> {
         use crate::format::{hf_index, manifest, original as original_format};
         let has = |name: &str| dir.join(name).symlink_metadata().is_ok();

@@ -38,6 +38,15 @@ pub(super) fn open_file(path: &Path) -> Result<Checkpoint> {
     assemble(path, vec![file], None)
 }
 
+/// Opens files that somebody else found; `root` is where they were looked for.
+pub(super) fn open_files(root: &Path, paths: &[PathBuf]) -> Result<Checkpoint> {
+    let open = |path: &PathBuf| {
+        let name = path.strip_prefix(root).unwrap_or(path);
+        DataFile::open(path, &name.to_string_lossy(), true)
+    };
+    assemble(root, paths.iter().map(open).collect::<Result<_>>()?, None)
+}
+
 pub(super) fn open_dir(dir: &Path) -> Result<Checkpoint> {
     let index_path = dir.join(INDEX_NAME);
     if !index_path.is_file() {

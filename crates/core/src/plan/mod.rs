@@ -5,10 +5,12 @@
 //! every wanted byte once for each segment that wants it; nearby ranges share a read.
 
 mod placement;
+mod strided;
 
 use std::ops::Range;
 
 pub use placement::{BlockSpec, Filter, Placed, Placement};
+pub use strided::Strided;
 
 use crate::error::{Error, Result};
 use crate::format::PAGE;
