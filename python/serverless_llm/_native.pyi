@@ -1,5 +1,5 @@
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, TypeVar, final, overload
 
 _T = TypeVar("_T")
@@ -10,6 +10,7 @@ __version__: Final[str]
 __all__ = [
     "Checkpoint",
     "Placement",
+    "Session",
     "TensorInfo",
     "__version__",
     "convert",
@@ -17,6 +18,7 @@ __all__ = [
     "export",
     "fill",
     "open",
+    "open_files",
     "run_cli",
     "save",
     "select",
@@ -54,6 +56,10 @@ class Checkpoint:
     def total_bytes(self) -> int: ...
     @property
     def files(self) -> list[tuple[str, int]]: ...
+    @property
+    def descriptors(self) -> list[int]: ...
+    @property
+    def file_numbers(self) -> list[int]: ...
     @property
     def names(self) -> list[str]: ...
     @property
@@ -94,6 +100,39 @@ def fill(
     alloc_s: float,
     progress: _Progress,
 ) -> tuple[str, str]: ...
+def open_files(root: _Path, files: list[_Path]) -> Checkpoint: ...
+
+@final
+class Session:
+    def __new__(
+        cls,
+        checkpoint: Checkpoint,
+        devices: list[str],
+        *,
+        engine: str,
+        direct: bool | None,
+        verify: bool,
+        threads: int | None,
+        pinned_bytes: int | None,
+    ) -> Session: ...
+    def copy(
+        self,
+        file: int,
+        offset: int,
+        item_len: int,
+        shape: Sequence[int],
+        src_strides: Sequence[int],
+        dst_strides: Sequence[int],
+        device: int,
+        base: int,
+        len: int,
+        dst_offset: int,
+    ) -> bool: ...
+    def wait(self, seconds: float) -> bool: ...
+    def read_bytes(self) -> int: ...
+    def finish(self) -> tuple[str, str] | None: ...
+    def close(self) -> None: ...
+
 def run_cli(args: list[str]) -> int: ...
 def dtypes() -> list[tuple[str, str, int]]: ...
 def convert(source: Checkpoint, target: _Path, *, overwrite: bool, threads: int | None, progress: _Progress) -> str: ...

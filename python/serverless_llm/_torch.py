@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,18 +69,24 @@ def check(name: str, dtype: str) -> None:
     _dtype(name, dtype)
 
 
-def view(
-    block: Any, name: str, dtype: str, shape: list[int], strides: list[int] | None, nbytes: int, offset: int
-) -> Any:
-    """A tensor over bytes of a block."""
+def form(name: str, dtype: str, shape: Sequence[int]) -> tuple[torch.dtype, Sequence[int]]:
+    """torch's dtype and shape of a tensor."""
     of = _dtype(name, dtype)
     if dtype == "F4" and shape:  # an element of torch's holds two
         if shape[-1] % 2:
             raise InvalidError(f"tensor {name!r}: an odd last dimension of F4 has no form in torch")
         shape = [*shape[:-1], shape[-1] // 2]
+    return of, shape
+
+
+def view(
+    block: Any, name: str, dtype: str, shape: list[int], strides: list[int] | None, nbytes: int, offset: int
+) -> Any:
+    """A tensor over bytes of a block."""
+    of, sizes = form(name, dtype, shape)
     if nbytes == 0:
-        return torch.empty(shape, dtype=of, device=block.device)
+        return torch.empty(sizes, dtype=of, device=block.device)
     part = block.narrow(0, offset, nbytes).view(of)
     if strides is not None:
-        return part.as_strided(shape, strides)
-    return part.view(shape)
+        return part.as_strided(sizes, strides)
+    return part.view(sizes)

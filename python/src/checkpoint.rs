@@ -1,5 +1,6 @@
 //! An opened checkpoint, as Python sees it.
 
+use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -64,6 +65,18 @@ impl Checkpoint {
     #[getter]
     fn files(&self) -> Vec<(String, u64)> {
         self.inner.files().iter().map(|file| (file.name().to_owned(), file.len())).collect()
+    }
+
+    /// Descriptors of the data files, valid as long as the checkpoint.
+    #[getter]
+    fn descriptors(&self) -> Vec<i32> {
+        self.inner.files().iter().map(|file| file.as_fd().as_raw_fd()).collect()
+    }
+
+    /// Number of each tensor's file in `files`.
+    #[getter]
+    fn file_numbers(&self) -> Vec<usize> {
+        self.inner.tensors().iter().map(|tensor| tensor.file).collect()
     }
 
     /// Names of the tensors.

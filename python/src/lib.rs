@@ -8,6 +8,7 @@ mod checkpoint;
 mod error;
 mod load;
 mod memory;
+mod session;
 mod wait;
 mod work;
 
@@ -20,6 +21,9 @@ mod _native {
     use crate::checkpoint::{Checkpoint, TensorInfo, open};
     #[pymodule_export]
     use crate::load::{Placement, fill, select};
+    #[pymodule_export]
+    #[pymodule_export]
+    use crate::session::{Session, open_files};
     #[pymodule_export]
     use crate::work::{convert, dtypes, export, run_cli, save, verify};
 

@@ -173,7 +173,7 @@ impl Device {
         unsafe { self.0.unpin(ptr) }
     }
 
-    fn same_as(&self, other: &Device) -> bool {
+    pub(crate) fn same_as(&self, other: &Device) -> bool {
         self.id() == other.id()
     }
 }

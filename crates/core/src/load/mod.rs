@@ -209,7 +209,9 @@ impl Loader {
             ..PlanOptions::default()
         };
         let plan = LoadPlan::build(&files, &lens, segments, &options)?;
-        let mut shares = choose(checkpoint.files(), &plan, &self.devices, &self.wishes)?;
+        let is_used = |device: &&Device| blocks.iter().any(|block| block.device().same_as(device));
+        let devices: Vec<Device> = self.devices.iter().filter(is_used).cloned().collect();
+        let mut shares = choose(checkpoint.files(), &plan, &devices, &self.wishes)?;
         let plan_s = started.elapsed().as_secs_f64();
 
         let (pool, streams) = staging.fit(self, options.piece_len, &mut shares)?;
@@ -250,7 +252,7 @@ impl Loader {
         read.iter().try_for_each(|&file| checkpoint.files()[file].check_unchanged())?;
 
         let lanes = lanes.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let mut report = LoadReport::new(checkpoint, &self.devices, &plan, &shares, &lanes);
+        let mut report = LoadReport::new(checkpoint, &devices, &plan, &shares, &lanes);
         report.verified = sums.is_some();
         report.plan_s = plan_s;
         report.move_s = move_s;

@@ -8,7 +8,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::{LoadReport, Loader, Staging};
 use crate::checkpoint::Checkpoint;
@@ -208,14 +208,23 @@ impl Session {
 
     /// Waits until all that was added has arrived.
     pub fn wait(&self) -> Result<()> {
+        while !self.wait_for(Duration::from_secs(3600))? {}
+        Ok(())
+    }
+
+    /// Waits until all that was added has arrived, or for so long; whether it has arrived.
+    pub fn wait_for(&self, limit: Duration) -> Result<bool> {
         let mut state = self.shared.lock();
         state.flush = true;
         self.shared.changed.notify_all();
-        while !state.failed && !state.ended && (state.moving || !state.batches.is_empty()) {
-            state = self.shared.wait(state);
+        let under_way = |s: &mut State| !s.failed && !s.ended && (s.moving || !s.batches.is_empty());
+        let waited = self.shared.changed.wait_timeout_while(state, limit, under_way);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if under_way(&mut state) {
+            return Ok(false);
         }
         state.flush = false;
-        check(&mut state)
+        check(&mut state).map(|()| true)
     }
 
     /// Bytes read so far.

@@ -1,0 +1,277 @@
+"""Deferred tensors: a checkpoint's tensors, of which only the bytes that are asked for are moved, straight to their place.
+
+An engine that slices weights itself is given tensors that lie in mapped files. It takes views of them, and copies those
+into its parameters. `Deferred` sees every operation of torch while it is active: such a copy becomes a copy by the
+native session (file to device, no staging memory, no second copy), which runs while the engine goes on. An operation on
+memory whose bytes are still under way waits for them first. An operation other than a copy finds the bytes in the mapped
+file.
+
+Not seen are accesses that pass torch's dispatcher: `data_ptr()`, `numpy()`, kernels that Triton launches itself.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import _native, _torch
+from ._native import Checkpoint
+from .reports import LoadReport
+
+_COPY = torch.ops.aten.copy_.default
+_PLAIN = torch.Tensor.__torch_dispatch__
+_NORESERVE = 0x4000  # the system's MAP_NORESERVE: private pages are written only if an operation changes a tensor
+_TICK = 0.1
+
+Tick = Callable[[int], object]
+
+
+class _Mapping:
+    """A checkpoint whose files are mapped, as tensors."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        flags = mmap.MAP_PRIVATE | _NORESERVE
+        files = zip(checkpoint.descriptors, checkpoint.files)
+        # Private and writable: what an operation changes in place stays in this process.
+        self._maps = [mmap.mmap(fd, size, flags=flags) if size else None for fd, (_, size) in files]
+        # First and last address, and number, of each file.
+        self.ranges: list[tuple[int, int, int]] = []
+        for number, mapped in enumerate(self._maps):
+            if mapped is not None:
+                start = torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
+                self.ranges.append((start, start + len(mapped), number))
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors, in the order of the files."""
+        for info, number in zip(self.checkpoint.tensors, self.checkpoint.file_numbers):
+            yield info.name, self._tensor(info, number)
+
+    def _tensor(self, info: Any, number: int) -> torch.Tensor:
+        dtype, shape = _torch.form(info.name, info.dtype, info.shape)
+        mapped = self._maps[number]
+        if info.nbytes == 0 or mapped is None:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        flat = torch.frombuffer(mapped, dtype=dtype, count=info.nbytes // dtype.itemsize, offset=info.offset)
+        return flat.view(shape) if info.strides is None else flat.as_strided(shape, info.strides)
+
+
+class Deferred(TorchDispatchMode):
+    """Moves what is copied out of its tensors by a native session. A context manager.
+
+    Destinations are on `device` or on the host. `options` are those of a load (engine, direct, verify, threads, pinned_bytes). Leaving it by an exception stops the
+    session: nothing is written after that. `finish` waits for all bytes and gives the report.
+    """
+
+    def __init__(self, device: torch.device, options: dict[str, Any], tick: Tick | None = None) -> None:
+        super().__init__()
+        self._options = options
+        self._tick = tick
+        self._sources: list[tuple[_Mapping, Any]] = []
+        self._ranges: list[tuple[int, int, int, Any]] = []
+        self._ids = [_torch.device_id("cpu")]
+        self._devices = {torch.device("cpu"): 0}
+        self._stream = None
+        if device.type == "cuda":
+            self._ids.append(_torch.device_id(device))
+            device = torch.device(self._ids[1])
+            self._devices[device] = 1
+            self._stream = torch.cuda.current_stream(device)
+        # Ranges under way, by their storage's address, and the tensors that keep that memory.
+        self._pending: dict[int, list[tuple[int, int]]] = {}
+        self._held: list[torch.Tensor] = []
+        # Ranges of the mapped files that an operation has changed.
+        self._changed: list[tuple[int, int]] = []
+        # Whether torch may have queued work, which could be on memory that is copied to.
+        self._queued = True
+        self.moved = 0
+        self.read_through: dict[str, int] = {}
+
+    # --- tensors ---
+
+    def tensors(self, checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+        """The checkpoint's names and tensors, in the order of its files. At its end all copies have arrived."""
+        mapping = _Mapping(checkpoint)
+        session = _native.Session(checkpoint, self._ids, **self._options)
+        self._sources.append((mapping, session))
+        self._ranges.extend((start, end, number, session) for start, end, number in mapping.ranges)
+        yield from mapping.tensors()
+        self.arrive()
+
+    # --- the way of an operation ---
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _COPY and self._move(args[0], args[1]):
+            return args[0]
+        if not _is_view(func):
+            self._queued = True
+            self._before(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _move(self, dst: torch.Tensor, src: torch.Tensor) -> bool:
+        """Takes a copy out of a mapped file over; False where it is another kind of copy."""
+        if src.device.type != "cpu" or src.dtype != dst.dtype or not _is_plain(dst) or not _is_plain(src):
+            return False
+        address = src.data_ptr()
+        for start, end, file, session in self._ranges:
+            if start <= address < end:
+                break
+        else:
+            return False
+        if dst.dtype.is_complex and (dst.is_conj() or src.is_conj()):
+            return False
+        device = self._devices.get(dst.device)
+        if device is None:
+            return False
+        if src.shape != dst.shape:
+            src = src.expand(dst.shape)
+        item = src.itemsize
+        if self._changed and _meets(self._changed, address, _span(src)):
+            return False
+        storage = dst.untyped_storage()
+        base, target = storage.data_ptr(), dst.data_ptr()
+        if self._queued and self._stream is not None:
+            self._stream.synchronize()
+            self._queued = False
+        place = (device, base, storage.nbytes(), target - base)
+        if not session.copy(file, address - start, item, src.shape, src.stride(), dst.stride(), *place):
+            return False
+        self._pending.setdefault(base, []).append((target, target + _span(dst)))
+        self._held.append(dst)
+        self.moved += dst.numel() * item
+        return True
+
+    def _before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What must be done before an operation other than a view or a copy that was taken over."""
+        written = _written(func)
+        for place, value in (*enumerate(args), *kwargs.items()):
+            for tensor in _tensors(value):
+                if tensor.is_meta or tensor.numel() == 0:
+                    continue
+                if not _is_plain(tensor):  # what it does with its memory is not seen
+                    if self._pending:
+                        self.arrive()
+                    continue
+                address, span = tensor.data_ptr(), _span(tensor)
+                if self._pending:
+                    ranges = self._pending.get(tensor.untyped_storage().data_ptr())
+                    if ranges and _meets(ranges, address, span):
+                        self.arrive()
+                if tensor.device.type == "cpu":
+                    self._touch(func, tensor, address, span, place in written)
+
+    def _touch(self, func: Any, tensor: torch.Tensor, address: int, span: int, writes: bool) -> None:
+        """Notes an operation on bytes of a mapped file."""
+        for start, end, file, session in self._ranges:
+            if start <= address < end:
+                name = func._schema.name
+                self.read_through[name] = self.read_through.get(name, 0) + tensor.numel() * tensor.itemsize
+                if self._options["verify"]:
+                    self._verify(session, file, address - start, span)
+                if writes:
+                    self._changed.append((address, address + span))
+                return
+
+    def _verify(self, session: Any, file: int, offset: int, span: int) -> None:
+        """Reads bytes once more, by the session, which compares their checksums."""
+        scratch = torch.empty(span, dtype=torch.uint8, device="cpu")
+        session.copy(file, offset, 1, [span], [1], [1], 0, scratch.data_ptr(), span, 0)
+        self._wait(session)
+
+    # --- arrival ---
+
+    def arrive(self) -> None:
+        """Waits for all bytes that are under way."""
+        for _, session in self._sources:
+            self._wait(session)
+        self._pending.clear()
+        self._held.clear()
+
+    def _wait(self, session: Any) -> None:
+        while not session.wait(_TICK):
+            if self._tick is not None:
+                self._tick(self._read_bytes())
+
+    def _read_bytes(self) -> int:
+        return sum(session.read_bytes() for _, session in self._sources)
+
+    def finish(self) -> list[LoadReport]:
+        """Waits for all bytes, and gives a report for each checkpoint of which some were moved."""
+        self.arrive()
+        reports = [session.finish() for _, session in self._sources]
+        self._sources.clear()
+        self._ranges.clear()
+        return [LoadReport._from_json(report[0], report[1].rstrip()) for report in reports if report is not None]
+
+    def __exit__(self, *exc: Any) -> None:
+        for _, session in self._sources:
+            session.close()
+        self._sources.clear()
+        self._ranges.clear()
+        self._pending.clear()
+        self._held.clear()
+        super().__exit__(*exc)
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Bytes from a tensor's first element to its last one's end."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return (last + 1) * tensor.itemsize if tensor.numel() else 0
+
+
+def _meets(ranges: list[tuple[int, int]], address: int, span: int) -> bool:
+    return any(start < address + span and address < end for start, end in ranges)
+
+
+_dispatches: dict[type, bool] = {torch.Tensor: True}
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is memory and nothing more: no subclass that gives operations a meaning of its own."""
+    of = type(tensor)
+    plain = _dispatches.get(of)
+    if plain is None:
+        plain = _dispatches[of] = of.__torch_dispatch__ is _PLAIN
+    return plain and tensor.layout is torch.strided
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (list, tuple, dict)):
+        return [leaf for leaf in _pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return []
+
+
+_views: dict[Any, bool] = {}
+_writes: dict[Any, frozenset[int | str]] = {}
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operation reads and writes no bytes: its results are views of its arguments."""
+    view = _views.get(func)
+    if view is None:
+        schema = func._schema
+        aliases = [a.alias_info for a in (*schema.arguments, *schema.returns) if a.alias_info is not None]
+        returned = all(r.alias_info is not None for r in schema.returns)
+        view = bool(aliases) and returned and bool(schema.returns) and not any(a.is_write for a in aliases)
+        _views[func] = view
+    return view
+
+
+def _written(func: Any) -> frozenset[int | str]:
+    """Places and names of the arguments that an operation writes."""
+    places = _writes.get(func)
+    if places is None:
+        arguments = [(i, a) for i, a in enumerate(func._schema.arguments) if a.alias_info and a.alias_info.is_write]
+        places = frozenset([i for i, _ in arguments] + [a.name for _, a in arguments])
+        _writes[func] = places
+    return places
