@@ -211,6 +211,14 @@ class Deferred(TorchDispatchMode):
         self._ranges.clear()
         return [LoadReport._from_json(report[0], report[1].rstrip()) for report in reports if report is not None]
 
+    def summary(self) -> str:
+        """Which way the bytes went."""
+        text = f"{self.moved / 1e9:.2f} GB straight into the parameters"
+        if self.read_through:
+            operations = ", ".join(f"{name} {count / 1e6:.1f} MB" for name, count in sorted(self.read_through.items()))
+            text += f"; read through the mapped files: {operations}"
+        return text
+
     def __exit__(self, *exc: Any) -> None:
         for _, session in self._sources:
             session.close()

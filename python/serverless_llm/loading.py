@@ -12,9 +12,8 @@ from . import _native
 from ._native import Checkpoint
 from .errors import InvalidError
 from .reports import LoadReport
+from .staging import Staged
 from .store import Progress, Source, opened
-
-_PAGE = 4096
 
 
 class LoadedDict(dict[str, Any]):
@@ -97,8 +96,8 @@ def iter_tensors(
     """Load a checkpoint group by group, and give names and tensors in the order of the files.
 
     At most `max_bytes` of device memory are held by this, if the caller keeps no tensor longer than until the next
-    one: a group takes half of it, since the caller still holds the last tensor of one group while the next is loaded.
-    A tensor larger than half of it is a group of its own.
+    one: a group takes a third of it, since one is used while the next is loaded, and the caller still holds the last
+    tensor of the one before. A tensor larger than that is a group of its own.
     """
     if max_bytes < 1:
         raise InvalidError(f"max_bytes is {max_bytes}; at least 1 is needed")
@@ -106,36 +105,8 @@ def iter_tensors(
     checkpoint = opened(source, revision)
     selected = _native.select(checkpoint, [tensors] if isinstance(tensors, str) else _list(tensors))
     options = _options(engine, direct, False, threads, pinned_bytes)
-    return _stream(arrays, checkpoint, selected, arrays.device_id(device), max_bytes // 2, options)
-
-
-def _stream(
-    arrays: Any, checkpoint: Checkpoint, selected: list[int], device: str, limit: int, options: dict[str, Any]
-) -> Iterator[tuple[str, Any]]:
-    for group in _groups(checkpoint, selected, limit):
-        loaded = _fill(arrays, checkpoint, group, [device], [0] * len(group), options, None)
-        for name in list(loaded):
-            yield name, loaded.pop(name)
-
-
-def _groups(checkpoint: Checkpoint, selected: list[int], limit: int) -> Iterator[list[int]]:
-    infos = checkpoint.tensors
-    group: list[int] = []
-    held = 0
-    last = None
-    for i in selected:
-        info = infos[i]
-        place = (info.file, info.offset, info.nbytes)
-        # Between neighbours there may be a gap of less than a page.
-        cost = 0 if place == last else info.nbytes + (_PAGE if group else 0)
-        if group and held + cost > limit and place != last:
-            yield group
-            group, held, cost = [], 0, info.nbytes
-        group.append(i)
-        held += cost
-        last = place
-    if group:
-        yield group
+    staged = Staged(arrays, arrays.device_id(device), max_bytes, options)
+    return staged.tensors(checkpoint, selected)
 
 
 def _fill(

@@ -26,7 +26,7 @@ pub(crate) fn select(py: Python<'_>, checkpoint: &Checkpoint, globs: Option<Vec<
 #[pyclass(frozen, module = "serverless_llm._native")]
 pub(crate) struct Placement {
     checkpoint: Arc<sllm_core::Checkpoint>,
-    inner: sllm_core::Placement,
+    pub(crate) inner: sllm_core::Placement,
 }
 
 #[pymethods]

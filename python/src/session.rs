@@ -10,6 +10,7 @@ use sllm_core::{Block, Device, EngineChoice, Error, Loader, Result, Strided};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::raise;
+use crate::load::Placement;
 use crate::memory::HostBytes;
 use crate::work::json;
 
@@ -114,6 +115,22 @@ impl Session {
             inner.session.add(&block, segments)
         });
         added.map(|()| true).map_err(|e| raise(py, &e))
+    }
+
+    /// Adds a placement's copies; its blocks lie at `addresses` of the first device. The caller's duty is as in `copy`.
+    fn place(&self, py: Python<'_>, placement: &Placement, addresses: Vec<u64>) -> PyResult<()> {
+        let placed = &placement.inner;
+        let add = |inner: &mut Inner| {
+            if addresses.len() != placed.blocks.len() {
+                return Err(Error::Invalid("there is not one address a block".into()));
+            }
+            for (number, (spec, &address)) in placed.blocks.iter().zip(&addresses).enumerate() {
+                let block = inner.block(&self.devices, 0, address, spec.len)?.clone();
+                inner.session.add(&block, placed.segments.iter().filter(|s| s.block == number).copied())?;
+            }
+            Ok(())
+        };
+        self.with(add).map_err(|e| raise(py, &e))
     }
 
     /// Waits until all that was added has arrived, or for so many seconds; whether it has arrived.

@@ -1,0 +1,160 @@
+"""vLLM's loader of weights for the load format `serverless_llm`.
+
+It is vLLM's own loader with another source of bytes: which files there are, which tensors a model wants, what is done
+with them and what is missing at the end stays vLLM's business. Two roads lead into the parameters:
+
+- deferred: vLLM is given tensors in mapped files, and its copies become ours (`serverless_llm.deferred`);
+- staging: vLLM is given ordinary tensors on the device, a group at a time, the next one under way.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from .. import _native, _torch
+from .._native import Checkpoint
+from ..deferred import Deferred
+from ..errors import NotFoundError
+from ..reports import LoadReport
+from ..staging import Staged
+from . import _door
+from ._options import Options
+from ._progress import Bar
+
+logger = init_logger("vllm.serverless_llm")
+
+
+class ServerlessLLMLoader(DefaultModelLoader):
+    """Loads a store, the original's layout or safetensors into vLLM's parameters."""
+
+    def __init__(self, load_config: Any) -> None:
+        self._options = Options.of(load_config.model_loader_extra_config)
+        # vLLM's loader knows neither the format nor its options.
+        plain = copy.copy(load_config)
+        plain.load_format = "safetensors"
+        plain.model_loader_extra_config = {}
+        super().__init__(plain)
+        self._road: Deferred | Staged | None = None
+        self._bar = Bar(False)
+        self._shared = False
+
+    # --- which files ---
+
+    def download_model(self, model_config: Any) -> None:
+        if not _own_layout(model_config.model):
+            super().download_model(model_config)
+
+    def _open(self, source: Any) -> Checkpoint:
+        """The checkpoint of one of vLLM's sources."""
+        path = source.model_or_path
+        if source.subfolder is not None:
+            path = os.path.join(path, source.subfolder)
+        if _own_layout(path):
+            return _native.open(path)
+        try:
+            folder, files, _ = self._prepare_weights(
+                source.model_or_path, source.subfolder, source.revision, False, source.allow_patterns_overrides
+            )
+        except RuntimeError as e:
+            reason = f"{e}: neither a store nor safetensors; save the model as safetensors first"
+            raise NotFoundError(reason) from e
+        return _native.open_files(folder, sorted(files))
+
+    # --- the weights ---
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+        self._shared = _door.ranks_here(vllm_config) > 1
+        return super().load_model(vllm_config, model_config, prefix)
+
+    def load_weights(self, model: nn.Module, model_config: Any) -> None:
+        start = time.perf_counter()
+        reason = self._why_not_deferred(model, model_config)
+        with Bar(self.load_config.use_tqdm_on_load and _door.is_first_rank()) as self._bar:
+            if reason is None:
+                with Deferred(_device(), self._load_options(), self._bar.show) as self._road:
+                    self._load(model, model_config, start)
+            else:
+                logger.info("serverless_llm stages tensors on the device: %s", reason)
+                self._road = self._staged()
+                self._load(model, model_config, start)
+
+    def _load(self, model: nn.Module, model_config: Any, start: float) -> None:
+        road = self._road
+        assert road is not None
+        try:
+            super().load_weights(model, model_config)
+        finally:
+            self._road = None
+        self._tell(road, road.finish(), time.perf_counter() - start)
+
+    def _why_not_deferred(self, model: nn.Module, model_config: Any) -> str | None:
+        if self._options.road == "staging":
+            return "it was asked for"
+        if any(parameter.is_meta for parameter in model.parameters()):
+            return "some parameters have no memory yet (online quantisation)"
+        if self._options.road == "auto" and model_config.quantization == "torchao":
+            return "torchao makes tensors of its own kind"
+        return None
+
+    def _load_options(self) -> dict[str, Any]:
+        options = self._options.load()
+        if options["direct"] is None and self._shared:
+            # Other ranks want the same bytes: by the page cache the disk gives them once.
+            options["direct"] = False
+        return options
+
+    def _get_weights_iterator(self, source: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        checkpoint = self._open(source)
+        if self.counter_before_loading_weights == 0.0:
+            self.counter_before_loading_weights = time.perf_counter()
+        identity = f", identity {checkpoint.identity}" if checkpoint.identity else ""
+        logger.info("serverless_llm reads %s (%s%s)", checkpoint.path, checkpoint.layout, identity)
+        with_prefix = ((source.prefix + name, tensor) for name, tensor in self._tensors(checkpoint))
+        return ((name, tensor) for name, tensor in with_prefix if not _door.skips_expert(self, name))
+
+    def _tensors(self, checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+        self._bar.grow(checkpoint.total_bytes)
+        # Without a load of ours vLLM reloads the weights by itself.
+        road = self._road or self._staged()
+        return road.tensors(checkpoint)
+
+    def _staged(self) -> Staged:
+        device = _torch.device_id(_device())
+        return Staged(_torch, device, self._options.staging_bytes, self._load_options(), self._bar.show)
+
+    def _tell(self, road: Deferred | Staged, reports: list[LoadReport], seconds: float) -> None:
+        total = sum(report.bytes for report in reports)
+        engines = sorted({engine["engine"] for report in reports for engine in report.engines})
+        logger.info(
+            "serverless_llm loaded %.2f GB in %.2f s (%.1f GB/s) by %s, %s",
+            total / 1e9,
+            seconds,
+            total / 1e9 / max(seconds, 1e-9),
+            " and ".join(engines) or "no engine",
+            road.summary(),
+        )
+        for report in reports:
+            logger.debug("%s", report)
+
+
+def _device() -> torch.device:
+    """The device of this rank's parameters."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _own_layout(path: str) -> bool:
+    """Whether a path is a directory that vLLM's loader cannot read and we can: a store, or the original's layout."""
+    return os.path.isfile(os.path.join(path, "tensor_index.json"))

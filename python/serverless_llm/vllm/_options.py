@@ -1,0 +1,91 @@
+"""What `--model-loader-extra-config` may hold, and the environment variables of the same names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import InvalidError
+
+_PREFIX = "SERVERLESS_LLM_"
+_ROADS = ("auto", "deferred", "staging")
+_ENGINES = ("auto", "uring", "pread", "mapped")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of the loader. What the command line sets goes before the environment."""
+
+    road: str = "auto"
+    """`deferred`: vLLM's own copies move the bytes. `staging`: ordinary tensors on the device. `auto` chooses."""
+    engine: str = "auto"
+    """`uring`, `pread`, `mapped`, or `auto`: by what is cached."""
+    direct: bool | None = None
+    """Whether reads pass the page cache; None chooses."""
+    threads: int | None = None
+    """Reader threads; None chooses."""
+    pinned_bytes: int | None = None
+    """Pinned host memory at most; None: 256 MiB."""
+    staging_bytes: int = 1 << 30
+    """Device memory at most on the staging road; a tensor that does not fit gets what it needs."""
+    verify: bool = False
+    """Whether a store's checksums are compared while it loads."""
+    prefetch: bool = True
+    """Whether the checkpoint is read into the page cache while vLLM starts."""
+
+    @classmethod
+    def of(cls, extra: Any, environment: Mapping[str, str] = os.environ) -> Options:
+        """The options of an extra config and the environment."""
+        if not isinstance(extra, Mapping):
+            raise InvalidError(f"model_loader_extra_config is {extra!r}; a JSON object is needed")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        given: dict[str, Any] = {}
+        for name in fields:
+            text = environment.get(_PREFIX + name.upper())
+            if text:
+                given[name] = (_PREFIX + name.upper(), text)
+        for name, value in extra.items():
+            if name not in fields:
+                near = difflib.get_close_matches(str(name), fields, n=1)
+                meant = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(fields)}"
+                raise InvalidError(f"model_loader_extra_config has an unknown key {name!r}{meant}")
+            given[name] = (f"model_loader_extra_config {name!r}", value)
+        return cls(**{name: _parse(fields[name], *value) for name, value in given.items()})
+
+    def load(self) -> dict[str, Any]:
+        """Those that a load takes."""
+        names = ("engine", "direct", "verify", "threads", "pinned_bytes")
+        return {name: getattr(self, name) for name in names}
+
+
+def _parse(field: Any, told_by: str, value: Any) -> Any:
+    kind = str(field.type)
+    if "None" in kind and (value is None or value == "auto"):
+        return None
+    if kind.startswith("bool"):
+        truths = {True: True, False: False, "1": True, "0": False, "true": True, "false": False, "yes": True, "no": False}
+        key = value.lower() if isinstance(value, str) else value
+        if isinstance(key, (bool, str)) and key in truths:
+            return truths[key]
+        raise InvalidError(f"{told_by} is {value!r}; give true or false")
+    if kind.startswith("int"):
+        return _size(told_by, value)
+    choices = _ROADS if field.name == "road" else _ENGINES
+    if value in choices:
+        return value
+    raise InvalidError(f"{told_by} is {value!r}; give one of {', '.join(choices)}")
+
+
+def _size(told_by: str, value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if isinstance(value, str):
+        digits = value.strip().rstrip("BbKkMmGgIi")
+        unit = value.strip()[len(digits) :].upper()
+        if digits.isascii() and digits.isdigit() and int(digits) > 0 and unit in _UNITS:
+            return int(digits) * _UNITS[unit]
+    raise InvalidError(f"{told_by} is {value!r}; give a number above 0, or a size such as '512MiB'")
