@@ -1,0 +1,143 @@
+"""Times vLLM's start on one model, by load format and state of the page cache, each in a fresh server.
+
+    python benches/vllm/ready.py MODEL OUT.json STATE:FORMAT... [--repeat 1] [--limit 600] [-- SERVER FLAGS]
+
+STATE is `warm` (the files were just read) or `cold` (the page cache was dropped; needs root). FORMAT is a load format,
+such as `auto` or `serverless_llm`; `FORMAT,{"key": ...}` gives it an extra config. For each start it writes the seconds
+until the server answers, those of the loader's own line and of vLLM's model loading, the first tokens, and the loader's
+line; then the medians as Markdown. All starts get the same flags; caches of compiled code stay from start to start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+PORT = 8123
+SERVE = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+
+
+def prepare(model: Path, state: str) -> None:
+    """Puts the model's files into the page cache, or everything out of it."""
+    if state == "cold":
+        os.sync()
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        return
+    for file in sorted(model.iterdir()):
+        with open(file, "rb", buffering=0) as data:
+            while data.read(16 << 20):
+                pass
+
+
+def ask(path: str, body: dict[str, Any] | None = None) -> Any:
+    """The server's answer to one request."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", data, {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return json.load(answer)
+
+
+def wait_ready(server: subprocess.Popen[bytes], limit: float) -> float | None:
+    """Seconds until the server answers, or None."""
+    start = time.perf_counter()
+    while time.perf_counter() - start < limit and server.poll() is None:
+        try:
+            ask("/v1/models")
+            return time.perf_counter() - start
+        except OSError:
+            time.sleep(0.05)
+    return None
+
+
+def number(pattern: str, log: str) -> float | None:
+    """The first number that a pattern finds in a log."""
+    found = re.search(pattern, log)
+    return float(found.group(1)) if found else None
+
+
+def start(model: Path, state: str, form: str, flags: list[str], log: Path, limit: float) -> dict[str, Any]:
+    """One start of the server."""
+    prepare(model, state)
+    load_format, _, extra = form.partition(",")
+    more = ["--load-format", load_format, *(["--model-loader-extra-config", extra] if extra else [])]
+    command = [*SERVE, str(model), "--host", "127.0.0.1", "--port", str(PORT), "--served-model-name", "m", *flags, *more]
+    with open(log, "wb") as out:
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        ready = wait_ready(server, limit)
+        tokens = None
+        if ready is not None:
+            body = {"model": "m", "prompt": [1, 2, 3, 4], "max_tokens": 32, "temperature": 0, "logprobs": 0}
+            choice = ask("/v1/completions", body | {"return_tokens_as_token_ids": True})["choices"][0]
+            tokens = choice["logprobs"]["tokens"]
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+    text = log.read_text(errors="replace")
+    ours = re.search(r"serverless_llm loaded .*", text)
+    return {
+        "state": state,
+        "format": form,
+        "ready_s": ready,
+        "weights_s": number(r"Loading weights took ([0-9.]+)", text),
+        "model_s": number(r"Model loading took .*? and ([0-9.]+)", text),
+        "model_gib": number(r"Model loading took ([0-9.]+)", text),
+        "tokens": tokens,
+        "line": ours.group(0) if ours else None,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Medians by state and format."""
+    lines = ["| state | load format | starts | ready s | weights s | model loading s | tokens |", "|---|---|---|---|---|---|---|"]
+    first = next((row["tokens"] for row in rows if row["tokens"]), None)
+    for key in dict.fromkeys((row["state"], row["format"]) for row in rows):
+        mine = [row for row in rows if (row["state"], row["format"]) == key]
+
+        def median(name: str, mine: list[dict[str, Any]] = mine) -> str:
+            values = [row[name] for row in mine if row[name] is not None]
+            return f"{statistics.median(values):.2f}" if values else "-"
+
+        same = "equal" if all(row["tokens"] == first for row in mine) else "DIFFER"
+        cells = (*key, len(mine), median("ready_s"), median("weights_s"), median("model_s"), same)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("cases", nargs="+", metavar="STATE:FORMAT")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=600, help="seconds that one start may take")
+    arguments = sys.argv[1:]
+    flags = arguments[arguments.index("--") + 1 :] if "--" in arguments else []
+    options = parser.parse_args(arguments[: len(arguments) - len(flags) - bool(flags)])
+    rows: list[dict[str, Any]] = json.loads(options.out.read_text()) if options.out.exists() else []
+    for round_ in range(options.repeat):
+        for case in options.cases:
+            state, _, form = case.partition(":")
+            log = options.out.with_suffix(f".{len(rows)}.log")
+            rows.append(start(options.model, state, form, flags, log, options.limit))
+            options.out.write_text(json.dumps(rows, indent=1))
+            shown = {name: value for name, value in rows[-1].items() if name != "tokens"}
+            print(round_, json.dumps(shown), flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
