@@ -53,6 +53,19 @@ def _short(value: Any) -> str:
     return repr(value)
 
 
+class PrefetchReport(Report):
+    """What a prefetch did."""
+
+    path: str
+    bytes: int
+    cached_bytes: int
+    read_bytes: int
+    end: str
+    seconds: float
+    paused_s: float
+    gb_per_s: float
+
+
 class ConvertReport(Report):
     """What a conversion did."""
 

@@ -44,6 +44,8 @@ pub(crate) enum Command {
     Verify(VerifyArgs),
     /// Loads a checkpoint to a device and measures it
     Load(LoadArgs),
+    /// Reads a checkpoint into the page cache, out of others' way
+    Prefetch(PrefetchArgs),
     /// Prints a completion script for a shell
     Completions(CompletionsArgs),
 }
@@ -137,6 +139,26 @@ pub(crate) struct LoadArgs {
     pub(crate) pinned: Option<u64>,
     #[command(flatten)]
     pub(crate) tensors: Tensors,
+    #[command(flatten)]
+    pub(crate) revision: Revision,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PrefetchArgs {
+    /// Checkpoint: a directory, a safetensors file, or a repository in the Hugging Face cache (org/name)
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub(crate) path: PathBuf,
+    /// Return at once, and read in a process of its own
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) background: bool,
+    /// Do not pause while others read from the disks
+    #[arg(long)]
+    pub(crate) eager: bool,
+    /// Page cache at most, such as 32GB or 4GiB [default: nine tenths of the memory that is free]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub(crate) limit: Option<u64>,
     #[command(flatten)]
     pub(crate) revision: Revision,
     #[command(flatten)]

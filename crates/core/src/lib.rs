@@ -48,6 +48,7 @@ mod format;
 mod load;
 mod plan;
 mod pool;
+mod prefetch;
 mod read;
 mod verify;
 
@@ -62,5 +63,6 @@ pub use format::PAGE;
 pub use load::{EngineReport, LoadReport, Loaded, Loader, LoaderBuilder, Session, TensorView};
 pub use plan::{BlockSpec, Filter, LoadPlan, Piece, PieceCopy, Placed, Placement, PlanOptions, Segment, Strided};
 pub use pool::{BufferPool, HostBuffer};
+pub use prefetch::{PrefetchEnd, PrefetchOptions, PrefetchReport, prefetch};
 pub use read::EngineChoice;
 pub use verify::{VerifyReport, verify};

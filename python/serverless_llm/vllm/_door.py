@@ -8,17 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 
-def register_lazily(load_format: str) -> None:
-    """Registers the loader. vLLM wants a class, which needs vLLM's own loader; importing that costs nothing here, since
-    every process that comes here imports it."""
-    from vllm.model_executor.model_loader import register_model_loader
-
-    import vllm.model_executor.model_loader as model_loader
+def register(load_format: str) -> None:
+    """Registers the loader, once."""
+    from vllm.model_executor import model_loader
 
     from ._loader import ServerlessLLMLoader
 
     if model_loader._LOAD_FORMAT_TO_MODEL_LOADER.get(load_format) is not ServerlessLLMLoader:
-        register_model_loader(load_format)(ServerlessLLMLoader)
+        model_loader.register_model_loader(load_format)(ServerlessLLMLoader)
 
 
 def skips_expert(loader: Any, name: str) -> bool:

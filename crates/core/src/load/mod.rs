@@ -174,6 +174,7 @@ impl Loader {
         segments: &[Segment],
         blocks: Vec<Block>,
     ) -> Result<LoadReport> {
+        let _lock = checkpoint.lock_for_load();
         self.run(checkpoint, segments, blocks, &mut Staging::default())
     }
 
