@@ -25,6 +25,7 @@ use pace::Pace;
 const STRIPE_LEN: u64 = 32 << 20;
 /// Bytes of one read: few enough that another's read does not wait long behind those of all threads.
 const READ_LEN: u64 = 512 << 10;
+const READ_STEP: usize = 512 << 10;
 /// Threads: enough to keep a disk busy with reads of this size.
 const THREADS: usize = 4;
 /// How often a paused thread looks again.
@@ -161,24 +162,23 @@ pub fn prefetch(checkpoint: &Checkpoint, options: &PrefetchOptions) -> Result<Pr
     for_each(THREADS, stripes.count(), READ_LEN, |number, buffer| {
         let stripe = stripes.get(number);
         let file = &checkpoint.files()[stripe.file];
-        let mut done = 0;
-        while done < stripe.len && !run.has_ended() {
-            let len = READ_LEN.min(stripe.len - done);
-            if is_cached(file, stripe.offset + done, len) != Some(true) {
-                if !run.pace.may_read(run.read.load(Ordering::Relaxed)) {
-                    std::thread::sleep(NAP);
-                    meter.check()?;
-                    continue;
-                }
-                if !run.take(len) {
-                    break;
-                }
-                file.read_exact_at(buffer.get(len), stripe.offset + done)?;
-                run.read.fetch_add(len, Ordering::Relaxed);
-            } else if !run.take(len) {
+        // Asked before the first read: after it the system reads ahead, for us.
+        let reads = (0..stripe.len).step_by(READ_STEP).map(|done| {
+            let (offset, len) = (stripe.offset + done, READ_LEN.min(stripe.len - done));
+            (offset, len, is_cached(file, offset, len) == Some(true))
+        });
+        for (offset, len, is_there) in reads.collect::<Vec<_>>() {
+            while !is_there && !run.has_ended() && !run.pace.may_read(run.read.load(Ordering::Relaxed)) {
+                std::thread::sleep(NAP);
+                meter.check()?;
+            }
+            if run.has_ended() || !run.take(len) {
                 break;
             }
-            done += len;
+            if !is_there {
+                file.read_exact_at(buffer.get(len), offset)?;
+                run.read.fetch_add(len, Ordering::Relaxed);
+            }
             meter.add(len)?;
         }
         Ok(())
