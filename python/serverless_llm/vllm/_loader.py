@@ -55,19 +55,15 @@ class ServerlessLLMLoader(DefaultModelLoader):
 
     def _open(self, source: Any) -> Checkpoint:
         """The checkpoint of one of vLLM's sources."""
-        path = source.model_or_path
-        if source.subfolder is not None:
-            path = os.path.join(path, source.subfolder)
+        path = _door.folder_of(source)
         if _own_layout(path):
             return _native.open(path)
         try:
-            folder, files, _ = self._prepare_weights(
-                source.model_or_path, source.subfolder, source.revision, False, source.allow_patterns_overrides
-            )
+            folder, files = _door.files_of(self, source)
         except RuntimeError as e:
             reason = f"{e}: neither a store nor safetensors; save the model as safetensors first"
             raise NotFoundError(reason) from e
-        return _native.open_files(folder, sorted(files))
+        return _native.open_files(folder, files)
 
     # --- the weights ---
 
