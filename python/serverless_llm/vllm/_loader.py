@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from .. import _native, _torch
 from .._native import Checkpoint
 from ..deferred import Deferred
-from ..errors import NotFoundError
+from ..errors import InvalidError, NotFoundError
 from ..reports import LoadReport
 from ..staging import Staged
 from . import _door
@@ -109,6 +109,9 @@ class ServerlessLLMLoader(DefaultModelLoader):
         return options
 
     def _get_weights_iterator(self, source: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.load_config.safetensors_load_strategy == "torchao":
+            # vLLM's own iterator makes torchao's tensors of several stored ones.
+            raise InvalidError("a checkpoint of torchao's own tensors: load it with --load-format safetensors")
         checkpoint = self._open(source)
         if self.counter_before_loading_weights == 0.0:
             self.counter_before_loading_weights = time.perf_counter()
