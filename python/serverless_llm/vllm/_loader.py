@@ -23,7 +23,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from .. import _native, _torch
 from .._native import Checkpoint
 from ..deferred import Deferred
-from ..errors import NotFoundError
+from ..errors import InvalidError, NotFoundError
 from ..reports import LoadReport
 from ..staging import Staged
 from . import _door
@@ -55,19 +55,15 @@ class ServerlessLLMLoader(DefaultModelLoader):
 
     def _open(self, source: Any) -> Checkpoint:
         """The checkpoint of one of vLLM's sources."""
-        path = source.model_or_path
-        if source.subfolder is not None:
-            path = os.path.join(path, source.subfolder)
+        path = _door.folder_of(source)
         if _own_layout(path):
             return _native.open(path)
         try:
-            folder, files, _ = self._prepare_weights(
-                source.model_or_path, source.subfolder, source.revision, False, source.allow_patterns_overrides
-            )
+            folder, files = _door.files_of(self, source)
         except RuntimeError as e:
             reason = f"{e}: neither a store nor safetensors; save the model as safetensors first"
             raise NotFoundError(reason) from e
-        return _native.open_files(folder, sorted(files))
+        return _native.open_files(folder, files)
 
     # --- the weights ---
 
@@ -113,6 +109,9 @@ class ServerlessLLMLoader(DefaultModelLoader):
         return options
 
     def _get_weights_iterator(self, source: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.load_config.safetensors_load_strategy == "torchao":
+            # vLLM's own iterator makes torchao's tensors of several stored ones.
+            raise InvalidError("a checkpoint of torchao's own tensors: load it with --load-format safetensors")
         checkpoint = self._open(source)
         if self.counter_before_loading_weights == 0.0:
             self.counter_before_loading_weights = time.perf_counter()
