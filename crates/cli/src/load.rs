@@ -59,7 +59,7 @@ fn builder(args: &LoadArgs) -> Result<LoaderBuilder> {
         .engine(args.engine)
         .direct(args.direct.resolve())
         .verify(args.verify)
-        .threads(args.threads.map(usize::from))
+        .threads(args.threads)
         .pinned_bytes(args.pinned))
 }
 

@@ -14,7 +14,7 @@ pub use report::{EngineReport, LoadReport};
 pub use session::Session;
 
 use crate::checkpoint::{Checkpoint, TensorInfo};
-use crate::control::Control;
+use crate::control::{Control, check_threads};
 use crate::device::{Block, Claim, Device, DeviceError, Stream};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
@@ -27,8 +27,6 @@ use staging::Staging;
 /// Bytes of one piece, and of one staging buffer: enough for the link to come near its peak, and so few that the ring
 /// stays in the processor's cache (`docs/benchmarks.md`).
 const PIECE_LEN: u64 = 3 << 20;
-/// Reader threads at most.
-const MAX_THREADS: usize = 256;
 /// Pinned staging memory at most, unless asked otherwise.
 const PINNED_LEN: u64 = 256 << 20;
 
@@ -89,7 +87,7 @@ impl LoaderBuilder {
         self
     }
 
-    /// Reader threads; `None`: as the engine needs.
+    /// Reader threads, 1 to 256; `None`: as the engine needs.
     pub fn threads(mut self, threads: impl Into<Option<usize>>) -> Self {
         self.loader.wishes.threads = threads.into();
         self
@@ -113,9 +111,7 @@ impl LoaderBuilder {
         if devices.is_empty() || devices.len() > 64 {
             return Err(Error::Invalid(format!("{} devices are given; 1 to 64 can be", devices.len())));
         }
-        if wishes.threads.is_some_and(|threads| threads == 0 || threads > MAX_THREADS) {
-            return Err(Error::Invalid(format!("a load runs in 1 to {MAX_THREADS} threads")));
-        }
+        wishes.threads.map(check_threads).transpose()?;
         if *pinned_len < PAGE {
             return Err(Error::Invalid(format!("{pinned_len} bytes of staging memory are fewer than a page")));
         }
