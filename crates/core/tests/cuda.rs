@@ -5,7 +5,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Made, every_dtype, write_safetensors};
+use common::{Made, every_dtype, refuse_syscall, write_safetensors};
 use cuda::Driver;
 use sllm_core::{
     Checkpoint, ConvertOptions, Device, DeviceError, Dtype, EngineChoice, Error, ErrorKind, Loader, convert,
@@ -146,6 +146,31 @@ fn memory_that_cannot_be_pinned_is_used_unpinned_and_noted() {
         assert!(loaded.tensor(&tensor.name).unwrap().to_vec().unwrap() == tensor.bytes, "{:?}", tensor.name);
     }
     assert!(loaded.report().notes.iter().any(|note| note.contains("not pinned")), "{:?}", loaded.report().notes);
+}
+
+#[test]
+fn buffers_that_io_uring_does_not_register_are_read_into_all_the_same() {
+    let driver = Driver::load();
+    driver.set_delay(Duration::from_millis(2));
+    let model = model();
+    let load = move |refused: bool| {
+        if refused {
+            // As where the limit of locked memory is too low.
+            refuse_syscall(libc::SYS_io_uring_register, libc::ENOMEM);
+        }
+        let loader = Loader::builder().device(Device::cuda(0).unwrap()).engine(EngineChoice::Uring);
+        let loaded = loader.pinned_bytes(8 << 20).build().unwrap().load(&Checkpoint::open(&model.store).unwrap());
+        let loaded = loaded.unwrap();
+        for tensor in &model.tensors {
+            assert!(loaded.tensor(&tensor.name).unwrap().to_vec().unwrap() == tensor.bytes, "{:?}", tensor.name);
+        }
+        let notes = &loaded.report().notes;
+        let said = notes.iter().filter(|note| note.contains("without registered buffers")).count();
+        assert_eq!(said, usize::from(refused), "{notes:?}");
+    };
+    load(false);
+    std::thread::spawn(move || load(true)).join().unwrap();
+    assert_nothing_left(&driver);
 }
 
 #[test]

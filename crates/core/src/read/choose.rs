@@ -153,7 +153,7 @@ fn share<'a>(
         EngineChoice::Uring => {
             Uring::probe()?;
             let lanes = lanes(if warm { cpus.min(MAX_LANES) } else { 2 });
-            let engine = Box::new(Uring { direct, depth: URING_DEPTH, faults: None });
+            let engine = Box::new(Uring { direct, depth: URING_DEPTH, faults: None, unregistered: None });
             Share { engine, name: "uring", direct, reason, pieces, lanes, buffers_per_lane: URING_DEPTH + 4 }
         }
         EngineChoice::Mapped if !wishes.verify => {
