@@ -42,7 +42,11 @@ impl User {
 
     fn command(&self, word: &str) -> Command {
         let mut command = Command::new(&self.program);
-        command.arg(word).current_dir("/").env("HF_HUB_CACHE", "/nonexistent");
+        command
+            .arg(word)
+            .current_dir("/")
+            .env("HF_HUB_CACHE", "/nonexistent")
+            .env("XDG_CACHE_HOME", "/proc/nonexistent");
         if self.root {
             command.uid(NOBODY).gid(NOBODY);
         }

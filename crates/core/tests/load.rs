@@ -113,6 +113,36 @@ fn a_flipped_bit_stops_a_verified_load_and_names_its_tensor() {
 }
 
 #[test]
+fn the_report_says_whether_bytes_came_from_the_disk() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let source = dir.path().join("model.safetensors");
+    make(&source);
+    let checkpoint = Checkpoint::open(&source).unwrap();
+    let source_of = |direct| {
+        let loader = Loader::builder().engine(EngineChoice::Pread).direct(direct).build().unwrap();
+        let loaded = loader.load(&checkpoint).unwrap();
+        let engines = &loaded.report().engines;
+        assert_eq!(engines.len(), 1, "{engines:?}");
+        engines[0].source
+    };
+    assert_eq!((source_of(Some(true)), source_of(Some(false))), ("disk", "page cache"));
+    let drop_pages = || {
+        let file = std::fs::File::open(&source).unwrap();
+        file.sync_all().unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    };
+    drop_pages();
+    if source_of(None) != "disk" {
+        eprintln!("skipped: this file system keeps its pages, or does not say what is cached");
+        return;
+    }
+    // Read by the page cache, where it is not.
+    drop_pages();
+    assert_eq!(source_of(Some(false)), "disk");
+    assert_eq!(source_of(Some(false)), "page cache");
+}
+
+#[test]
 fn cancelling_stops_a_load() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let source = dir.path().join("model.safetensors");

@@ -6,6 +6,7 @@
 mod cuda;
 mod error;
 mod host;
+mod link;
 
 use std::any::Any;
 use std::fmt;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use error::DeviceError;
+pub use link::LinkPeak;
 
 use crate::error::{Error, Result};
 use crate::plan::PieceCopy;
@@ -30,6 +32,8 @@ pub(crate) trait Backend: Send + Sync + fmt::Debug {
     fn description(&self) -> String;
     /// Whether its memory is host memory that a read may fill.
     fn is_host(&self) -> bool;
+    /// What tells its link from others: the card and its place; `None` for the host.
+    fn link(&self) -> Result<Option<String>, DeviceError>;
     /// Free and total bytes; `None` where that is not known.
     fn memory(&self) -> Result<Option<(u64, u64)>, DeviceError>;
     /// Memory aligned to 256 bytes and more.
