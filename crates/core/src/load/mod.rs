@@ -1,5 +1,6 @@
 //! Loads: lanes of reader threads fill buffers, verify them, and copy them to devices.
 
+mod chunks;
 mod lane;
 mod loaded;
 mod report;
@@ -21,6 +22,7 @@ use crate::format::PAGE;
 use crate::plan::{Filter, LoadPlan, Placement, PlanOptions, Segment};
 use crate::read::choose::{Wishes, choose};
 use crate::read::{EngineChoice, Queue};
+use chunks::Chunks;
 use lane::{Lane, Outcome, Shared};
 use staging::Staging;
 
@@ -200,22 +202,21 @@ impl Loader {
         };
         let files: Vec<u64> = checkpoint.files().iter().map(|file| file.len()).collect();
         let lens: Vec<u64> = blocks.iter().map(Block::len).collect();
-        let options = PlanOptions {
-            piece_len: sums.map_or_else(|| self.piece_len(), |sums| sums.chunk_len),
-            whole_pieces: sums.is_some(),
-            ..PlanOptions::default()
-        };
+        let chunk_len = sums.map(|sums| sums.chunk_len);
+        let piece_len = chunk_len.map_or(self.piece_len(), |len| Chunks::piece_len(len, self.piece_len()));
+        let options = PlanOptions { piece_len, chunk_len, ..PlanOptions::default() };
         let plan = LoadPlan::build(&files, &lens, segments, &options)?;
         let is_used = |device: &&Device| blocks.iter().any(|block| block.device().same_as(device));
         let devices: Vec<Device> = self.devices.iter().filter(is_used).cloned().collect();
         let mut shares = choose(checkpoint.files(), &plan, &devices, &self.wishes)?;
         let plan_s = started.elapsed().as_secs_f64();
 
-        let (pool, streams) = staging.fit(self, options.piece_len, &mut shares)?;
+        let (pool, streams) = staging.fit(self, piece_len, &mut shares)?;
         let meter = self.control.meter(plan.read_len());
         let outcome = Outcome::default();
         let blocks = blocks.into();
-        let shared = Shared { checkpoint, plan: &plan, sums, pool, streams, blocks, meter, outcome };
+        let chunks = chunk_len.map(|chunk_len| Chunks::new(chunk_len, piece_len, plan.pieces()));
+        let shared = Shared { checkpoint, plan: &plan, chunks, pool, streams, blocks, meter, outcome };
         let queues: Vec<Queue<'_>> = shares.iter().map(|share| Queue::new(&share.pieces)).collect();
         let moving = Instant::now();
         let lanes = Mutex::new(Vec::new());
@@ -243,6 +244,9 @@ impl Loader {
         let synced = streams.iter().try_for_each(Stream::synchronize);
         shared.outcome.result()?;
         synced?;
+        if shared.chunks.as_ref().is_some_and(|chunks| !chunks.all_arrived()) {
+            return Err(Error::Invalid("a chunk came without its checksum being compared".into()));
+        }
         let move_s = moving.elapsed().as_secs_f64();
         let mut read = plan.pieces().iter().map(|piece| piece.file).collect::<Vec<_>>();
         read.dedup(); // pieces are ordered by file

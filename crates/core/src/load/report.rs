@@ -324,9 +324,9 @@ mod tests {
         let cached = engine("pread", "page cache", 1.0, [0.6, 0.2, 0.1, 0.1]);
         let copying = engine("pread", "page cache", 1.0, [0.2, 0.6, 0.1, 0.1]);
         let uncached = engine("uring", "disk", 2.0, [0.9, 0.1, 0.0, 0.0]);
-        assert_eq!(limit(&[cached.clone()], &host), ("page cache", "pread"));
+        assert_eq!(limit(std::slice::from_ref(&cached), &host), ("page cache", "pread"));
         assert_eq!(limit(&[cached.clone(), uncached], &host), ("disk", "uring"));
-        assert_eq!(limit(&[copying.clone()], &host), ("memory", "pread"));
+        assert_eq!(limit(std::slice::from_ref(&copying), &host), ("memory", "pread"));
         assert_eq!(limit(&[copying], &card), ("link", "pread"));
         assert_eq!(limit(&[engine("pread", "disk", 1.0, [0.1, 0.1, 0.5, 0.3])], &card), ("verify", "pread"));
         assert_eq!(limit(&[engine("pread", "disk", 1.0, [0.1, 0.1, 0.3, 0.5])], &card), ("pin", "pread"));
