@@ -290,10 +290,8 @@ impl Loader {
 
 /// Takes blocks for one load, so that no byte has two writers.
 fn claim(blocks: &[Block]) -> Result<Vec<Claim>> {
-    for (i, a) in blocks.iter().enumerate() {
-        if blocks[..i].iter().any(|b| a.overlaps(b)) {
-            return Err(Error::Invalid("two of the blocks overlap".into()));
-        }
+    if Block::any_overlap(blocks) {
+        return Err(Error::Invalid("two of the blocks overlap".into()));
     }
     let in_use = || Error::Invalid("a block is being loaded already".into());
     blocks.iter().map(|block| block.claim().ok_or_else(in_use)).collect()
