@@ -139,7 +139,7 @@ mod tests {
     fn pieces_in_any_order_give_the_checksum_of_their_chunk() {
         let lens = [1_000_003, 65_536, 1, 0, 200_000];
         let contents: Vec<Vec<u8>> =
-            (2u64..).zip(lens).map(|(seed, len)| (0..len).map(|i| (i * i * seed >> 5) as u8).collect()).collect();
+            (2u64..).zip(lens).map(|(seed, len)| (0..len).map(|i| ((i * i * seed) >> 5) as u8).collect()).collect();
         for (chunk_len, piece_len) in [(65_536, 65_536), (65_536, 32_768), (65_536, 24_576), (40_960, 4096)] {
             let plan = plan(&lens, chunk_len, piece_len);
             for stride in [1, 7, 101] {
