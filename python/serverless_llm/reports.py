@@ -130,6 +130,7 @@ class LoadReport(Report):
     move_s: float
     pinned_bytes: int
     limit: str
+    limit_engine: str
     engines: list[dict[str, Any]]
     notes: list[str]
 

@@ -131,9 +131,9 @@ pub(crate) struct LoadArgs {
     /// Load N times, and tell the median
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub(crate) repeat: u16,
-    /// Reader threads [default: as the engine needs]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub(crate) threads: Option<u16>,
+    /// Reader threads, 1 to 256 [default: as the engine needs]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
     /// Staging memory at most, such as 32MB or 4GiB [default: 256MiB]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub(crate) pinned: Option<u64>,
@@ -206,14 +206,14 @@ pub(crate) struct Output {
 
 #[derive(Debug, Args)]
 pub(crate) struct Threads {
-    /// Threads that read, check and write [default: 8]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
+    /// Threads that read, check and write, 1 to 256 [default: 8]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
 }
 
 impl Threads {
     pub(crate) fn get(&self) -> Option<usize> {
-        self.threads.map(usize::from)
+        self.threads
     }
 }
 

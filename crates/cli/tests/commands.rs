@@ -133,6 +133,39 @@ fn load_tells_how_it_went() {
 }
 
 #[test]
+fn load_to_a_card_is_set_beside_its_link_whose_peak_is_remembered() {
+    let fixture = model();
+    let (store, cache) = (fixture.store(), fixture.path("cache"));
+    let load = |options: &[&str]| {
+        let mut command = sllm(["load".as_ref(), store.as_os_str(), "--device=cuda:0".as_ref()]);
+        let output = command
+            .args(options)
+            .env("LD_LIBRARY_PATH", cuda::Driver::find().parent().unwrap())
+            .env("XDG_CACHE_HOME", &cache)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let json: serde_json::Value = serde_json::from_str(&load(&["--json", "--repeat", "2"])).unwrap();
+    let file = fs::read_to_string(cache.join("sllm/links.json")).unwrap();
+    let links: serde_json::Value = serde_json::from_str(&file).unwrap();
+    let remembered = links["links"].as_object().unwrap().values().next().unwrap()["gb_per_s"].as_f64().unwrap();
+    for run in json["runs"].as_array().unwrap() {
+        let number = |name: &str| run[name].as_f64().unwrap();
+        assert_eq!(number("link_gb_per_s").to_bits(), remembered.to_bits());
+        assert!((number("of_link") * remembered - number("gb_per_s")).abs() < 1e-9, "{run}");
+        assert_eq!(run["link_measured"].as_str().unwrap().len(), "2026-11-25".len());
+    }
+    let text = load(&[]);
+    assert!(text.contains("\n  limit: ") && text.contains(" % of this link ("), "{text}");
+    assert_eq!(fs::read_to_string(cache.join("sllm/links.json")).unwrap(), file, "it was measured again");
+
+    let to_host = run("load", &[&store], &["--device", "host"]).stdout;
+    assert!(to_host.contains("\n  limit: ") && !to_host.contains("link"), "{to_host}");
+}
+
+#[test]
 fn load_repeats_and_tells_the_median() {
     let fixture = model();
     let store = fixture.store();
