@@ -64,3 +64,15 @@ pub use plan::{BlockSpec, Filter, LoadPlan, Piece, PieceCopy, Placed, Placement,
 pub use pool::{BufferPool, HostBuffer};
 pub use read::EngineChoice;
 pub use verify::{VerifyReport, verify};
+
+/// The sizes that a load is cut by, which the simulation of the pipeline (`benches/simulate`) follows. No part of the
+/// interface: they change with what is measured.
+#[doc(hidden)]
+pub mod tuning {
+    pub use crate::format::manifest::CHUNK_LEN;
+    pub use crate::load::{MAPPED_IN_FLIGHT, PIECE_LEN, PINNED_LEN};
+    pub use crate::read::WINDOW;
+    pub use crate::read::choose::{
+        COLD_LANES, MAX_LANES, PREAD_BUFFERS, PREAD_CPUS, URING_DEPTH, URING_LANES, URING_SPARE,
+    };
+}

@@ -7,6 +7,7 @@ mod report;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
+pub use lane::MAPPED_IN_FLIGHT;
 pub use loaded::{Loaded, TensorView};
 pub use report::{EngineReport, LoadReport};
 
@@ -23,11 +24,11 @@ use lane::{Lane, Outcome, Shared};
 
 /// Bytes of one piece, and of one staging buffer: enough for the link to come near its peak, and so few that the ring
 /// stays in the processor's cache (`docs/benchmarks.md`).
-const PIECE_LEN: u64 = 3 << 20;
+pub const PIECE_LEN: u64 = 3 << 20;
 /// Reader threads at most.
 const MAX_THREADS: usize = 256;
 /// Pinned staging memory at most, unless asked otherwise.
-const PINNED_LEN: u64 = 256 << 20;
+pub const PINNED_LEN: u64 = 256 << 20;
 
 /// Loads checkpoints to devices. Make one by [`Loader::builder`].
 #[derive(Clone)]
