@@ -6,10 +6,13 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
+use sllm_core::tuning;
 
 use crate::host::Host;
 use crate::model::Model;
-use crate::table::{Case, predicted};
+use crate::pipeline::seconds;
+use crate::table::{Case, shares};
+use crate::way::Way;
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -73,6 +76,17 @@ fn cpus_in(list: &str) -> usize {
     list.split(',').filter_map(count).sum::<usize>().max(1)
 }
 
+/// How a loader of ours reads cached and uncached bytes, by its name in `benches/peers/loaders.py`.
+fn ways(name: &str, cpus: usize) -> Option<(Way, Way)> {
+    match name {
+        "ours-store" | "ours-safetensors" => Some((Way::cached(cpus, false), Way::uncached(false))),
+        "ours-verify" => Some((Way::cached(cpus, true), Way::uncached(true))),
+        "ours-pread" => Some((Way::pread(cpus.min(tuning::MAX_LANES), false), Way::pread(tuning::COLD_LANES, false))),
+        "ours-mapped" => Some((Way::mapped(), Way::uncached(false))),
+        _ => None,
+    }
+}
+
 /// Predictions for what a run measured of ours.
 pub(crate) fn markdown(path: &Path) -> Result<String, Failure> {
     let data: Value = serde_json::from_slice(&fs::read(path)?)?;
@@ -83,8 +97,9 @@ pub(crate) fn markdown(path: &Path) -> Result<String, Failure> {
     let mut out = String::from("| load | predicted GB/s | measured GB/s | difference |\n|---|---|---|---|\n");
     let mut done: Vec<(&Place, &str)> = Vec::new();
     for Run { place, name, .. } in &runs {
-        let known = matches!(name.as_str(), "ours-store" | "ours-safetensors" | "ours-verify");
-        if !known || done.contains(&(place, name)) {
+        let host = host_of(&data, &runs, place);
+        let Some((cached, uncached)) = ways(name, host.cpus) else { continue };
+        if done.contains(&(place, name)) {
             continue;
         }
         done.push((place, name));
@@ -94,8 +109,8 @@ pub(crate) fn markdown(path: &Path) -> Result<String, Failure> {
             _ => Case::Half,
         };
         let model = Model::named(&place.0)?;
-        let host = host_of(&data, &runs, place);
-        let rate = model.len() as f64 / predicted(&host, &model, case, name == "ours-verify")? / 1e9;
+        let seconds = seconds(&host, &shares(&model, case, cached, uncached, 1)?);
+        let rate = model.len() as f64 / seconds / 1e9;
         let mine = runs.iter().filter(|run| run.place == *place && run.name == *name).map(|run| run.rate / 1e9);
         let measured = median(mine).ok_or("nothing was measured")?;
         let off = (rate / measured - 1.0) * 100.0;
@@ -128,6 +143,27 @@ mod tests {
         assert_eq!((host.link, host.disk, host.cpus), (1e10, 3e9, 24));
         assert_eq!(host.read_each, Host::measured().read_each);
         assert_eq!(host_of(&data, &runs, &place("0,4-6")).cpus, 4);
+    }
+
+    #[test]
+    fn a_run_is_predicted_row_by_row_and_no_faster_than_its_link() {
+        let mut runs = vec![run("warm", None, "copy peak", 1e9, 0.1), run("warm", None, "safetensors", 1e9, 0.5)];
+        runs.extend(
+            ["ours-store", "ours-verify", "ours-pread", "ours-mapped"].map(|n| run("warm", None, n, 1e9, 0.125)),
+        );
+        runs.push(run("warm", None, "ours-store", 1e9, 0.125));
+        let data = serde_json::json!({"host": {"device": "X", "cpus": 24}, "runs": runs});
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("out.json");
+        fs::write(&path, data.to_string()).unwrap();
+        let table = markdown(&path).unwrap();
+        let rows: Vec<Vec<&str>> = table.lines().skip(2).map(|line| line.split('|').map(str::trim).collect()).collect();
+        assert_eq!(rows.len(), 4, "{table}");
+        for row in rows {
+            let predicted: f64 = row[2].parse().unwrap();
+            assert!((5.0..10.0).contains(&predicted), "{table}");
+            assert_eq!(row[3], "8.00");
+        }
     }
 
     #[test]

@@ -31,8 +31,13 @@ impl Way {
         if cpus >= tuning::PREAD_CPUS || verify {
             Way::pread(cpus.min(tuning::MAX_LANES), verify)
         } else {
-            Way { engine: Engine::Mapped, lanes: 1, buffers: 0, piece_len: piece_len(verify), verify }
+            Way::mapped()
         }
+    }
+
+    /// Pages in place: one thread registers them, and there is no buffer to take checksums of.
+    pub(crate) fn mapped() -> Way {
+        Way { engine: Engine::Mapped, lanes: 1, buffers: 0, piece_len: piece_len(false), verify: false }
     }
 
     /// What the loader chooses for uncached bytes.
