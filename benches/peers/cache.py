@@ -73,7 +73,8 @@ def set_state(files: list[str], state: str) -> float:
 def drop(files: list[str]) -> None:
     """Takes files out of the page cache.
 
-    File by file, since the next process would otherwise wait for its own libraries; all there is where that is not enough.
+    File by file, since the next process would otherwise wait for its own libraries; all there is where that is not
+    enough.
     """
     for path in files:
         fd = os.open(path, os.O_RDONLY)

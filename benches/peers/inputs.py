@@ -46,8 +46,9 @@ def many(gb: float, count: int | None) -> Shapes:
         groups = max(1, count // 4)
         inner = max(1, round(gb * GB / groups / (2 * width) / 3))
     shapes: Shapes = []
+    parts = {"norm": (width,), "gate": (inner, width), "up": (inner, width), "down": (width, inner)}
     for group in range(groups):
-        for name, shape in {"norm": (width,), "gate": (inner, width), "up": (inner, width), "down": (width, inner)}.items():
+        for name, shape in parts.items():
             shapes.append((f"experts.{group}.{name}.weight", shape))
     return shapes
 
@@ -75,7 +76,8 @@ def length(shape: tuple[int, ...]) -> int:
 
 def data_files(directory: str) -> list[str]:
     """The files with weights of a checkpoint or a store."""
-    return sorted(glob.glob(os.path.join(directory, "*.safetensors")) + glob.glob(os.path.join(directory, "tensor.data_*")))
+    patterns = ("*.safetensors", "tensor.data_*")
+    return sorted(file for pattern in patterns for file in glob.glob(os.path.join(directory, pattern)))
 
 
 def prepare(directory: str, model: str, device: str) -> None:

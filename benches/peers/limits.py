@@ -1,4 +1,4 @@
-"""The limits of the host: what a copy to the device, the page cache and the disk give when nothing else is asked of them."""
+"""The limits of the host: what a copy to the device, the page cache and the disk give when nothing else asks them."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def register(directory: str, device: str) -> dict[str, Any]:
     import torch
 
     torch.zeros(1, device=device)
-    runtime: Any = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     path = data_files(directory)[0]
     window, read_only = 128 << 20, 8
     size = os.path.getsize(path) // window * window
@@ -130,11 +130,11 @@ def limits_of(state: str, cuda: bool, threads: list[int]) -> dict[str, dict[str,
         if cuda:
             copies["register file pages"] = {"call": "register"}
         return copies
-    floors = {
-        f"floor, {'direct' if direct else 'buffered'}, {n} thread{'s' * (n > 1)}": {"call": "read", "direct": direct, "threads": n}
-        for direct in (False, True)
-        for n in threads
-    }
+    floors: dict[str, dict[str, Any]] = {}
+    for direct in (False, True):
+        for n in threads:
+            name = f"floor, {'direct' if direct else 'buffered'}, {n} thread{'s' * (n > 1)}"
+            floors[name] = {"call": "read", "direct": direct, "threads": n}
     return floors if state == "cold" else {**copies, **floors}
 
 

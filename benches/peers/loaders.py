@@ -82,8 +82,8 @@ def safetensors_prefetch(path: str, device: str) -> Loaded:
 
     if not hasattr(safe_open, "prefetch"):
         raise Skipped("needs safetensors 0.9; --prefetch-from names a directory that it is unpacked in")
-    handles = [safe_open(file, "pt", device=device) for file in data_files(path)]
-    readers = [handle.prefetch(device=device) for handle in handles]
+    handles: list[Any] = [safe_open(file, "pt", device=device) for file in data_files(path)]
+    readers: list[Any] = [handle.prefetch(device=device) for handle in handles]
     return {name: tensor for reader in readers for name, tensor in reader}, (handles, readers)
 
 
@@ -151,7 +151,7 @@ LOADERS: dict[str, Loader] = {
     ),
     "safetensors": Loader("safetensors", "safetensors", safetensors_copied, "safetensors"),
     "safetensors-touched": Loader(
-        "safetensors, a byte a page", "safetensors", safetensors_touched, "safetensors", devices=("cpu",)
+        "safetensors, mapped, a byte a page", "safetensors", safetensors_touched, "safetensors", devices=("cpu",)
     ),
     "safetensors-pread": Loader("safetensors, pread", "safetensors", safetensors_pread, "safetensors"),
     "safetensors-threads": Loader(

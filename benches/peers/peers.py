@@ -5,9 +5,9 @@
 
 It makes the checkpoints in WORKDIR (random bf16 weights), converts them, and measures in rounds: in each, every limit
 and every loader once, so that a drift of the host meets them all. A loader that is not installed is skipped. Every
-loader's tensors are compared bit by bit with the safetensors library once a model. OUT.json and OUT.md are written after
-every measurement; OUT.svg and OUT.png at the end (where matplotlib is, or by plot.py elsewhere). `--budget SECONDS` ends
-before the next measurement that would begin later, with status 3, and `--resume` goes on from OUT.json on the same host.
+loader's tensors are compared bit by bit with the safetensors library once a model. OUT.json and OUT.md are written
+after every measurement; OUT.svg and OUT.png at the end (where matplotlib is, or by plot.py elsewhere). After `--budget`
+seconds no measurement begins, and the status is 3; `--resume` goes on from OUT.json on the same host.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from loaders import LOADERS
 from results import Results
 
 UNFINISHED = 3
-TIMEOUT_S = 540
+TIMEOUT_S = 180
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -95,7 +95,8 @@ def run_child(task: dict[str, Any], cpus: str | None, env: dict[str, str]) -> di
         return {"failed": f"not done after {TIMEOUT_S} s"}
     lines = run.stdout.strip().splitlines()
     try:
-        return json.loads(lines[-1])
+        found: dict[str, Any] = json.loads(lines[-1])
+        return found
     except (IndexError, json.JSONDecodeError):
         said = (run.stderr.strip().splitlines() or ["it said nothing"])[-1]
         return {"failed": f"ended with {run.returncode}: {said[:200]}"}

@@ -47,7 +47,8 @@ def panel(group: Group, axis: Any) -> None:
         axis.annotate(f" {row.median:.2f}", (max(row.rates), place), va="center", fontsize=7)
     limit = group.limit()
     if limit:
-        axis.axvline(limit[0], color="#c0392b", linestyle="--", linewidth=1.2, label=f"limit {limit[0]:.2f}: {limit[1]}")
+        label = f"limit {limit[0]:.2f}: {limit[1]}"
+        axis.axvline(limit[0], color="#c0392b", linestyle="--", linewidth=1.2, label=label)
         axis.legend(loc="lower right", fontsize=6)
     axis.set_title(group.title, fontsize=9)
     axis.set_xlabel("GB/s", fontsize=7)

@@ -74,7 +74,8 @@ class Results:
 
     @property
     def runs(self) -> list[dict[str, Any]]:
-        return self.data["runs"]
+        runs: list[dict[str, Any]] = self.data["runs"]
+        return runs
 
     def has(self, key: tuple[Any, ...]) -> bool:
         return any(tuple(run[k] for k in KEY) == key for run in self.runs)

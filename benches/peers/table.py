@@ -45,13 +45,14 @@ class Group:
 
     def limit(self) -> tuple[float, str] | None:
         """GB/s that nothing can pass, and what it is."""
-        peaks = [self.limits[name].median for name in ("copy to fresh memory", "copy peak") if name in self.limits]
-        floors = {name: row.median for name, row in self.limits.items() if name.startswith("floor")}
+        taken = {name: row.median for name, row in self.limits.items() if row.rates}
+        peaks = [taken[name] for name in ("copy to fresh memory", "copy peak") if name in taken]
+        floors = {name: rate for name, rate in taken.items() if name.startswith("floor")}
         best = max(floors, key=lambda name: floors[name]) if floors else None
         if self.state == "warm":
             if not peaks:
                 return None
-            which = "a copy to fresh memory" if "copy to fresh memory" in self.limits else "one pinned copy of 1 GiB"
+            which = "a copy to fresh memory" if "copy to fresh memory" in taken else "one pinned copy of 1 GiB"
             return peaks[0], which
         if best is None:
             return None
@@ -89,9 +90,6 @@ def groups(data: dict[str, Any]) -> list[Group]:
     for group in found.values():
         for name, row in group.rows.items():
             row.wrong = verified.get((group.model, name), row.wrong)
-        for rows in (group.rows, group.limits):
-            for name in [name for name, row in rows.items() if not row.rates and name not in LOADERS]:
-                rows.pop(name)
     return list(found.values())
 
 
@@ -102,7 +100,7 @@ def markdown(data: dict[str, Any]) -> str:
         f"{host['device']}; {host['cpus']} CPUs ({host['cpu']}), {host['memory_GiB']} GiB, {host['system']}; "
         f"torch {versions['torch']}, serverless_llm {versions['serverless_llm']}.",
         "",
-        "GB/s, medians and each round; every figure is a fresh process, from open to device-synchronised, loaders in turn.",
+        "GB/s, medians and each round. Each figure is a fresh process, from open to device-synchronised, in turn.",
     ]
     for group in groups(data):
         lines += ["", f"### {group.title}", ""]
@@ -120,10 +118,10 @@ def markdown(data: dict[str, Any]) -> str:
             if row.tensors != group.tensors:
                 bits += f"; {row.tensors} tensors"
             lines.append(f"| {name} | **{row.median:.2f}** | {each} | {part} | {bits} |")
-        for row in group.limits.values():
+        for row in filter(lambda row: row.rates, group.limits.values()):
             each = " ".join(f"{rate:.2f}" for rate in row.rates)
             lines.append(f"| *limit: {row.title}* | {row.median:.2f} | {each} | | |")
-        missing = [f"{row.title}: {row.why_not}" for row in order if not row.rates]
+        missing = [f"{row.title}: {row.why_not}" for row in [*order, *group.limits.values()] if not row.rates]
         if missing:
             lines += ["", "Not measured: " + "; ".join(missing) + "."]
     return "\n".join(lines) + "\n"
