@@ -34,6 +34,7 @@ def load(task: dict[str, Any]) -> dict[str, Any]:
         torch.zeros(1, device=device)
         torch.cuda.synchronize()
     share = cache.set_state(data_files(path), task["state"])
+    free = torch.cuda.mem_get_info(device)[0] if cuda else 0
     start = time.perf_counter()
     try:
         tensors, keep = loader.load(path, device)
@@ -46,6 +47,8 @@ def load(task: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {
         "seconds": seconds, "bytes": size, "tensors": len(tensors), "version": found, "cached": round(share, 4)
     }
+    if cuda:  # what is held beside the weights, by whoever
+        result["device_extra"] = free - torch.cuda.mem_get_info(device)[0] - size
     if loader.module == "serverless_llm":
         result["report"] = {**keep.to_dict(), "path": loader.kind}
     if task["verify"]:

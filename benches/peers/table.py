@@ -18,6 +18,8 @@ class Row:
     rates: list[float] = field(default_factory=list)
     wrong: int | None = None
     tensors: int = 0
+    device_extra: int | None = None
+    pinned: int | None = None
     version: str | None = None
     why_not: str | None = None
 
@@ -81,6 +83,8 @@ def groups(data: dict[str, Any]) -> list[Group]:
         row.version = run.get("version")
         if not limit:
             row.tensors = run["tensors"]
+            row.device_extra = run.get("device_extra")
+            row.pinned = run.get("report", {}).get("pinned_bytes")
             group.size, group.tensors = max(group.size, run["bytes"]), max(group.tensors, run["tensors"])
     verified = {}
     for group in found.values():
@@ -106,7 +110,8 @@ def markdown(data: dict[str, Any]) -> str:
         lines += ["", f"### {group.title}", ""]
         limit = group.limit()
         lines += [f"Limit: {limit[1]}, {limit[0]:.2f} GB/s." if limit else "No limit was taken.", ""]
-        lines += ["| loader | GB/s | each round | of the limit | bits |", "|---|---|---|---|---|"]
+        lines += ["| loader | GB/s | each round | of the limit | bits | beside the weights |"]
+        lines += ["|---|---|---|---|---|---|"]
         order = sorted(group.rows.values(), key=lambda row: -row.median if row.rates else 0)
         for row in order:
             if not row.rates:
@@ -117,10 +122,12 @@ def markdown(data: dict[str, Any]) -> str:
             name = row.title if row.title.startswith("ours") else f"{row.title} {row.version or ''}".strip()
             if row.tensors != group.tensors:
                 bits += f"; {row.tensors} tensors"
-            lines.append(f"| {name} | **{row.median:.2f}** | {each} | {part} | {bits} |")
+            beside = [] if row.device_extra is None else [f"{row.device_extra / 1e6:.0f} MB of device memory"]
+            beside += [] if row.pinned is None else [f"{row.pinned / 1e6:.0f} MB pinned while it loads"]
+            lines.append(f"| {name} | **{row.median:.2f}** | {each} | {part} | {bits} | {'; '.join(beside)} |")
         for row in filter(lambda row: row.rates, group.limits.values()):
             each = " ".join(f"{rate:.2f}" for rate in row.rates)
-            lines.append(f"| *limit: {row.title}* | {row.median:.2f} | {each} | | |")
+            lines.append(f"| *limit: {row.title}* | {row.median:.2f} | {each} | | | |")
         missing = [f"{row.title}: {row.why_not}" for row in [*order, *group.limits.values()] if not row.rates]
         if missing:
             lines += ["", "Not measured: " + "; ".join(missing) + "."]

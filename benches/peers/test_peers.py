@@ -80,14 +80,16 @@ def test_limits_stand_beside_the_loads_that_they_bound() -> None:
 def test_a_table_has_medians_and_says_what_is_wrong_or_missing() -> None:
     ours = [run("ours-store", rate, number=number) for number, rate in enumerate((30.0, 10.0, 20.0))]
     ours[0]["wrong"] = 0
+    ours[2] |= {"device_extra": 2_000_000, "report": {"pinned_bytes": 75_000_000}}
     rival = run("safetensors", 5.0, wrong=3, version="9")
     absent = {**run("runai", 1.0), "skipped": "no module"}
     failed = {**run("register file pages", 1.0), "failed": "refused"}
     for row in (absent, failed):
         del row["seconds"]
     lines = table.markdown(data(run("copy peak", 40.0), *ours, rival, absent, failed)).splitlines()
-    assert "| ours, store | **20.00** | 30.00 10.00 20.00 | 0.50 | equal |" in lines
-    assert "| safetensors 9 | **5.00** | 5.00 | 0.12 | 3 tensors wrong |" in lines
+    beside = "2 MB of device memory; 75 MB pinned while it loads"
+    assert f"| ours, store | **20.00** | 30.00 10.00 20.00 | 0.50 | equal | {beside} |" in lines
+    assert "| safetensors 9 | **5.00** | 5.00 | 0.12 | 3 tensors wrong |  |" in lines
     assert "Not measured: runai-model-streamer: no module; register file pages: refused." in lines
 
 
@@ -98,9 +100,10 @@ def test_results_go_on_only_on_their_own_host(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="already"):
         Results(out, "cpu", resume=False)
     again = Results(out, "cpu", resume=True)
-    assert again.has(("many:1", "warm", None, "ours-store", 0)) and not again.has(("many:1", "warm", None, "ours-store", 1))
+    there = ("many:1", "warm", None, "ours-store")
+    assert again.has((*there, 0)) and not again.has((*there, 1))
     assert again.verified("many:1", "ours-store") and not again.verified("many:1", "safetensors")
-    assert not again.gave_up("many:1", "warm", None, "ours-store")
+    assert not again.gave_up(*there)
     changed = json.loads(Path(out + ".json").read_text())
     changed["host"]["boot"] = "another"
     Path(out + ".json").write_text(json.dumps(changed))
