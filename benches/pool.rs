@@ -1,4 +1,5 @@
-//! How soon a large pool of pinned buffers is there: `pool [GIB] [THREADS] [DEVICE]`, by default 32, 8 and `cuda:0`.
+//! How soon a large pool of pinned buffers is there: `pool [GIB] [THREADS] [DEVICE] [STEP_MIB]`, by default 32, 8,
+//! `cuda:0` and 64. A step is touched and pinned at a time: threads share the steps, and the first buffer waits for one.
 //!
 //! Prints the seconds to the first buffer, to all of them, and to the release. On the host device nothing is pinned.
 
@@ -9,8 +10,6 @@ use sllm_core::{BufferPool, Device, Error, Result};
 
 /// Bytes of one buffer: a chunk of a store.
 const BUFFER_LEN: usize = 4 << 20;
-/// Bytes that are touched and pinned at a time, so that threads share the work and the first buffer comes soon.
-const STEP_LEN: usize = 256 << 20;
 
 fn number(arg: Option<&String>, default: usize) -> Result<usize> {
     arg.map_or(Ok(default), |arg| arg.parse().map_err(|_| Error::Invalid(format!("{arg:?} is not a number"))))
@@ -19,11 +18,12 @@ fn number(arg: Option<&String>, default: usize) -> Result<usize> {
 fn run(args: &[String]) -> Result<()> {
     let (gib, threads) = (number(args.first(), 32)?, number(args.get(1), 8)?);
     let device = Device::parse(args.get(2).map_or("cuda:0", String::as_str))?;
+    let step_len = number(args.get(3), 64)?.saturating_mul(1 << 20);
     let too_large = || Error::Invalid(format!("{gib} GiB do not fit the address space"));
     let buffers = gib.checked_mul((1 << 30) / BUFFER_LEN).ok_or_else(too_large)?;
 
     let started = Instant::now();
-    let pool = BufferPool::new(BUFFER_LEN, buffers, STEP_LEN, Some(&device))?;
+    let pool = BufferPool::new(BUFFER_LEN, buffers, step_len, Some(&device))?;
     let (first_s, all_s) = std::thread::scope(|scope| {
         let first = scope.spawn(|| {
             let buffer = pool.try_acquire();
