@@ -66,3 +66,20 @@ pub use pool::{BufferPool, HostBuffer};
 pub use prefetch::{PrefetchEnd, PrefetchOptions, PrefetchReport, prefetch};
 pub use read::EngineChoice;
 pub use verify::{VerifyReport, verify};
+
+/// The sizes that a load is cut by, which the simulation of the pipeline (`benches/simulate`) follows. No part of the
+/// interface: they change with what is measured.
+#[doc(hidden)]
+pub mod tuning {
+    pub use crate::format::manifest::CHUNK_LEN;
+    pub use crate::load::{MAPPED_IN_FLIGHT, PIECE_LEN, PINNED_LEN};
+    pub use crate::read::WINDOW;
+    pub use crate::read::choose::{
+        COLD_LANES, MAX_LANES, PREAD_BUFFERS, PREAD_CPUS, URING_DEPTH, URING_LANES, URING_SPARE,
+    };
+
+    /// Bytes of a piece of our own stores where checksums are taken.
+    pub fn verified_piece_len() -> u64 {
+        crate::load::Chunks::piece_len(CHUNK_LEN, PIECE_LEN)
+    }
+}

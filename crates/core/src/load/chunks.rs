@@ -13,7 +13,7 @@ use crate::plan::Piece;
 
 /// The chunks of a plan.
 #[derive(Debug)]
-pub(super) struct Chunks {
+pub(crate) struct Chunks {
     chunk_len: u64,
     piece_len: u64,
     /// By file and number.
@@ -56,7 +56,7 @@ impl Chunks {
     }
 
     /// Bytes of a piece: equal parts of a chunk, none longer than `most`, which is whole pages.
-    pub(super) fn piece_len(chunk_len: u64, most: u64) -> u64 {
+    pub(crate) fn piece_len(chunk_len: u64, most: u64) -> u64 {
         chunk_len.div_ceil(chunk_len.div_ceil(most)).next_multiple_of(PAGE)
     }
 

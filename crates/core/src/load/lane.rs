@@ -16,7 +16,7 @@ use crate::pool::{BufferPool, HostBuffer};
 use crate::read::{Filled, Room, Sink};
 
 /// Copies of mapped pages that a lane leaves in flight; they hold no buffer.
-const MAPPED_IN_FLIGHT: usize = 64;
+pub const MAPPED_IN_FLIGHT: usize = 64;
 
 /// What all lanes of a load share.
 pub(super) struct Shared<'a> {

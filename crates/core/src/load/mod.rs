@@ -10,6 +10,8 @@ mod staging;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+pub(crate) use chunks::Chunks;
+pub use lane::MAPPED_IN_FLIGHT;
 pub use loaded::{Loaded, TensorView};
 pub use report::{EngineReport, LoadReport};
 pub use session::Session;
@@ -22,15 +24,14 @@ use crate::format::PAGE;
 use crate::plan::{Filter, LoadPlan, Placement, PlanOptions, Segment};
 use crate::read::choose::{Wishes, choose};
 use crate::read::{EngineChoice, Queue};
-use chunks::Chunks;
 use lane::{Lane, Outcome, Shared};
 use staging::Staging;
 
 /// Bytes of one piece, and of one staging buffer: enough for the link to come near its peak, and so few that the ring
 /// stays in the processor's cache (`docs/benchmarks.md`).
-const PIECE_LEN: u64 = 3 << 20;
+pub const PIECE_LEN: u64 = 3 << 20;
 /// Pinned staging memory at most, unless asked otherwise.
-const PINNED_LEN: u64 = 256 << 20;
+pub const PINNED_LEN: u64 = 256 << 20;
 
 /// Loads checkpoints to devices. Make one by [`Loader::builder`].
 #[derive(Clone)]

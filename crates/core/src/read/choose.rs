@@ -8,17 +8,21 @@ use crate::error::Result;
 use crate::plan::{LoadPlan, Piece};
 
 /// Reads in flight of an io_uring lane.
-const URING_DEPTH: usize = 8;
+pub const URING_DEPTH: usize = 8;
+/// Buffers of an io_uring lane beyond its reads in flight: those that are being copied.
+pub const URING_SPARE: usize = 4;
+/// io_uring lanes for uncached bytes.
+pub const URING_LANES: usize = 2;
 /// Processors from which threads that copy out of the page cache beat copying its pages in place.
-const PREAD_CPUS: usize = 8;
+pub const PREAD_CPUS: usize = 8;
 /// Threads beyond which reading does not get faster (measured, `docs/benchmarks.md`).
-const MAX_LANES: usize = 12;
+pub const MAX_LANES: usize = 12;
 /// Pieces that are looked at where it is forced how all are read.
 const SAMPLES: usize = 64;
 /// Threads that keep a disk busy where each has one read in flight.
-const COLD_LANES: usize = 8;
+pub const COLD_LANES: usize = 8;
 /// Buffers of a pread lane: one is filled while the other is copied. More leave the processor's cache.
-const PREAD_BUFFERS: usize = 2;
+pub const PREAD_BUFFERS: usize = 2;
 
 /// Where bytes are, in reports.
 const PAGE_CACHE: &str = "page cache";
@@ -176,9 +180,10 @@ fn share<'a>(
     Ok(match engine {
         EngineChoice::Uring => {
             Uring::probe()?;
-            let lanes = lanes(if warm { cpus.min(MAX_LANES) } else { 2 });
+            let lanes = lanes(if warm { cpus.min(MAX_LANES) } else { URING_LANES });
             let engine = Box::new(Uring { direct, depth: URING_DEPTH, faults: None, unregistered: None });
-            Share { engine, name: "uring", direct, source, reason, pieces, lanes, buffers_per_lane: URING_DEPTH + 4 }
+            let buffers_per_lane = URING_DEPTH + URING_SPARE;
+            Share { engine, name: "uring", direct, source, reason, pieces, lanes, buffers_per_lane }
         }
         EngineChoice::Mapped if !wishes.verify => {
             let lanes = lanes(1); // the driver registers one window at a time
