@@ -147,7 +147,7 @@ fn odd_lengths_are_read_to_the_last_byte() {
 }
 
 #[test]
-fn buffers_and_files_are_registered_and_a_refusal_is_said_once() {
+fn what_the_ring_is_not_told_of_is_said_once_and_nothing_else_is() {
     let made = files(&[3_000_001, 70_001]);
     for (name, engine) in engines(None) {
         let notes = run(engine.as_ref(), &made).unwrap_or_else(|e| panic!("{name}: {e}"));

@@ -297,6 +297,31 @@ mod tests {
     }
 
     #[test]
+    fn a_read_names_the_buffer_and_the_file_that_the_ring_knows() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, [7; 8192]).unwrap();
+        let files = [DataFile::open(&path, "f", true).unwrap()];
+        let wants = [crate::plan::Segment::contiguous(0, 0, 8192, 0, 0)];
+        let plan = crate::plan::LoadPlan::build(&[8192], &[8192], &wants, &Default::default()).unwrap();
+        let pool = BufferPool::new(8192, 1, 8192, None).unwrap();
+        let registered = Registered { buffers: Vec::new(), room: 0, files: Vec::new(), refused: None };
+        let ring = open_ring(1).unwrap();
+        let mut flights = InFlight { ring, registered, slots: vec![None], free: vec![0] };
+        for _ in 0..2 {
+            let room = Room { buffer: pool.try_acquire().unwrap(), offset: 0, len: 8192 };
+            let transfer = Transfer::new(0, 8192, false, room.buffer.as_slice().as_ptr().addr(), 8192);
+            flights.start(&files, Flight { piece: &plan.pieces()[0], room, transfer }).unwrap();
+            flights.wait().unwrap();
+            let (slot, answer) = flights.reap().unwrap();
+            assert_eq!(answer, Ok(8192));
+            assert_eq!(flights.take(slot).unwrap().room.buffer.as_slice(), [7; 8192]);
+            let Registered { buffers, files, refused, .. } = &flights.registered;
+            assert_eq!((buffers.len(), files.as_slice(), *refused), (1, &[true, false][..], None));
+        }
+    }
+
+    #[test]
     fn what_is_refused_is_not_asked_for_again() {
         let ring = open_ring(1).unwrap();
         let mut registered = Registered { buffers: Vec::new(), room: 0, files: Vec::new(), refused: None };
