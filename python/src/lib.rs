@@ -20,7 +20,7 @@ mod _native {
     #[pymodule_export]
     use crate::checkpoint::{Checkpoint, TensorInfo, open};
     #[pymodule_export]
-    use crate::load::{Placement, fill, select};
+    use crate::load::{Placement, fill, link_peak, select};
     #[pymodule_export]
     #[pymodule_export]
     use crate::session::{Session, open_files};
