@@ -204,12 +204,13 @@ fn load_takes_a_part_and_any_layout() {
 fn quiet_is_quiet() {
     let fixture = model();
     let (store, back) = (fixture.path("store"), fixture.path("back"));
-    let commands: [(&str, Vec<&Path>); 5] = [
+    let commands: [(&str, Vec<&Path>); 6] = [
         ("convert", vec![&fixture.model, &store]),
         ("export", vec![&store, &back]),
         ("inspect", vec![&store]),
         ("verify", vec![&store]),
         ("load", vec![&store]),
+        ("prefetch", vec![&store]),
     ];
     for (word, paths) in commands {
         let ran = run(word, &paths, &["--quiet"]);
@@ -251,4 +252,27 @@ fn a_reader_that_has_seen_enough_is_no_error() {
         .spawn()
         .unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn prefetch_reads_all_of_it() {
+    let fixture = model();
+    let ran = run("prefetch", &[&fixture.model], &["--json", "--eager"]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let report = ran.json();
+    let len = fs::metadata(fixture.model.join("model.safetensors")).unwrap().len();
+    assert_eq!((&report["end"], &report["bytes"]), (&json!("complete"), &json!(len)));
+    assert_eq!(report["cached_bytes"].as_u64().unwrap() + report["read_bytes"].as_u64().unwrap(), len);
+    let limited = run("prefetch", &[&fixture.model], &["--json", "--limit", "1KB"]);
+    assert_eq!(limited.json()["end"], json!("limit"));
+}
+
+#[test]
+fn prefetch_in_the_background_returns_the_process_that_reads() {
+    let fixture = model();
+    let ran = run("prefetch", &[&fixture.model], &["--background"]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert!(ran.stdout.contains("read into the page cache by process "), "{}", ran.stdout);
+    let missing = run("prefetch", &[&fixture.path("nothing")], &["--background"]);
+    assert_eq!(missing.code, 3, "what is not there is told before the process is made");
 }
