@@ -10,6 +10,7 @@ with them and what is missing at the end stays vLLM's business. Two roads lead i
 from __future__ import annotations
 
 import copy
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -142,6 +143,9 @@ class ServerlessLLMLoader(DefaultModelLoader):
             " and ".join(engines) or "no engine",
             road.summary(),
         )
+        if isinstance(road, Deferred):
+            through = json.dumps(road.read_through)
+            logger.debug("moved %d bytes straight, read through the mapped files: %s", road.moved, through)
         for report in reports:
             logger.debug("%s", report)
 
