@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 
-# Before vLLM is imported: one process, no compiler, little memory.
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    TORCH_COMPILE_DISABLE="1",
-    VLLM_CPU_OMP_THREADS_BIND="all",
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_NO_USAGE_STATS="1",
-)
+# Before vLLM is imported: one process, no compiler. two_ranks.py comes with other threads.
+for _name, _value in {
+    "HF_HUB_OFFLINE": "1",
+    "TORCH_COMPILE_DISABLE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "all",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
 
 import dataclasses
 import gc

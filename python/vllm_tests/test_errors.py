@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -56,11 +55,9 @@ def test_a_shard_that_is_cut(model: Callable[..., Path], load: Any, tmp_path: Pa
 def test_a_shard_that_is_missing(model: Callable[..., Path], load: Any, tmp_path: Path) -> None:
     shutil.copytree(model("llama"), tmp_path / "missing")
     shard = sorted((tmp_path / "missing").glob("*.safetensors"))[1]
-    index = json.loads((tmp_path / "missing" / "model.safetensors.index.json").read_text())["weight_map"]
     shard.unlink()
-    with pytest.raises(ValueError, match="not initialized") as error:
+    with pytest.raises(FileNotFoundError, match=shard.name):
         load(tmp_path / "missing")
-    assert any(name in str(error.value) for name, file in index.items() if file == shard.name)
 
 
 def test_a_store_whose_data_are_cut(

@@ -86,7 +86,13 @@ def test_integers_of_compressed_tensors(model: Callable[..., Path], load: Any, t
 
 def test_fp8(model: Callable[..., Path], load: Any, tmp_path: Path) -> None:
     source = models.fp8(model("draft"), tmp_path / "fp8")
-    theirs, ours = load(source, "safetensors"), load(source)
+    try:
+        theirs = load(source, "safetensors")
+    except ValueError as e:
+        if "Failed to find a kernel" not in str(e):
+            raise
+        pytest.skip(f"vLLM itself cannot run it here: {e}")
+    ours = load(source)
     assert ours.tokens == theirs.tokens == load(source, **STAGING).tokens
     assert (ours.moved, ours.read_through) == ([size_of(source)], [{}])
 

@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from .. import _native, _torch
 from .._native import Checkpoint
 from ..deferred import Deferred
-from ..errors import NotFoundError
+from ..errors import FormatError, NotFoundError
 from ..reports import LoadReport
 from ..staging import Staged
 from . import _door
@@ -87,6 +87,13 @@ class ServerlessLLMLoader(DefaultModelLoader):
                 logger.info("serverless_llm stages tensors on the device: %s", reason)
                 self._road = self._staged()
                 self._load(model, model_config, start)
+
+    def track_weights_loading(self, model: nn.Module, loaded_weights: set[str] | None) -> None:
+        empty = _door.left_empty(model, loaded_weights) if loaded_weights is not None else set()
+        super().track_weights_loading(model, loaded_weights)
+        if empty:
+            names = ", ".join(sorted(empty))
+            raise FormatError(f"the checkpoint has nothing for these parameters: {names}: is it complete?")
 
     def _load(self, model: nn.Module, model_config: Any, start: float) -> None:
         road = self._road
