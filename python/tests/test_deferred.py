@@ -1,0 +1,446 @@
+"""Deferred tensors do to parameters what ordinary tensors do, and move what is copied out of them by the session."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SHAPES, content, raw
+
+import serverless_llm as sllm
+from serverless_llm import _native
+
+torch = pytest.importorskip("torch")
+deferred = pytest.importorskip("serverless_llm.deferred")
+
+OPTIONS = {"engine": "auto", "direct": None, "verify": False, "threads": None, "pinned_bytes": None}
+ENGINES = ["auto", "pread", "mapped", "uring"]
+IN_TORCH = [name for name, (dtype, _) in SHAPES.items() if dtype not in ("F6_E2M3", "F6_E3M2")]
+CPU = torch.device("cpu")
+
+
+def session(**options: Any) -> Any:
+    """Deferred tensors with parameters on the host."""
+    return deferred.Deferred(CPU, {**OPTIONS, **options})
+
+
+def sessions_threads() -> int:
+    """Threads of sessions in this process."""
+    names = (path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm"))
+    return sum(name == "sllm-session" for name in names)
+
+
+def uring_works(path: Path) -> bool:
+    try:
+        sllm.load(path, device="cpu", framework="torch", engine="uring")
+    except sllm.InvalidError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files of small numbers, which every order of additions gives the same sum of."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("numbers")
+    generator = torch.Generator().manual_seed(7)
+    shapes = {"matrix": (40, 96), "experts": (3, 20, 64), "row": (500,), "scalar": (), "empty": (0, 9), "one": (1, 1)}
+    for number, dtypes in enumerate([(torch.float32, torch.bfloat16), (torch.uint8, torch.int64, torch.float64)]):
+        tensors = {
+            f"{name}.{str(dtype)[6:]}": torch.randint(0, 5, shape, generator=generator).to(dtype)
+            for name, shape in shapes.items()
+            for dtype in dtypes
+        }
+        save_file(tensors, folder / f"model-{number}.safetensors")
+    names = {name: info.file for name, info in opened(folder).items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def numbers_store(numbers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("numbers_store") / "store"
+    sllm.convert(numbers, path)
+    return path
+
+
+def opened(path: Path) -> Any:
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    return _native.open_files(path, files) if files else _native.open(path)
+
+
+# --- the same program, run on ordinary tensors and on deferred ones ---
+
+
+class Program:
+    """A random sequence of operations; the same seed and the same shapes give the same one."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.parameters: list[Any] = []
+        self.seen: list[Any] = []
+
+    def run(self, tensors: Iterator[tuple[str, Any]], steps: int) -> None:
+        sources: list[Any] = []
+        for _, tensor in sorted(tensors, key=lambda pair: pair[0]):
+            sources.append(tensor)
+        kinds = sorted({str(tensor.dtype): tensor.dtype for tensor in sources}.items())
+        self.parameters = [torch.zeros(20_000, dtype=dtype) for _, dtype in kinds]
+        for _ in range(steps):
+            source = self.random.choice(sources)
+            for _ in range(self.random.randrange(4)):
+                source = self.view(source)
+            choice = self.random.random()
+            if choice < 0.6:
+                self.copy(source)
+            elif choice < 0.7:
+                self.change(source)
+            elif choice < 0.85:
+                self.change(self.place(self.random.choice(self.parameters), [self.random.randrange(1, 300)]))
+            elif choice < 0.92:
+                self.seen.append(torch.cat([source.flatten()[:50]]))
+            else:
+                parameter = self.random.choice(self.parameters)
+                at = self.random.randrange(len(parameter))
+                self.seen.append(torch.tensor(parameter[at].item()))
+
+    def view(self, tensor: Any) -> Any:
+        """Another view of the same bytes."""
+        pick = self.random.randrange(13)
+        dims = tensor.dim()
+        dim = self.random.randrange(dims) if dims else 0
+        size = tensor.shape[dim] if dims else 1
+        if pick == 0 and dims > 1:
+            return tensor.transpose(0, dims - 1)
+        if pick == 1:
+            return tensor.unsqueeze(0).expand(self.random.randrange(1, 4), *tensor.shape)
+        if pick == 2:
+            return tensor.squeeze()
+        if pick == 3 and tensor.is_contiguous() and dims:
+            return tensor.view(-1)
+        if pick == 4 and dims and tensor.stride(-1) == 1:
+            return tensor.view(torch.uint8)
+        if pick == 5:
+            return tensor.detach()
+        if not dims or not size:
+            return tensor
+        if pick == 6:
+            return tensor.select(dim, self.random.randrange(size))
+        if pick == 7:
+            return self.random.choice(tensor.chunk(self.random.randrange(1, 4), dim))
+        if pick == 8:
+            return self.random.choice(tensor.split(self.random.randrange(1, size + 1), dim))
+        if pick == 9:
+            return tensor[:: self.random.randrange(1, 4)]
+        if pick == 10:
+            return self.random.choice(tensor.unbind(dim))
+        if pick == 11:
+            return tensor.movedim(dim, 0)
+        start = self.random.randrange(size)
+        return tensor.narrow(dim, start, self.random.randrange(1, size - start + 1))
+
+    def place(self, parameter: Any, shape: list[int]) -> Any:
+        """A view of this shape somewhere in a parameter: its dimensions in any order, with gaps between rows."""
+        order = list(range(len(shape)))
+        if self.random.random() < 0.3:
+            self.random.shuffle(order)
+        for gap in (self.random.choice([0, 0, 0, 1, 17]), 0):
+            strides = [0] * len(shape)
+            step = 1
+            for number, dim in enumerate(reversed(order)):
+                strides[dim] = step
+                step *= max(shape[dim], 1)
+                step += gap if number == 0 else 0
+            if step <= len(parameter):
+                break
+        start = self.random.choice([0, self.random.randrange(len(parameter) - step + 1)])
+        return parameter.as_strided(shape, strides, start)
+
+    def copy(self, source: Any) -> None:
+        same = [parameter for parameter in self.parameters if parameter.dtype is source.dtype]
+        parameter = self.random.choice(same if same and self.random.random() < 0.85 else self.parameters)
+        shape = list(source.shape)
+        if len(shape) < 3 and self.random.random() < 0.15:
+            shape.insert(0, 2)  # the copy repeats it
+        if torch.Size(shape).numel() <= len(parameter):
+            self.place(parameter, shape).copy_(source)
+
+    def change(self, tensor: Any) -> None:
+        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride())):
+            return
+        pick = self.random.randrange(4)
+        if pick == 0:
+            tensor.zero_()
+        elif pick == 1:
+            tensor.add_(1)
+        elif pick == 2:
+            tensor.copy_(tensor.flip(0) if tensor.dim() else tensor + 1)
+        else:
+            same = [p for p in self.parameters if p.dtype is tensor.dtype and len(p) >= tensor.numel()]
+            if same:
+                tensor.copy_(self.place(self.random.choice(same), list(tensor.shape)).clone())
+
+
+@pytest.mark.parametrize("layout", ["numbers", "numbers_store"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_random_programs_do_the_same(layout: str, engine: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(layout)
+    if engine == "uring" and not uring_works(path):
+        pytest.skip("io_uring is refused here")
+    checkpoint = opened(path)
+    verify = layout == "numbers_store" and engine != "mapped"  # which has no buffers to take checksums of
+    moved = read_through = 0
+    for number in range(40):
+        seed = number + 1000 * ENGINES.index(engine)
+        theirs, ours = Program(seed), Program(seed)
+        ordinary = sllm.load(path, device="cpu", framework="torch")
+        theirs.run(iter([(name, tensor.clone()) for name, tensor in ordinary.items()]), 60)
+        with session(engine=engine, verify=verify and number % 2 == 0) as mode:
+            ours.run(mode.tensors(checkpoint), 60)
+            mode.finish()
+            moved += mode.moved
+            read_through += sum(mode.read_through.values())
+        for a, b in zip(theirs.parameters + theirs.seen, ours.parameters + ours.seen, strict=True):
+            assert a.dtype is b.dtype and raw(a) == raw(b), f"seed {seed}"
+    # Both ways were gone.
+    assert moved > 40 * 1000 and read_through > 40 * 1000
+
+
+# --- one thing at a time ---
+
+
+@pytest.mark.parametrize("layout", ["safetensors_file", "store"])
+def test_every_dtype_is_moved_to_the_bit(layout: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    checkpoint = _native.open(request.getfixturevalue(layout))
+    with pytest.raises(sllm.InvalidError, match=r"all\.F6_E\dM\d.*no type for F6"), session() as mode:
+        list(mode.tensors(checkpoint))
+    tensors = sllm.load(checkpoint, device="cpu", framework="torch", tensors=IN_TORCH)
+    sllm.save_dict(tensors, tmp_path / "in_torch")
+    with session() as mode:
+        parameters = {}
+        for name, tensor in mode.tensors(_native.open(tmp_path / "in_torch")):
+            parameters[name] = torch.zeros_like(tensor)
+            mode.read_through.clear()  # zeros_like is counted as a use
+            parameters[name].copy_(tensor)
+            assert not mode.read_through, name
+        mode.finish()
+    assert set(parameters) == set(IN_TORCH)
+    assert all(raw(parameters[name]) == content(name) for name in IN_TORCH)
+    assert mode.moved == sum(len(content(name)) for name in IN_TORCH)
+
+
+def test_the_report_counts_what_moved(numbers_store: Path) -> None:
+    with session() as mode:
+        tensors = dict(mode.tensors(_native.open(numbers_store)))
+        parameter = torch.zeros(40, 48)
+        parameter.copy_(tensors["matrix.float32"][:, 48:])
+        [report] = mode.finish()
+    assert (mode.moved, report.bytes, mode.read_through) == (40 * 48 * 4, 40 * 48 * 4, {})
+    assert mode.summary() == "0.00 GB straight into the parameters"
+
+
+def test_an_operation_waits_for_the_bytes_that_it_meets(numbers: Path) -> None:
+    expected = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"].clone()
+    uses: list[Callable[[Any], Any]] = [
+        lambda p: p.sum(),
+        lambda p: p[3, 5].item(),
+        lambda p: p.add_(1),
+        lambda p: p.view(torch.int32).clone(),
+        lambda p: torch.cat([p, p]),
+        lambda p: torch.add(p, 1, out=torch.zeros(40, 96)),
+        lambda p: torch._foreach_add([p], 1)[0],
+        lambda p: torch.zeros(40, 96).copy_(p),
+        lambda p: p.to(torch.float64),
+        lambda p: p.t().contiguous(),
+    ]
+    for number, use in enumerate(uses):
+        with session() as mode:
+            source = dict(mode.tensors(opened(numbers)))["matrix.float32"]
+            parameter = torch.full((40, 96), -1.0)
+            parameter.copy_(source)
+            assert mode.moved == parameter.nbytes
+            ours = use(parameter)
+            ours = ours.clone() if isinstance(ours, torch.Tensor) else torch.tensor(ours)
+            mode.finish()
+        theirs = expected.clone()
+        result = use(theirs)
+        assert raw(ours) == raw(result if isinstance(result, torch.Tensor) else torch.tensor(result)), number
+        assert raw(parameter) == raw(theirs), number
+
+
+def test_the_later_copy_to_a_place_wins_also_of_another_checkpoint(numbers: Path, tmp_path: Path) -> None:
+    other = torch.full((40, 96), 9.0)
+    sllm.save_dict({"matrix.float32": other}, tmp_path / "store")
+    matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"]
+    with session() as mode:
+        first = dict(mode.tensors(opened(numbers)))["matrix.float32"]
+        second = dict(mode.tensors(_native.open(tmp_path / "store")))["matrix.float32"]
+        rows, shifted, turns = torch.zeros(40, 96), torch.zeros(41 * 96), torch.zeros(40, 96)
+        rows.copy_(first)
+        rows[10:20].copy_(first[20:30])
+        rows[15:17].copy_(second[:2])
+        shifted[: 40 * 96].copy_(first.view(-1))
+        shifted[96:].copy_(first.view(-1))
+        for _ in range(20):
+            turns.copy_(second)
+            turns.copy_(first)
+        mode.finish()
+        assert not mode.read_through
+    expected = matrix.clone()
+    expected[10:20] = matrix[20:30]
+    expected[15:17] = 9.0
+    assert raw(rows) == raw(expected)
+    assert raw(shifted) == raw(torch.cat([matrix[0], matrix.flatten()]))
+    assert raw(turns) == raw(matrix)
+
+
+def test_a_changed_source_is_not_read_from_the_file(numbers: Path) -> None:
+    with session() as mode:
+        tensors = dict(mode.tensors(opened(numbers)))
+        source, other = tensors["matrix.float32"], tensors["experts.float32"].view(-1)[:3840].view(40, 96)
+        before, after, beside, written = (torch.full((40, 96), -1.0) for _ in range(4))
+        plain = source.clone()
+        before.copy_(source)
+        other.copy_(source)  # a copy from source to source changes a source
+        written.copy_(other)
+        source[3].add_(1)
+        after.copy_(source)
+        beside[4:].copy_(source[4:])
+        mode.finish()
+    changed = plain.clone()
+    changed[3] += 1
+    assert raw(before) == raw(written) == raw(plain)
+    assert raw(after) == raw(changed)
+    assert raw(beside[4:]) == raw(plain[4:])
+    # Another session sees the file as it is.
+    assert raw(sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"]) == raw(plain)
+
+
+def test_views_that_negate_or_conjugate_are_not_copied_as_they_lie(tmp_path: Path) -> None:
+    numbers = torch.complex(torch.arange(100.0), torch.arange(100.0) + 0.5)
+    sllm.save_dict({"t": numbers}, tmp_path / "store")
+    sllm.save_dict({"t": numbers.real.contiguous()}, tmp_path / "real")
+    with session() as mode:
+        source = dict(mode.tensors(_native.open(tmp_path / "store")))["t"]
+        plain, conjugate, into = (torch.zeros(100, dtype=torch.complex64) for _ in range(3))
+        imaginary, negative, into_negative = (torch.zeros(100) for _ in range(3))
+        real = dict(mode.tensors(_native.open(tmp_path / "real")))["t"]
+        plain.copy_(source)
+        conjugate.copy_(source.conj())
+        into.conj().copy_(source)
+        imaginary.copy_(source.conj().imag)
+        negative.copy_(torch._neg_view(real))
+        torch._neg_view(into_negative).copy_(real)
+        mode.finish()
+    assert raw(plain) == raw(numbers)
+    assert raw(conjugate) == raw(into) == raw(numbers.conj().resolve_conj())
+    assert torch.equal(imaginary, -numbers.imag)
+    assert torch.equal(negative, -numbers.real) and torch.equal(into_negative, -numbers.real)
+
+
+def test_conversion_scalars_and_nothing(numbers: Path) -> None:
+    theirs = sllm.load(numbers, device="cpu", framework="torch")
+    with session() as mode:
+        tensors = dict(mode.tensors(opened(numbers)))
+        half, scalar, repeated = torch.zeros(40, 96, dtype=torch.float16), torch.zeros(()), torch.zeros(7, 500)
+        half.copy_(tensors["matrix.float32"])
+        assert mode.moved == 0
+        scalar.copy_(tensors["scalar.float32"])
+        repeated.copy_(tensors["row.float32"])
+        torch.zeros(0, 9).copy_(tensors["empty.float32"])
+        assert mode.moved == 4 + repeated.nbytes
+        with pytest.raises(RuntimeError, match="size"):
+            torch.zeros(3, 3).copy_(tensors["matrix.float32"])
+        mode.finish()
+    assert mode.read_through["aten::copy_"] == 40 * 96 * 4
+    assert raw(half) == raw(theirs["matrix.float32"].half())
+    assert raw(scalar) == raw(theirs["scalar.float32"])
+    assert raw(repeated) == raw(theirs["row.float32"].expand(7, 500))
+
+
+# --- what goes wrong ---
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_file_that_is_cut_is_an_error_and_no_crash(engine: str, tmp_path: Path) -> None:
+    sllm.save_dict({"t": torch.ones(100_000), "u": torch.ones(100_000)}, tmp_path / "store")
+    if engine == "uring" and not uring_works(tmp_path / "store"):
+        pytest.skip("io_uring is refused here")
+    checkpoint = _native.open(tmp_path / "store")
+    [data] = (tmp_path / "store").glob("tensor.data_*")
+    with session(engine=engine) as mode:
+        tensors = dict(mode.tensors(checkpoint))
+        os.truncate(data, 500_000)
+        parameter = torch.zeros(100_000)
+        parameter.copy_(tensors["u"])
+        with pytest.raises(sllm.ReadWriteError, match=r"tensor\.data_0.*500000"):
+            mode.arrive()
+    with session(engine=engine) as mode, pytest.raises(sllm.ReadWriteError, match=r"tensor\.data_0.*500000"):
+        list(mode.tensors(checkpoint))
+
+
+def test_an_operation_on_what_a_file_lost_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    sllm.save_dict({"t": torch.ones(100_000), "u": torch.ones(100_000)}, tmp_path / "store")
+    with session() as mode:
+        tensors = dict(mode.tensors(_native.open(tmp_path / "store")))
+        os.truncate(tmp_path / "store" / "tensor.data_0", 500_000)
+        assert tensors["t"].sum() == 100_000
+        with pytest.raises(sllm.ReadWriteError, match=r"tensor\.data_0.*500000.*was cut"):
+            tensors["u"].sum()
+
+
+def test_an_exception_stops_the_session(numbers: Path) -> None:
+    before = sessions_threads()
+    parameter = torch.zeros(40, 96)
+    with pytest.raises(KeyError, match="of the caller"), session() as mode:
+        parameter.copy_(dict(mode.tensors(opened(numbers)))["matrix.float32"])
+        while sessions_threads() == before:  # a thread has its name a little after its start
+            os.sched_yield()
+        raise KeyError("of the caller")
+    assert sessions_threads() == before
+    # The copy had not begun: so little gathers until someone waits.
+    assert not parameter.any()
+    # torch is as before.
+    assert torch.ones(3).sum() == 3
+
+
+@pytest.fixture
+def flipped(tmp_path: Path) -> Path:
+    """A store in which one bit of the tensor `u` is another."""
+    sllm.save_dict({"t": torch.ones(3_000_000), "u": torch.ones(1000)}, tmp_path / "store")
+    info = sllm.open(tmp_path / "store")["u"]
+    with open(tmp_path / "store" / info.file, "r+b") as file:
+        file.seek(info.offset + 9)
+        byte = file.read(1)[0]
+        file.seek(info.offset + 9)
+        file.write(bytes([byte ^ 4]))
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize("use", ["move", "read through"])
+def test_verification_finds_a_flipped_bit_on_both_ways(flipped: Path, use: str) -> None:
+    def load(verify: bool) -> Any:
+        with session(verify=verify) as mode:
+            source = dict(mode.tensors(_native.open(flipped)))["u"]
+            parameter = torch.zeros(1000)
+            parameter.copy_(source) if use == "move" else parameter.copy_(source + 0)
+            mode.finish()
+            assert mode.moved == (4000 if use == "move" else 0)
+        return parameter
+
+    with pytest.raises(sllm.CorruptError, match=r"tensor\.data_0"):
+        load(True)
+    assert (load(False) != 1).sum() == 1
+
+
+def test_verification_needs_checksums(numbers: Path) -> None:
+    with pytest.raises(sllm.InvalidError, match="checksums"), session(verify=True) as mode:
+        source = dict(mode.tensors(opened(numbers)))["matrix.float32"]
+        torch.zeros(40, 96).copy_(source)
+        mode.finish()
