@@ -89,12 +89,11 @@ class Deferred(TorchDispatchMode):
         self._ranges: list[tuple[int, int, int, Any, _Mapping]] = []
         self._ids = [_torch.device_id("cpu")]
         self._devices = {torch.device("cpu"): 0}
-        self._stream = None
+        self._cuda: torch.device | None = None
         if device.type == "cuda":
             self._ids.append(_torch.device_id(device))
-            device = torch.device(self._ids[1])
-            self._devices[device] = 1
-            self._stream = torch.cuda.current_stream(device)
+            self._cuda = torch.device(self._ids[1])
+            self._devices[self._cuda] = 1
         # Ranges under way, by their storage's address, and the tensors that keep that memory.
         self._pending: dict[int, list[tuple[int, int]]] = {}
         self._held: list[torch.Tensor] = []
@@ -163,8 +162,8 @@ class Deferred(TorchDispatchMode):
             if self._pending:
                 self.arrive()
             self._latest = session
-        if self._queued and self._stream is not None:
-            self._stream.synchronize()
+        if self._queued and self._cuda is not None:
+            torch.cuda.current_stream(self._cuda).synchronize()
             self._queued = False
         place = (device, base, storage.nbytes(), target - base)
         if not session.copy(file, address - start, item, src.shape, src.stride(), dst.stride(), *place):

@@ -20,6 +20,7 @@ class Bar:
     def __exit__(self, *exc: Any) -> None:
         if self._bar is not None:
             self._bar.close()
+        self._bar, self._shown = None, False
 
     def grow(self, total: int) -> None:
         """Adds bytes to be read."""
