@@ -67,6 +67,12 @@ impl Checkpoint {
         self.inner.files().iter().map(|file| (file.name().to_owned(), file.len())).collect()
     }
 
+    /// Raises `FormatError` where the files that this store was converted from are still in their place and were changed
+    /// since.
+    fn check_source(&self, py: Python<'_>) -> PyResult<()> {
+        self.inner.check_source().map_err(|e| raise(py, &e))
+    }
+
     /// Descriptors of the data files, valid as long as the checkpoint.
     #[getter]
     fn descriptors(&self) -> Vec<i32> {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +117,13 @@ def test_prefetch_reads_all_of_it_up_to_a_limit(safetensors_file: Path) -> None:
     assert sllm.prefetch(safetensors_file, limit=1).end == "limit"
     with pytest.raises(sllm.NotFoundError):
         sllm.prefetch(safetensors_file.parent / "nothing")
+
+
+def test_a_store_tells_when_its_source_was_changed(safetensors_file: Path, tmp_path: Path) -> None:
+    store = sllm.open(sllm.convert(safetensors_file, tmp_path / "store").path)
+    store.check_source()
+    os.utime(safetensors_file, ns=(1, 1))
+    with pytest.raises(sllm.FormatError, match="convert it again"):
+        store.check_source()
+    safetensors_file.unlink()
+    store.check_source()

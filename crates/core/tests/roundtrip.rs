@@ -5,6 +5,7 @@ mod common;
 use std::fs::{self, File};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use common::{
     Made, assert_holds, bytes_of, entries, every_dtype, noise, read_safetensors, write_safetensors, write_sharded,
@@ -464,4 +465,38 @@ proptest! {
         }
         assert_round_trip(source.path());
     }
+}
+
+#[test]
+fn a_store_tells_when_its_source_was_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (source, store) = (dir.path().join("model"), dir.path().join("store"));
+    fs::create_dir(&source).unwrap();
+    let file = source.join("model.safetensors");
+    write_safetensors(&file, &[Made::new("w", Dtype::U8, &[1000])], None);
+    convert(&Checkpoint::open(&source).unwrap(), &store, &ConvertOptions::new()).unwrap();
+    let check = |path: &Path| Checkpoint::open(path).unwrap().check_source();
+    check(&source).unwrap();
+    check(&store).unwrap();
+
+    // Other weights of the same length, as another fine-tune has.
+    let old = fs::metadata(&file).unwrap().modified().unwrap();
+    write_safetensors(&file, &[Made::new("v", Dtype::U8, &[1000])], None);
+    File::options().write(true).open(&file).unwrap().set_modified(old + Duration::from_nanos(1)).unwrap();
+    let error = check(&store).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Format);
+    assert!(
+        error.to_string().contains("model.safetensors") && error.to_string().contains("convert it again"),
+        "{error}"
+    );
+
+    // A copy of the store was made of the same source.
+    let copy = dir.path().join("copy");
+    convert(&Checkpoint::open(&store).unwrap(), &copy, &ConvertOptions::new()).unwrap();
+    check(&copy).unwrap_err();
+    convert(&Checkpoint::open(&source).unwrap(), &store, &ConvertOptions::new().overwrite(true)).unwrap();
+    check(&store).unwrap();
+
+    fs::remove_dir_all(&source).unwrap();
+    check(&store).unwrap();
 }

@@ -58,13 +58,24 @@ class ServerlessLLMLoader(DefaultModelLoader):
         """The checkpoint of one of vLLM's sources."""
         path = _door.folder_of(source)
         if _own_layout(path):
-            return _native.open(path)
+            checkpoint = _native.open(path)
+            self._check_source(checkpoint)
+            return checkpoint
         try:
             folder, files = _door.files_of(self, source)
         except RuntimeError as e:
             reason = f"{e}: neither a store nor safetensors; save the model as safetensors first"
             raise NotFoundError(reason) from e
         return _native.open_files(folder, files)
+
+    def _check_source(self, checkpoint: Checkpoint) -> None:
+        """A store of other weights than its source has now is not served."""
+        try:
+            checkpoint.check_source()
+        except FormatError as e:
+            if self._options.changed_source == "error":
+                raise FormatError(f'{e}. The option "changed_source": "warn" goes on with the store') from e
+            logger.warning("serverless_llm: %s", e)
 
     # --- the weights ---
 

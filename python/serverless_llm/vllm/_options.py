@@ -16,6 +16,7 @@ _CHOICES = {
     "road": ("auto", "deferred", "staging"),
     "engine": ("auto", "uring", "pread", "mapped"),
     "missing": ("error", "warn"),
+    "changed_source": ("error", "warn"),
 }
 _TRUTHS = {"1": True, "0": False, "true": True, "false": False, "yes": True, "no": False}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -41,6 +42,8 @@ class Options:
     """Whether a store's checksums are compared while it loads."""
     missing: str = "error"
     """What a parameter of which the checkpoint has nothing is: an `error`, or something to `warn` of."""
+    changed_source: str = "error"
+    """What it is that the files which a store was converted from were changed since: an `error`, or something to `warn` of."""
     prefetch: bool = True
     """Whether the checkpoint is read into the page cache while vLLM starts."""
 

@@ -20,7 +20,12 @@ pub(crate) struct Stamp {
 }
 
 impl Stamp {
-    fn of(metadata: &Metadata) -> Stamp {
+    /// Bytes, and seconds and nanoseconds of the last change.
+    pub(crate) fn len_and_modified(&self) -> (u64, (i64, i64)) {
+        (self.len, self.modified)
+    }
+
+    pub(crate) fn of(metadata: &Metadata) -> Stamp {
         Stamp { len: metadata.len(), inode: metadata.ino(), modified: (metadata.mtime(), metadata.mtime_nsec()) }
     }
 }

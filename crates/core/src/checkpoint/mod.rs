@@ -7,6 +7,7 @@ mod data_file;
 mod hub;
 mod original;
 mod safetensors;
+pub(crate) mod source;
 mod store;
 
 use std::collections::BTreeMap;
@@ -20,7 +21,7 @@ pub(crate) use safetensors::ensure_inside;
 
 use crate::dtype::Dtype;
 use crate::error::{CorruptChunk, Error, FormatError, Result};
-use crate::format::manifest::Manifest;
+use crate::format::manifest::{Manifest, Seen};
 
 /// How a checkpoint is laid out on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -81,6 +82,8 @@ pub(crate) struct Origin {
     pub(crate) shards: Vec<Shard>,
     /// `metadata` of `model.safetensors.index.json`; `None` without an index.
     pub(crate) index: Option<Value>,
+    /// Of a store: the files that it was converted from.
+    pub(crate) seen: Option<Seen>,
 }
 
 /// One shard of the source: its file name and its `__metadata__`.
@@ -344,6 +347,7 @@ impl From<&Manifest> for Origin {
             layout: manifest.source.layout.clone(),
             shards: manifest.source.files.iter().map(shard).collect(),
             index: manifest.source.index.clone(),
+            seen: manifest.source.seen.clone(),
         }
     }
 }

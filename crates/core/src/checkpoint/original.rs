@@ -65,7 +65,7 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
         tensors,
         sums: None,
         identity: None,
-        origin: Origin { layout: "original".into(), shards, index: None },
+        origin: Origin { layout: "original".into(), shards, index: None, seen: None },
         told_by: index_path,
     })
 }

@@ -125,7 +125,7 @@ fn assemble(root: &Path, files: Vec<DataFile>, index: Option<serde_json::Value>)
         tensors,
         sums: None,
         identity: None,
-        origin: Origin { layout: Layout::Safetensors.name().into(), shards, index },
+        origin: Origin { layout: Layout::Safetensors.name().into(), shards, index, seen: None },
     })
 }
 

@@ -18,6 +18,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::checkpoint::source::seen;
 use crate::checkpoint::{Checkpoint, DataFile};
 use crate::control::{Control, WorkOptions, gb_per_s};
 use crate::dtype::Dtype;
@@ -132,6 +133,8 @@ fn convert_in_files_of(
                 .collect(),
             // An index without metadata is an index all the same.
             index: origin.index.clone().map(|value| if value.is_null() { serde_json::json!({}) } else { value }),
+            // A copy of a store keeps where the store came from.
+            seen: origin.seen.clone().or_else(|| seen(source.path(), source.files())),
         },
     };
     let to = Target::check(target, Some(source.path()), options.overwrite)?;
@@ -177,7 +180,7 @@ pub fn save(tensors: &[MemoryTensor<'_>], target: &Path, options: &ConvertOption
     let content = Content {
         tensors: tensors.iter().map(entry_of_memory).collect::<Result<_>>()?,
         bytes: tensors.iter().map(|tensor| Bytes::Memory(tensor.bytes)).collect(),
-        source: Source { layout: "memory".into(), files: vec![shard], index: None },
+        source: Source { layout: "memory".into(), files: vec![shard], index: None, seen: None },
     };
     let to = Target::check(target, None, options.overwrite)?;
     write_store(content, None, &to, SideFiles::default(), MAX_FILE_LEN, options)

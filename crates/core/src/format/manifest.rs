@@ -79,6 +79,25 @@ pub(crate) struct Source {
     pub(crate) files: Vec<SourceFile>,
     #[serde(default)]
     pub(crate) index: Option<Value>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) seen: Option<Seen>,
+}
+
+/// The source's files as the conversion saw them, by which a later change shows.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Seen {
+    /// Their directory, absolute.
+    pub(crate) path: String,
+    pub(crate) files: Vec<SeenFile>,
+}
+
+/// One of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct SeenFile {
+    pub(crate) name: String,
+    pub(crate) len: u64,
+    /// Seconds and nanoseconds since 1970.
+    pub(crate) modified: (i64, i64),
 }
 
 /// One shard of the source.
@@ -313,6 +332,7 @@ mod tests {
             layout: "safetensors".into(),
             files: vec![SourceFile { name: "model.safetensors".into(), metadata: None }],
             index: None,
+            seen: None,
         };
         let files = vec![FileEntry { name: "tensor.data_0".into(), len: 73728, crc64: Checksums(vec![0xab]) }];
         Manifest::new(source, files, vec![tensor("a", 0, 65536), tensor("b", 65792, 10)])
