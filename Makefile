@@ -69,6 +69,7 @@ python-test: installed $(MODELS)
 	.venv/bin/python -m mypy.stubtest serverless_llm --mypy-config-file python/pyproject.toml
 	for example in examples/*.py; do .venv/bin/python -W error $$example $(MINILM) || exit 1; done
 	$(PYTEST)
+	.venv/bin/python -m pytest -c python/pyproject.toml benches/peers
 
 test-models: installed $(MODELS)
 	$(PYTEST) -m models

@@ -90,6 +90,7 @@ def start(model: Path, state: str, form: str, flags: list[str], log: Path, limit
     return {
         "state": state,
         "format": form,
+        "flags": " ".join(flags),
         "ready_s": ready,
         "weights_s": number(r"Loading weights took ([0-9.]+)", text),
         "model_s": number(r"Model loading took .*? and ([0-9.]+)", text),

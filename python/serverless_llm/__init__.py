@@ -21,8 +21,8 @@ from .errors import (
     TensorNotFoundError,
 )
 from .loading import LoadedDict, iter_tensors, load, load_dict
-from .reports import ConvertReport, ExportReport, LoadReport, VerifyReport
-from .store import convert, export, save_dict, verify
+from .reports import ConvertReport, ExportReport, LoadReport, PrefetchReport, VerifyReport
+from .store import convert, export, prefetch, save_dict, verify
 
 __all__ = [
     "AccessError",

@@ -53,6 +53,19 @@ def _short(value: Any) -> str:
     return repr(value)
 
 
+class PrefetchReport(Report):
+    """What a prefetch did."""
+
+    path: str
+    bytes: int
+    cached_bytes: int
+    read_bytes: int
+    end: str
+    seconds: float
+    paused_s: float
+    gb_per_s: float
+
+
 class ConvertReport(Report):
     """What a conversion did."""
 
@@ -117,6 +130,7 @@ class LoadReport(Report):
     move_s: float
     pinned_bytes: int
     limit: str
+    limit_engine: str
     engines: list[dict[str, Any]]
     notes: list[str]
 

@@ -1,4 +1,4 @@
-"""Convert, export, verify and save."""
+"""Convert, export, verify, prefetch and save."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from . import _arrays, _native
 from ._native import Checkpoint
-from .reports import ConvertReport, ExportReport, VerifyReport
+from .reports import ConvertReport, ExportReport, PrefetchReport, VerifyReport
 
 Path = str | os.PathLike[str]
 Source = Path | Checkpoint
@@ -53,6 +53,23 @@ def verify(store: Source, *, threads: int | None = None, progress: Progress | No
     """Compare every chunk of a store with its checksum. Corrupt chunks are listed in the report; they do not raise."""
     report = _native.verify(opened(store), threads=threads, progress=progress)
     return VerifyReport._from_json(report)  # type: ignore[no-any-return]
+
+
+def prefetch(
+    source: Source,
+    *,
+    limit: int | None = None,
+    yields: bool = True,
+    progress: Progress | None = None,
+    revision: str | None = None,
+) -> PrefetchReport:
+    """Read a checkpoint into the page cache, so that a later load finds it there.
+
+    It takes at most `limit` bytes (None: nine tenths of the memory that is free), pauses while others read from the
+    disks unless `yields` is false, and ends when a load of the checkpoint begins in any process of this host.
+    """
+    report = _native.prefetch(opened(source, revision), limit=limit, yields=yields, progress=progress)
+    return PrefetchReport._from_json(report)  # type: ignore[no-any-return]
 
 
 def save_dict(

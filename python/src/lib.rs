@@ -20,12 +20,12 @@ mod _native {
     #[pymodule_export]
     use crate::checkpoint::{Checkpoint, TensorInfo, open};
     #[pymodule_export]
-    use crate::load::{Placement, fill, select};
+    use crate::load::{Placement, fill, link_peak, select};
     #[pymodule_export]
     #[pymodule_export]
     use crate::session::{Session, open_files};
     #[pymodule_export]
-    use crate::work::{convert, dtypes, export, run_cli, save, verify};
+    use crate::work::{convert, dtypes, export, prefetch, run_cli, save, verify};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -107,3 +107,11 @@ pub(crate) fn fill(
     report.add_alloc(alloc_s);
     Ok((json(py, &report)?, report.to_string()))
 }
+
+/// The peak of a device's link in GB/s, and the day on which it was measured; None for the host. It is measured where it
+/// is not known, or where `seen`, what a load reached, is more.
+#[pyfunction]
+pub(crate) fn link_peak(py: Python<'_>, device: &str, seen: f64) -> PyResult<Option<(f64, String)>> {
+    let peak = py.detach(|| Device::parse(device).and_then(|device| device.link_peak(seen)));
+    Ok(peak.map_err(|e| raise(py, &e))?.map(|peak| (peak.gb_per_s, peak.date())))
+}

@@ -140,7 +140,11 @@ impl Session {
         let arrived = py.detach(|| session.wait_for(limit)).map_err(|e| raise(py, &e))?;
         if arrived {
             // Their memory may be another's from now on.
-            self.with(|inner| Ok(inner.blocks.clear())).map_err(|e| raise(py, &e))?;
+            let forget = |inner: &mut Inner| {
+                inner.blocks.clear();
+                Ok(())
+            };
+            self.with(forget).map_err(|e| raise(py, &e))?;
         }
         Ok(arrived)
     }

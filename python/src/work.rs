@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use pyo3::prelude::*;
 use serde::Serialize;
-use sllm_core::{ConvertOptions, Dtype, Error, MemoryTensor, WorkOptions};
+use sllm_core::{ConvertOptions, Dtype, Error, MemoryTensor, PrefetchOptions, WorkOptions};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::named;
@@ -109,6 +109,24 @@ pub(crate) fn export(
     let report = wait::run(py, progress, |control| {
         let options = WorkOptions::new().threads(threads).control(control);
         sllm_core::export(store, &target, &options)
+    })?;
+    json(py, &report)
+}
+
+/// Reads a checkpoint into the page cache.
+#[pyfunction]
+#[pyo3(signature = (checkpoint, *, limit, yields, progress))]
+pub(crate) fn prefetch(
+    py: Python<'_>,
+    checkpoint: &Checkpoint,
+    limit: Option<u64>,
+    yields: bool,
+    progress: Option<&Bound<'_, PyAny>>,
+) -> PyResult<String> {
+    let checkpoint = &checkpoint.inner;
+    let report = wait::run(py, progress, |control| {
+        let options = PrefetchOptions::new().limit(limit).yields(yields).control(control);
+        sllm_core::prefetch(checkpoint, &options)
     })?;
     json(py, &report)
 }

@@ -105,3 +105,14 @@ def test_what_the_progress_callback_raises_comes_out(safetensors_file: Path, tmp
 
     with pytest.raises(Stop):
         sllm.verify(sllm.convert(safetensors_file, tmp_path / "store").path, progress=progress)
+
+
+def test_prefetch_reads_all_of_it_up_to_a_limit(safetensors_file: Path) -> None:
+    told: list[tuple[int, int]] = []
+    report = sllm.prefetch(safetensors_file, yields=False, progress=lambda done, total: told.append((done, total)))
+    size = safetensors_file.stat().st_size
+    assert (report.end, report.bytes, report.read_bytes + report.cached_bytes) == ("complete", size, size)
+    assert told[-1] == (size, size)
+    assert sllm.prefetch(safetensors_file, limit=1).end == "limit"
+    with pytest.raises(sllm.NotFoundError):
+        sllm.prefetch(safetensors_file.parent / "nothing")

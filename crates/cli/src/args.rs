@@ -44,6 +44,8 @@ pub(crate) enum Command {
     Verify(VerifyArgs),
     /// Loads a checkpoint to a device and measures it
     Load(LoadArgs),
+    /// Reads a checkpoint into the page cache, out of others' way
+    Prefetch(PrefetchArgs),
     /// Prints a completion script for a shell
     Completions(CompletionsArgs),
 }
@@ -129,14 +131,34 @@ pub(crate) struct LoadArgs {
     /// Load N times, and tell the median
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub(crate) repeat: u16,
-    /// Reader threads [default: as the engine needs]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub(crate) threads: Option<u16>,
+    /// Reader threads, 1 to 256 [default: as the engine needs]
+    #[arg(long, value_name = "N")]
+    pub(crate) threads: Option<usize>,
     /// Staging memory at most, such as 32MB or 4GiB [default: 256MiB]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub(crate) pinned: Option<u64>,
     #[command(flatten)]
     pub(crate) tensors: Tensors,
+    #[command(flatten)]
+    pub(crate) revision: Revision,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PrefetchArgs {
+    /// Checkpoint: a directory, a safetensors file, or a repository in the Hugging Face cache (org/name)
+    #[arg(value_hint = ValueHint::AnyPath)]
+    pub(crate) path: PathBuf,
+    /// Return at once, and read in a process of its own
+    #[arg(long, conflicts_with = "json")]
+    pub(crate) background: bool,
+    /// Do not pause while others read from the disks
+    #[arg(long)]
+    pub(crate) eager: bool,
+    /// Page cache at most, such as 32GB or 4GiB [default: nine tenths of the memory that is free]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    pub(crate) limit: Option<u64>,
     #[command(flatten)]
     pub(crate) revision: Revision,
     #[command(flatten)]
@@ -184,14 +206,14 @@ pub(crate) struct Output {
 
 #[derive(Debug, Args)]
 pub(crate) struct Threads {
-    /// Threads that read, check and write [default: 8]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
-    threads: Option<u16>,
+    /// Threads that read, check and write, 1 to 256 [default: 8]
+    #[arg(long, value_name = "N")]
+    threads: Option<usize>,
 }
 
 impl Threads {
     pub(crate) fn get(&self) -> Option<usize> {
-        self.threads.map(usize::from)
+        self.threads
     }
 }
 

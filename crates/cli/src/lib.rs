@@ -1,4 +1,4 @@
-//! The `sllm-store` command: convert, export, inspect, verify and load checkpoints.
+//! The `sllm-store` command: convert, export, inspect, verify, load and prefetch checkpoints.
 //!
 //! [`run`] is the whole command, from arguments to exit code. What was typed is parsed in `args`; a module a
 //! subcommand resolves it (opens the checkpoint, names the device), runs it and gives an `Answer`; `output` writes
@@ -16,6 +16,7 @@ mod inspect;
 mod interrupt;
 mod load;
 mod output;
+mod prefetch;
 mod progress;
 mod size;
 mod verify;
@@ -33,18 +34,20 @@ use output::{Answer, Session};
 pub fn run(args: impl IntoIterator<Item = OsString>) -> u8 {
     let args: Vec<OsString> = args.into_iter().collect();
     match Cli::try_parse_from(&args) {
-        Ok(cli) => dispatch(&cli.command),
+        Ok(cli) => dispatch(&cli.command, &args),
         Err(error) => output::tell_usage(&error, args.iter().any(|arg| arg == "--json")),
     }
 }
 
-fn dispatch(command: &Command) -> u8 {
+/// `typed` is the whole command line.
+fn dispatch(command: &Command, typed: &[OsString]) -> u8 {
     match command {
         Command::Convert(args) => with_session(&args.output, |session| convert::run(args, session)),
         Command::Export(args) => with_session(&args.output, |session| export::run(args, session)),
         Command::Inspect(args) => with_session(&args.output, |session| inspect::run(args, session)),
         Command::Verify(args) => with_session(&args.output, |session| verify::run(args, session)),
         Command::Load(args) => with_session(&args.output, |session| load::run(args, session)),
+        Command::Prefetch(args) => with_session(&args.output, |session| prefetch::run(args, typed, session)),
         Command::Completions(args) => output::finish(Ok(completions::run(args)), false),
     }
 }

@@ -31,7 +31,8 @@ struct Median {
 pub(crate) fn run(args: &LoadArgs, session: &Session) -> Result<Answer> {
     let checkpoint = args.revision.open(&args.path)?;
     let filter = args.tensors.resolve()?;
-    let builder = builder(args)?;
+    let device = Device::parse(&args.device)?;
+    let builder = builder(args, device.clone())?;
     let mut runs = Vec::new();
     for _ in 0..args.repeat {
         let progress = session.progress("load");
@@ -40,6 +41,7 @@ pub(crate) fn run(args: &LoadArgs, session: &Session) -> Result<Answer> {
         let report = loader.load_filtered(&checkpoint, &filter)?.report().clone();
         runs.push(Run { gb_per_s: report.gb_per_s(), report });
     }
+    add_link(&device, &mut runs);
     let median = Median {
         seconds: median(runs.iter().map(|run| run.report.seconds)),
         gb_per_s: median(runs.iter().map(|run| run.gb_per_s)),
@@ -48,18 +50,29 @@ pub(crate) fn run(args: &LoadArgs, session: &Session) -> Result<Answer> {
     session.answer(&measured, || measured.text())
 }
 
+/// Sets the runs beside the peak of the device's link, which is measured, if it must be, when all loads are over.
+fn add_link(device: &Device, runs: &mut [Run]) {
+    let fastest = runs.iter().map(|run| run.gb_per_s).fold(0.0, f64::max);
+    match device.link_peak(fastest) {
+        Ok(Some(peak)) => runs.iter_mut().for_each(|run| run.report.add_link(&peak)),
+        Ok(None) => {}
+        // The loads are done and well: that there is nothing to compare them with is only noted.
+        Err(e) => runs.iter_mut().for_each(|run| run.report.notes.push(e.chain())),
+    }
+}
+
 /// The loader that was asked for, but for its progress.
-fn builder(args: &LoadArgs) -> Result<LoaderBuilder> {
+fn builder(args: &LoadArgs, device: Device) -> Result<LoaderBuilder> {
     if args.engine == EngineChoice::Mapped && args.direct.resolve() == Some(true) {
         let reason = "--engine mapped copies the page cache's own pages: it does not go with --direct on";
         return Err(Error::Invalid(reason.into()));
     }
     Ok(Loader::builder()
-        .device(Device::parse(&args.device)?)
+        .device(device)
         .engine(args.engine)
         .direct(args.direct.resolve())
         .verify(args.verify)
-        .threads(args.threads.map(usize::from))
+        .threads(args.threads)
         .pinned_bytes(args.pinned))
 }
 

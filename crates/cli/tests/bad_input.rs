@@ -112,7 +112,6 @@ fn a_wrong_argument_is_2() {
     for (word, options) in [
         ("inspect", &["--no-such-option"][..]),
         ("inspect", &["second"][..]),
-        ("verify", &["--threads", "0"][..]),
         ("verify", &["--threads", "many"][..]),
         ("load", &["--engine", "fast"][..]),
         ("load", &["--direct", "maybe"][..]),
@@ -132,6 +131,30 @@ fn a_wrong_argument_is_2() {
     assert_eq!(sllm([""; 0]).output().unwrap().status.code(), Some(2));
     let ran = run("inspect", &[&fixture.model], &["--json", "--no-such-option"]);
     assert_eq!(ran.json()["error"]["kind"], "invalid");
+}
+
+#[test]
+fn too_many_threads_are_2_and_the_same_words_everywhere() {
+    let fixture = model();
+    let (store, target) = (fixture.store(), fixture.path("target"));
+    for threads in ["0", "257", "18446744073709551615"] {
+        let mut said: Vec<String> = Vec::new();
+        for (word, paths) in [
+            ("convert", &[&*fixture.model, &*target][..]),
+            ("export", &[&*store, &*target][..]),
+            ("verify", &[&*store][..]),
+            ("load", &[&*store, "--device=host".as_ref()][..]),
+        ] {
+            let ran = run(word, paths, &["--threads", threads]);
+            assert_eq!(ran.code, 2, "{word}: {}", ran.stderr);
+            said.push(ran.stderr.lines().last().unwrap().to_owned());
+            assert!(!target.exists());
+        }
+        assert!(said[0].contains("1 to 256") && said.iter().all(|one| *one == said[0]), "{said:?}");
+        let left = fs::read_dir(fixture.dir.path()).unwrap().count();
+        assert_eq!(left, 2, "something besides the model and its store is left");
+    }
+    assert_eq!(run("verify", &[&store], &["--threads", "256"]).code, 0);
 }
 
 #[test]

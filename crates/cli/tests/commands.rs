@@ -133,6 +133,39 @@ fn load_tells_how_it_went() {
 }
 
 #[test]
+fn load_to_a_card_is_set_beside_its_link_whose_peak_is_remembered() {
+    let fixture = model();
+    let (store, cache) = (fixture.store(), fixture.path("cache"));
+    let load = |options: &[&str]| {
+        let mut command = sllm(["load".as_ref(), store.as_os_str(), "--device=cuda:0".as_ref()]);
+        let output = command
+            .args(options)
+            .env("LD_LIBRARY_PATH", cuda::Driver::find().parent().unwrap())
+            .env("XDG_CACHE_HOME", &cache)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let json: serde_json::Value = serde_json::from_str(&load(&["--json", "--repeat", "2"])).unwrap();
+    let file = fs::read_to_string(cache.join("sllm/links.json")).unwrap();
+    let links: serde_json::Value = serde_json::from_str(&file).unwrap();
+    let remembered = links["links"].as_object().unwrap().values().next().unwrap()["gb_per_s"].as_f64().unwrap();
+    for run in json["runs"].as_array().unwrap() {
+        let number = |name: &str| run[name].as_f64().unwrap();
+        assert_eq!(number("link_gb_per_s").to_bits(), remembered.to_bits());
+        assert!((number("of_link") * remembered - number("gb_per_s")).abs() < 1e-9, "{run}");
+        assert_eq!(run["link_measured"].as_str().unwrap().len(), "2026-11-25".len());
+    }
+    let text = load(&[]);
+    assert!(text.contains("\n  limit: ") && text.contains(" % of this link ("), "{text}");
+    assert_eq!(fs::read_to_string(cache.join("sllm/links.json")).unwrap(), file, "it was measured again");
+
+    let to_host = run("load", &[&store], &["--device", "host"]).stdout;
+    assert!(to_host.contains("\n  limit: ") && !to_host.contains("link"), "{to_host}");
+}
+
+#[test]
 fn load_repeats_and_tells_the_median() {
     let fixture = model();
     let store = fixture.store();
@@ -171,12 +204,13 @@ fn load_takes_a_part_and_any_layout() {
 fn quiet_is_quiet() {
     let fixture = model();
     let (store, back) = (fixture.path("store"), fixture.path("back"));
-    let commands: [(&str, Vec<&Path>); 5] = [
+    let commands: [(&str, Vec<&Path>); 6] = [
         ("convert", vec![&fixture.model, &store]),
         ("export", vec![&store, &back]),
         ("inspect", vec![&store]),
         ("verify", vec![&store]),
         ("load", vec![&store]),
+        ("prefetch", vec![&store]),
     ];
     for (word, paths) in commands {
         let ran = run(word, &paths, &["--quiet"]);
@@ -218,4 +252,27 @@ fn a_reader_that_has_seen_enough_is_no_error() {
         .spawn()
         .unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn prefetch_reads_all_of_it() {
+    let fixture = model();
+    let ran = run("prefetch", &[&fixture.model], &["--json", "--eager"]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let report = ran.json();
+    let len = fs::metadata(fixture.model.join("model.safetensors")).unwrap().len();
+    assert_eq!((&report["end"], &report["bytes"]), (&json!("complete"), &json!(len)));
+    assert_eq!(report["cached_bytes"].as_u64().unwrap() + report["read_bytes"].as_u64().unwrap(), len);
+    let limited = run("prefetch", &[&fixture.model], &["--json", "--limit", "1KB"]);
+    assert_eq!(limited.json()["end"], json!("limit"));
+}
+
+#[test]
+fn prefetch_in_the_background_returns_the_process_that_reads() {
+    let fixture = model();
+    let ran = run("prefetch", &[&fixture.model], &["--background"]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert!(ran.stdout.contains("read into the page cache by process "), "{}", ran.stdout);
+    let missing = run("prefetch", &[&fixture.path("nothing")], &["--background"]);
+    assert_eq!(missing.code, 3, "what is not there is told before the process is made");
 }

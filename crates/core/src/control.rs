@@ -92,6 +92,15 @@ impl fmt::Debug for Control {
 /// compute, so that the number of processors does not matter (`docs/benchmarks.md`).
 const DEFAULT_THREADS: usize = 8;
 
+/// Threads at most, of any work: more than any disk or link needs, and few enough that each has its memory.
+const MAX_THREADS: usize = 256;
+
+/// The threads that a caller asks for, where they can be had.
+pub(crate) fn check_threads(threads: usize) -> Result<usize> {
+    let refused = || Error::Invalid(format!("{threads} threads are asked for: give 1 to {MAX_THREADS} threads"));
+    if (1..=MAX_THREADS).contains(&threads) { Ok(threads) } else { Err(refused()) }
+}
+
 /// How long work on files runs: its threads, how it is watched and stopped.
 #[derive(Debug, Clone, Default)]
 pub struct WorkOptions {
@@ -105,7 +114,7 @@ impl WorkOptions {
         Self::default()
     }
 
-    /// Threads; `None`: eight.
+    /// Threads, 1 to 256; `None`: eight.
     pub fn threads(mut self, threads: impl Into<Option<usize>>) -> Self {
         self.threads = threads.into();
         self
@@ -117,8 +126,9 @@ impl WorkOptions {
         self
     }
 
-    pub(crate) fn thread_count(&self) -> usize {
-        self.threads.unwrap_or(DEFAULT_THREADS)
+    /// The number of threads; an error where it is none that can be.
+    pub(crate) fn thread_count(&self) -> Result<usize> {
+        check_threads(self.threads.unwrap_or(DEFAULT_THREADS))
     }
 }
 

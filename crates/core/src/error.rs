@@ -213,7 +213,7 @@ pub enum ErrorKind {
     Corrupt,
     /// The target exists.
     Exists,
-    /// The disk is full.
+    /// The disk is full, or its user's quota is used up.
     NoSpace,
     /// A device failed or is not there.
     Device,
@@ -237,7 +237,7 @@ impl Error {
             Error::Io { source, .. } => match source.kind() {
                 io::ErrorKind::PermissionDenied => ErrorKind::Permission,
                 io::ErrorKind::NotFound => ErrorKind::NotFound,
-                io::ErrorKind::StorageFull => ErrorKind::NoSpace,
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
                 _ => ErrorKind::Io,
             },
             Error::Truncated { .. } => ErrorKind::Io,

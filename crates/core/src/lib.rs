@@ -48,13 +48,14 @@ mod format;
 mod load;
 mod plan;
 mod pool;
+mod prefetch;
 mod read;
 mod verify;
 
 pub use checkpoint::{Checkpoint, ChunkSums, DataFile, Layout, OpenOptions, TensorInfo};
 pub use control::{Cancel, Control, Progress, WorkOptions};
 pub use convert::{ConvertOptions, ConvertReport, MemoryTensor, convert, save};
-pub use device::{Block, Device, DeviceError};
+pub use device::{Block, Device, DeviceError, LinkPeak};
 pub use dtype::Dtype;
 pub use error::{CorruptChunk, Error, ErrorKind, FormatError, Result};
 pub use export::{ExportReport, export};
@@ -62,5 +63,23 @@ pub use format::PAGE;
 pub use load::{EngineReport, LoadReport, Loaded, Loader, LoaderBuilder, Session, TensorView};
 pub use plan::{BlockSpec, Filter, LoadPlan, Piece, PieceCopy, Placed, Placement, PlanOptions, Segment, Strided};
 pub use pool::{BufferPool, HostBuffer};
+pub use prefetch::{PrefetchEnd, PrefetchOptions, PrefetchReport, prefetch};
 pub use read::EngineChoice;
 pub use verify::{VerifyReport, verify};
+
+/// The sizes that a load is cut by, which the simulation of the pipeline (`benches/simulate`) follows. No part of the
+/// interface: they change with what is measured.
+#[doc(hidden)]
+pub mod tuning {
+    pub use crate::format::manifest::CHUNK_LEN;
+    pub use crate::load::{MAPPED_IN_FLIGHT, PIECE_LEN, PINNED_LEN};
+    pub use crate::read::WINDOW;
+    pub use crate::read::choose::{
+        COLD_LANES, MAX_LANES, PREAD_BUFFERS, PREAD_CPUS, URING_DEPTH, URING_LANES, URING_SPARE,
+    };
+
+    /// Bytes of a piece of our own stores where checksums are taken.
+    pub fn verified_piece_len() -> u64 {
+        crate::load::Chunks::piece_len(CHUNK_LEN, PIECE_LEN)
+    }
+}

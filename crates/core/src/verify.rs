@@ -40,6 +40,7 @@ pub struct VerifyReport {
 /// [`Error::Truncated`] where a file cannot be read; [`Error::Cancelled`].
 pub fn verify(store: &Checkpoint, options: &WorkOptions) -> Result<VerifyReport> {
     let start = Instant::now();
+    let threads = options.thread_count()?;
     let Some((sums, identity)) = store.sums().zip(store.identity()) else {
         let (path, layout) = (store.path().display(), store.layout().name());
         return Err(Error::Invalid(format!("{path}: the {layout} layout has no checksums; only a store is verified")));
@@ -48,7 +49,7 @@ pub fn verify(store: &Checkpoint, options: &WorkOptions) -> Result<VerifyReport>
     let corrupt = Mutex::new(Vec::new());
     let meter = options.control.meter(chunks.total_len());
     options.control.check()?;
-    for_each(options.thread_count(), chunks.count(), CHUNK_LEN, |number, buffer| {
+    for_each(threads, chunks.count(), CHUNK_LEN, |number, buffer| {
         let chunk = chunks.get(number);
         let file = &store.files()[chunk.file];
         let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);

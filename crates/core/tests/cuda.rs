@@ -5,10 +5,10 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Made, every_dtype, write_safetensors};
+use common::{Made, every_dtype, refuse_syscall, write_safetensors};
 use cuda::Driver;
 use sllm_core::{
-    Checkpoint, ConvertOptions, Device, DeviceError, Dtype, EngineChoice, Error, ErrorKind, Loader, convert,
+    Checkpoint, ConvertOptions, Device, DeviceError, Dtype, EngineChoice, Error, ErrorKind, LinkPeak, Loader, convert,
 };
 
 const ENGINES: [EngineChoice; 4] = [EngineChoice::Auto, EngineChoice::Uring, EngineChoice::Pread, EngineChoice::Mapped];
@@ -149,6 +149,31 @@ fn memory_that_cannot_be_pinned_is_used_unpinned_and_noted() {
 }
 
 #[test]
+fn buffers_that_io_uring_does_not_register_are_read_into_all_the_same() {
+    let driver = Driver::load();
+    driver.set_delay(Duration::from_millis(2));
+    let model = model();
+    let load = move |refused: bool| {
+        if refused {
+            // As where the limit of locked memory is too low.
+            refuse_syscall(libc::SYS_io_uring_register, libc::ENOMEM);
+        }
+        let loader = Loader::builder().device(Device::cuda(0).unwrap()).engine(EngineChoice::Uring);
+        let loaded = loader.pinned_bytes(8 << 20).build().unwrap().load(&Checkpoint::open(&model.store).unwrap());
+        let loaded = loaded.unwrap();
+        for tensor in &model.tensors {
+            assert!(loaded.tensor(&tensor.name).unwrap().to_vec().unwrap() == tensor.bytes, "{:?}", tensor.name);
+        }
+        let notes = &loaded.report().notes;
+        let said = notes.iter().filter(|note| note.contains("without registered buffers")).count();
+        assert_eq!(said, usize::from(refused), "{notes:?}");
+    };
+    load(false);
+    std::thread::spawn(move || load(true)).join().unwrap();
+    assert_nothing_left(&driver);
+}
+
+#[test]
 fn pages_that_cannot_be_registered_are_read_instead() {
     let driver = Driver::load();
     let model = model();
@@ -184,6 +209,78 @@ fn tensors_go_to_the_devices_that_they_are_placed_on() {
             assert!(view.to_vec().unwrap() == tensor.bytes, "{:?} by {engine}", tensor.name);
         }
     }
+}
+
+#[test]
+fn a_links_peak_is_measured_once_and_then_remembered() {
+    let driver = Driver::load();
+    driver.set_devices(2);
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let file = dir.path().join("made/links.json");
+    let device = Device::cuda(0).unwrap();
+    let copies = || driver.count("cuMemcpyHtoDAsync");
+    let peak = |device: &Device, seen: f64| LinkPeak::remembered(device, seen, &file).unwrap().unwrap();
+
+    let first = peak(&device, 0.0);
+    let measuring = copies();
+    assert!(measuring >= 16 && first.gb_per_s > 0.0, "{measuring} copies, {first:?}");
+    assert_eq!(driver.pageable_copies(), 0);
+    assert_nothing_left(&driver);
+    assert_eq!(peak(&device, 0.0), first);
+    assert_eq!(peak(&device, first.gb_per_s), first, "what was seen is not more than the peak");
+    assert_eq!(copies(), measuring, "it was measured again");
+
+    // Another card is another link; both are remembered.
+    let second = peak(&Device::cuda(1).unwrap(), 0.0);
+    let both = copies();
+    assert!(both > measuring);
+    assert_eq!((peak(&device, 0.0), peak(&Device::cuda(1).unwrap(), 0.0)), (first, second));
+    assert_eq!(copies(), both);
+
+    // A link that carried more than its peak was measured while others used it.
+    driver.reset();
+    peak(&device, first.gb_per_s * 1.01);
+    assert!(copies() > 0);
+
+    // Nothing but what was written, and not too old or to come, is believed.
+    let good = std::fs::read_to_string(&file).unwrap();
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let with = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut json: serde_json::Value = serde_json::from_str(&good).unwrap();
+        json["links"].as_object_mut().unwrap().values_mut().for_each(change);
+        json.to_string()
+    };
+    let bad = [
+        String::new(),
+        good[..good.len() / 2].into(),
+        good.replace("\"version\":1", "\"version\":2"),
+        with(&|link| link["gb_per_s"] = (-1.0).into()),
+        with(&|link| link["gb_per_s"] = 0.0.into()),
+        with(&|link| link["gb_per_s"] = "fast".into()),
+        with(&|link| link["measured_at"] = (now - 31 * 24 * 3600).into()),
+        with(&|link| link["measured_at"] = (now + 3600).into()),
+        good.replace("0000:01:00.0", "0000:09:00.0"),
+    ];
+    for bad in bad {
+        assert_ne!(bad, good);
+        std::fs::write(&file, &bad).unwrap();
+        driver.reset();
+        let anew = peak(&device, 0.0);
+        let measured = copies();
+        assert!(measured > 0, "{bad} was believed");
+        assert_eq!((peak(&device, 0.0), copies()), (anew, measured), "{bad} was not written anew");
+    }
+    assert_eq!(std::fs::read_dir(file.parent().unwrap()).unwrap().count(), 1, "something besides the file is left");
+
+    // Where nothing can be written, it is measured each time.
+    driver.reset();
+    let nowhere = std::path::Path::new("/proc/sllm/links.json");
+    assert!(LinkPeak::remembered(&device, 0.0, nowhere).unwrap().is_some() && copies() > 0);
+    // And where nothing can be pinned, it is not known.
+    driver.set_registered_total(4096);
+    let unknown = LinkPeak::remembered(&device, 0.0, nowhere).unwrap_err();
+    assert!(unknown.to_string().contains("the link of cuda:0"), "{unknown}");
+    assert_nothing_left(&driver);
 }
 
 #[test]

@@ -100,16 +100,91 @@ fn a_flipped_bit_stops_a_verified_load_and_names_its_tensor() {
     make(&source);
     let store = dir.path().join("store");
     convert(&Checkpoint::open(&source).unwrap(), &store, &ConvertOptions::new()).unwrap();
+    let good = Checkpoint::open(&store).unwrap();
+    let large = good.tensor("large").unwrap().offset;
+    let bytes = std::fs::read(store.join("tensor.data_0")).unwrap();
+    let chunk_len = 4 << 20;
+    // In the first and the last piece of a chunk, and in a file's last chunk.
+    for at in [chunk_len, chunk_len + 1, 2 * chunk_len - 1, 2 * chunk_len + 700_000] {
+        assert!(at > large && at < large + 10_000_000);
+        let other = dir.path().join(at.to_string());
+        std::fs::create_dir(&other).unwrap();
+        for name in ["manifest.json", "tensor_index.json"] {
+            std::fs::copy(store.join(name), other.join(name)).unwrap();
+        }
+        let data = other.join("tensor.data_0");
+        let mut bytes = bytes.clone();
+        bytes[at as usize] ^= 4;
+        std::fs::write(&data, bytes).unwrap();
+        let bad = Checkpoint::open(&other).unwrap();
+        for engine in [EngineChoice::Pread, EngineChoice::Uring] {
+            // With little staging memory a chunk comes in many pieces.
+            for (pinned, pieces) in [(None, 5..=7), (Some(64 << 10), 300..=400)] {
+                let builder = Loader::builder().engine(engine).pinned_bytes(pinned).verify(true);
+                let loaded = builder.clone().build().unwrap().load(&good).unwrap();
+                assert!(pieces.contains(&loaded.report().pieces), "{}", loaded.report().pieces);
+                let error = builder.clone().build().unwrap().load(&bad).unwrap_err();
+                let sllm_core::Error::Corrupt(chunk) = &error else { panic!("{engine}, byte {at}: {error}") };
+                assert_eq!((chunk.chunk, chunk.path.as_path()), (at / chunk_len, data.as_path()));
+                assert!(chunk.tensors.iter().any(|name| name == "large"), "{error}");
+                assert!(builder.verify(false).build().unwrap().load(&bad).is_ok());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_chunk_of_which_little_is_wanted_is_verified_whole() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let source = dir.path().join("model.safetensors");
+    make(&source);
+    let store = dir.path().join("store");
+    convert(&Checkpoint::open(&source).unwrap(), &store, &ConvertOptions::new()).unwrap();
     let checkpoint = Checkpoint::open(&store).unwrap();
-    let large = checkpoint.tensor("large").unwrap().offset;
+    let page = checkpoint.tensor("page").unwrap();
+    let chunk = page.offset / (4 << 20);
     let data = store.join("tensor.data_0");
     let mut bytes = std::fs::read(&data).unwrap();
-    bytes[large as usize + 9_000_000] ^= 4;
+    // The byte of its chunk that is furthest from it.
+    let (first, last) = (chunk * (4 << 20), bytes.len().min((chunk as usize + 1) * (4 << 20)) as u64 - 1);
+    let far = if page.offset - first > last - page.offset { first } else { last };
+    bytes[far as usize] ^= 1;
     std::fs::write(&data, bytes).unwrap();
-    let loader = Loader::builder().verify(true).build().unwrap();
-    let error = loader.load(&checkpoint).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Corrupt);
-    assert!(error.to_string().contains("large"), "{error}");
+    let checkpoint = Checkpoint::open(&store).unwrap();
+    let filter = Filter::globs(["page"]).unwrap();
+    let load = |verify| Loader::builder().verify(verify).build().unwrap().load_filtered(&checkpoint, &filter);
+    assert!(load(false).is_ok());
+    assert_eq!(load(true).unwrap_err().kind(), ErrorKind::Corrupt);
+}
+
+#[test]
+fn the_report_says_whether_bytes_came_from_the_disk() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let source = dir.path().join("model.safetensors");
+    make(&source);
+    let checkpoint = Checkpoint::open(&source).unwrap();
+    let source_of = |direct| {
+        let loader = Loader::builder().engine(EngineChoice::Pread).direct(direct).build().unwrap();
+        let loaded = loader.load(&checkpoint).unwrap();
+        let engines = &loaded.report().engines;
+        assert_eq!(engines.len(), 1, "{engines:?}");
+        engines[0].source
+    };
+    assert_eq!((source_of(Some(true)), source_of(Some(false))), ("disk", "page cache"));
+    let drop_pages = || {
+        let file = std::fs::File::open(&source).unwrap();
+        file.sync_all().unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    };
+    drop_pages();
+    if source_of(None) != "disk" {
+        eprintln!("skipped: this file system keeps its pages, or does not say what is cached");
+        return;
+    }
+    // Read by the page cache, where it is not.
+    drop_pages();
+    assert_eq!(source_of(Some(false)), "disk");
+    assert_eq!(source_of(Some(false)), "page cache");
 }
 
 #[test]

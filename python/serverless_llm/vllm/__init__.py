@@ -9,7 +9,8 @@ LOAD_FORMAT = "serverless_llm"
 
 
 def register() -> None:
-    """Tells vLLM of the load format. Light, and may be called again: the loader itself is imported when it is used."""
-    from ._door import register_lazily
+    """Tells vLLM of the load format, and starts to read the model that is served. May be called again."""
+    from . import _door, _prefetch
 
-    register_lazily(LOAD_FORMAT)
+    _prefetch.start(LOAD_FORMAT)
+    _door.register(LOAD_FORMAT)

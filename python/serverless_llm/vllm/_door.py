@@ -1,28 +1,51 @@
 """What this package takes from vLLM. All that may differ from version to version is here.
 
-Read in vLLM 0.17.1 to 0.33.0; `python/tests/test_vllm_door.py` compares it with the versions that it names.
+`python/tests/test_vllm_door.py` compares it with the versions that `python/tests/data/vllm_door.json` records.
 """
 
 from __future__ import annotations
 
+import inspect
+import os
 from typing import Any
 
 
-def register_lazily(load_format: str) -> None:
-    """Registers the loader. vLLM wants a class, which needs vLLM's own loader; importing that costs nothing here, since
-    every process that comes here imports it."""
-    from vllm.model_executor.model_loader import register_model_loader
-
-    import vllm.model_executor.model_loader as model_loader
+def register(load_format: str) -> None:
+    """Registers the loader, once."""
+    from vllm.model_executor import model_loader
 
     from ._loader import ServerlessLLMLoader
 
     if model_loader._LOAD_FORMAT_TO_MODEL_LOADER.get(load_format) is not ServerlessLLMLoader:
-        register_model_loader(load_format)(ServerlessLLMLoader)
+        model_loader.register_model_loader(load_format)(ServerlessLLMLoader)
+
+
+def folder_of(source: Any) -> str:
+    """The directory, or repository id, that one of vLLM's sources names. Sources of 0.17.1 have no subfolder."""
+    subfolder = getattr(source, "subfolder", None)
+    return source.model_or_path if subfolder is None else os.path.join(source.model_or_path, subfolder)
+
+
+def files_of(loader: Any, source: Any) -> tuple[str, list[str]]:
+    """The folder and the safetensors files of one of vLLM's sources, found or downloaded by vLLM's own rules.
+
+    0.17.1 takes no subfolder; 0.32.0 and later give the index's name too. Later versions then drop shards of which the
+    model wants no tensor; they stay in here, since the model passes over their tensors, and deferred ones are not read.
+    """
+    arguments = {
+        "model_name_or_path": source.model_or_path,
+        "subfolder": getattr(source, "subfolder", None),
+        "revision": source.revision,
+        "fall_back_to_pt": False,
+        "allow_patterns_overrides": source.allow_patterns_overrides,
+    }
+    taken = inspect.signature(loader._prepare_weights).parameters
+    found = loader._prepare_weights(**{name: value for name, value in arguments.items() if name in taken})
+    return found[0], sorted(found[1])
 
 
 def skips_expert(loader: Any, name: str) -> bool:
-    """Whether expert parallelism leaves a tensor to other ranks."""
+    """Whether expert parallelism leaves a tensor to other ranks. vLLM 0.17.1 has no such filter."""
     experts = getattr(loader, "local_expert_ids", None)
     if experts is None:
         return False

@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from .. import _native, _torch
 from .._native import Checkpoint
 from ..deferred import Deferred
-from ..errors import FormatError, NotFoundError
+from ..errors import FormatError, InvalidError, NotFoundError, SllmError
 from ..reports import LoadReport
 from ..staging import Staged
 from . import _door
@@ -56,19 +56,15 @@ class ServerlessLLMLoader(DefaultModelLoader):
 
     def _open(self, source: Any) -> Checkpoint:
         """The checkpoint of one of vLLM's sources."""
-        path = source.model_or_path
-        if source.subfolder is not None:
-            path = os.path.join(path, source.subfolder)
+        path = _door.folder_of(source)
         if _own_layout(path):
             return _native.open(path)
         try:
-            folder, files, _ = self._prepare_weights(
-                source.model_or_path, source.subfolder, source.revision, False, source.allow_patterns_overrides
-            )
+            folder, files = _door.files_of(self, source)
         except RuntimeError as e:
             reason = f"{e}: neither a store nor safetensors; save the model as safetensors first"
             raise NotFoundError(reason) from e
-        return _native.open_files(folder, sorted(files))
+        return _native.open_files(folder, files)
 
     # --- the weights ---
 
@@ -89,16 +85,15 @@ class ServerlessLLMLoader(DefaultModelLoader):
                 self._load(model, model_config, start)
 
     def track_weights_loading(self, model: nn.Module, loaded_weights: set[str] | None) -> None:
+        # What staging wrote is not seen: there only the names tell.
         written = self._road.written if isinstance(self._road, Deferred) else set()
         empty = _door.left_empty(model, loaded_weights, written) if loaded_weights is not None else set()
         super().track_weights_loading(model, loaded_weights)
-        if not empty:
-            return
-        reason = f"the checkpoint has nothing for these parameters: {', '.join(sorted(empty))}: is it complete?"
-        if isinstance(self._road, Deferred):
-            raise FormatError(reason)
-        # What was written is not seen on the other road, and some models tell other names than they have.
-        logger.warning("%s", reason)
+        if empty:
+            found = f"the checkpoint has nothing for these parameters: {', '.join(sorted(empty))}"
+            if self._options.missing == "error":
+                raise FormatError(f'{found}: is it complete? The option "missing": "warn" goes on without them')
+            logger.warning("serverless_llm: %s", found)
 
     def _load(self, model: nn.Module, model_config: Any, start: float) -> None:
         road = self._road
@@ -126,6 +121,9 @@ class ServerlessLLMLoader(DefaultModelLoader):
         return options
 
     def _get_weights_iterator(self, source: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.load_config.safetensors_load_strategy == "torchao":
+            # vLLM's own iterator makes torchao's tensors of several stored ones.
+            raise InvalidError("a checkpoint of torchao's own tensors: load it with --load-format safetensors")
         checkpoint = self._open(source)
         if self.counter_before_loading_weights == 0.0:
             self.counter_before_loading_weights = time.perf_counter()
@@ -146,12 +144,14 @@ class ServerlessLLMLoader(DefaultModelLoader):
 
     def _tell(self, road: Deferred | Staged, reports: list[LoadReport], seconds: float) -> None:
         total = sum(report.bytes for report in reports)
+        rate = total / 1e9 / max(seconds, 1e-9)
         engines = sorted({engine["engine"] for report in reports for engine in report.engines})
         logger.info(
-            "serverless_llm loaded %.2f GB in %.2f s (%.1f GB/s) by %s, %s",
+            "serverless_llm loaded %.2f GB in %.2f s (%.1f GB/s%s) by %s, %s",
             total / 1e9,
             seconds,
-            total / 1e9 / max(seconds, 1e-9),
+            rate,
+            _of_link(rate),
             " and ".join(engines) or "no engine",
             road.summary(),
         )
@@ -160,6 +160,18 @@ class ServerlessLLMLoader(DefaultModelLoader):
             logger.debug("moved %d bytes straight, read through the mapped files: %s", road.moved, through)
         for report in reports:
             logger.debug("%s", report)
+
+
+def _of_link(rate: float) -> str:
+    """The part of the link's peak that a rate in GB/s is. The peak is measured once a boot, in some 30 ms."""
+    if not _door.is_first_rank():
+        return ""
+    try:
+        peak = _native.link_peak(_torch.device_id(_device()), rate)
+    except SllmError as e:
+        logger.debug("the peak of the link is not known: %s", e)
+        return ""
+    return "" if peak is None else f", {100 * rate / peak[0]:.0f} % of this link"
 
 
 def _device() -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +12,12 @@ from typing import Any
 from ..errors import InvalidError
 
 _PREFIX = "SERVERLESS_LLM_"
-_ROADS = ("auto", "deferred", "staging")
-_ENGINES = ("auto", "uring", "pread", "mapped")
+_CHOICES = {
+    "road": ("auto", "deferred", "staging"),
+    "engine": ("auto", "uring", "pread", "mapped"),
+    "missing": ("error", "warn"),
+}
+_TRUTHS = {"1": True, "0": False, "true": True, "false": False, "yes": True, "no": False}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -34,6 +39,8 @@ class Options:
     """Device memory at most on the staging road; a tensor that does not fit gets what it needs."""
     verify: bool = False
     """Whether a store's checksums are compared while it loads."""
+    missing: str = "error"
+    """What a parameter of which the checkpoint has nothing is: an `error`, or something to `warn` of."""
     prefetch: bool = True
     """Whether the checkpoint is read into the page cache while vLLM starts."""
 
@@ -46,7 +53,8 @@ class Options:
         given: dict[str, Any] = {}
         for name in fields:
             text = environment.get(_PREFIX + name.upper())
-            if text:
+            # SERVERLESS_LLM_PREFETCH may also name the model.
+            if text and not (name == "prefetch" and text.lower() not in _TRUTHS):
                 given[name] = (_PREFIX + name.upper(), text)
         for name, value in extra.items():
             if name not in fields:
@@ -55,6 +63,14 @@ class Options:
                 raise InvalidError(f"model_loader_extra_config has an unknown key {name!r}{meant}")
             given[name] = (f"model_loader_extra_config {name!r}", value)
         return cls(**{name: _parse(fields[name], *value) for name, value in given.items()})
+
+    @classmethod
+    def of_command_line(cls, extra: str | None) -> Options:
+        """The options of `--model-loader-extra-config` as it is typed, and the environment."""
+        try:
+            return cls.of(json.loads(extra) if extra else {})
+        except json.JSONDecodeError as e:
+            raise InvalidError(f"model_loader_extra_config is not JSON: {e}") from e
 
     def load(self) -> dict[str, Any]:
         """Those that a load takes."""
@@ -67,14 +83,14 @@ def _parse(field: Any, told_by: str, value: Any) -> Any:
     if "None" in kind and (value is None or value == "auto"):
         return None
     if kind.startswith("bool"):
-        truths = {True: True, False: False, "1": True, "0": False, "true": True, "false": False, "yes": True, "no": False}
-        key = value.lower() if isinstance(value, str) else value
-        if isinstance(key, (bool, str)) and key in truths:
-            return truths[key]
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in _TRUTHS:
+            return _TRUTHS[value.lower()]
         raise InvalidError(f"{told_by} is {value!r}; give true or false")
     if kind.startswith("int"):
         return _size(told_by, value)
-    choices = _ROADS if field.name == "road" else _ENGINES
+    choices = _CHOICES[field.name]
     if value in choices:
         return value
     raise InvalidError(f"{told_by} is {value!r}; give one of {', '.join(choices)}")

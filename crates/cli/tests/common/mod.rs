@@ -50,10 +50,10 @@ impl Fixture {
     }
 }
 
-/// The command with these arguments, and an empty Hugging Face cache.
+/// The command with these arguments, an empty Hugging Face cache, and no place to remember anything in.
 pub(crate) fn sllm<I: IntoIterator<Item = S>, S: AsRef<std::ffi::OsStr>>(args: I) -> Command {
     let mut command = Command::cargo_bin("sllm-store").unwrap();
-    command.args(args).env("HF_HUB_CACHE", "/nonexistent");
+    command.args(args).env("HF_HUB_CACHE", "/nonexistent").env("XDG_CACHE_HOME", "/proc/nonexistent");
     command
 }
 

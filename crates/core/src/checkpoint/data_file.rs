@@ -7,7 +7,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use crate::error::{Error, FormatError, Result};
 
@@ -128,6 +128,30 @@ impl DataFile {
             return Err(FormatError::new(&self.path, "it was changed while it was read; start again").into());
         }
         Ok(())
+    }
+
+    /// A lock that says that the file is being loaded, kept as long as the descriptor; `None` where that cannot be said.
+    pub(crate) fn lock_for_load(&self) -> Option<File> {
+        let file = self.another_description()?;
+        rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).ok()?;
+        Some(file)
+    }
+
+    /// Whether some process on this host loads it.
+    pub(crate) fn is_being_loaded(&self) -> bool {
+        let Some(file) = self.another_description() else { return false };
+        // Another one who asks holds the lock for a moment.
+        (0..3).all(|try_| {
+            if try_ > 0 {
+                std::thread::sleep(std::time::Duration::from_millis(2));
+            }
+            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) == Err(rustix::io::Errno::WOULDBLOCK)
+        })
+    }
+
+    /// The same file, opened once more: locks belong to an opening.
+    fn another_description(&self) -> Option<File> {
+        File::open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&self.buffered))).ok()
     }
 
     /// Fills `buf` from `offset`; a file that ends before is [`Error::Truncated`].

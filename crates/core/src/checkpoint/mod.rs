@@ -10,6 +10,7 @@ mod safetensors;
 mod store;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -316,6 +317,16 @@ impl Checkpoint {
         let tensors = inside.filter(|t| t.len > 0).map(|t| t.name.clone()).collect();
         let path = data.path().to_owned();
         Err(Error::Corrupt(Box::new(CorruptChunk { path, chunk, offset, len, expected, found, tensors })))
+    }
+
+    /// Says to prefetches, as long as it is kept, that the checkpoint is being loaded.
+    pub(crate) fn lock_for_load(&self) -> Option<File> {
+        self.files.first()?.lock_for_load()
+    }
+
+    /// Whether some process on this host loads the checkpoint.
+    pub(crate) fn is_being_loaded(&self) -> bool {
+        self.files.first().is_some_and(DataFile::is_being_loaded)
     }
 
     pub(crate) fn origin(&self) -> &Origin {

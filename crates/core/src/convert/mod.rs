@@ -52,7 +52,7 @@ impl ConvertOptions {
         self
     }
 
-    /// Threads that read, check and write; `None`: eight.
+    /// Threads that read, check and write, 1 to 256; `None`: eight.
     pub fn threads(mut self, threads: impl Into<Option<usize>>) -> Self {
         self.work = self.work.threads(threads);
         self
@@ -270,6 +270,7 @@ pub(crate) fn build<T>(
     options: &WorkOptions,
     finish: impl FnOnce(&Partial<'_>, &mut Written) -> Result<T>,
 ) -> Result<(Written, T)> {
+    options.thread_count()?;
     let fingerprint = sources.map(|sources| fingerprint(sources, files));
     let partial = target.begin(fingerprint.as_deref(), files, side_files.len)?;
     let work = || {

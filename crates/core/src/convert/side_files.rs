@@ -1,6 +1,7 @@
 //! The files of a model directory that are not weights: configuration, tokenizer, licence.
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::journal::JOURNAL_NAME;
@@ -94,7 +95,10 @@ impl SideFiles {
                 return Err(FormatError::new(&from, "it is no longer a regular file").into());
             }
             let mut copy = File::create_new(&to).map_err(Error::io("create", &to))?;
-            std::io::copy(&mut source, &mut copy).map_err(Error::io("copy", &from))?;
+            std::io::copy(&mut source, &mut copy).map_err(|e| match e.kind() {
+                ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Error::io("write", &to)(e),
+                _ => Error::io("copy", &from)(e),
+            })?;
             copy.sync_all().map_err(Error::io("sync", &to))?;
         }
         Ok(())

@@ -63,7 +63,7 @@ pub(crate) fn write_files(
         sums[as_index(number)].store(crc, Ordering::Relaxed);
         meter.add(buf.len() as u64)
     };
-    for_each(options.thread_count(), chunks.count(), CHUNK_LEN, one)?;
+    for_each(options.thread_count()?, chunks.count(), CHUNK_LEN, one)?;
 
     for output in &outputs {
         output.file.sync_all().map_err(Error::io("sync", &output.path))?;

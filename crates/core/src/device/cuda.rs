@@ -159,6 +159,21 @@ impl Backend for Cuda {
         false
     }
 
+    fn link(&self) -> Result<Option<String>, DeviceError> {
+        driver()?;
+        let device = self.context.device;
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
+        // SAFETY: the device is valid; the driver writes 16 bytes.
+        self.context.check("ask its UUID", unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, device) })?;
+        let mut address = [0; 32];
+        // SAFETY: the driver writes at most the given length, ended by zero.
+        self.context.check("ask its address", unsafe { sys::cuDeviceGetPCIBusId(address.as_mut_ptr(), 32, device) })?;
+        // SAFETY: `address` is zero-filled beyond what was written, so that it ends.
+        let address = unsafe { CStr::from_ptr(address.as_ptr()) }.to_string_lossy();
+        let uuid: String = uuid.bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Some(format!("{uuid} {address}")))
+    }
+
     fn memory(&self) -> Result<Option<(u64, u64)>, DeviceError> {
         let _current = self.context.enter()?;
         let (mut free, mut total) = (0, 0);

@@ -26,6 +26,10 @@ impl Backend for Host {
         true
     }
 
+    fn link(&self) -> Result<Option<String>, DeviceError> {
+        Ok(None)
+    }
+
     fn memory(&self) -> Result<Option<(u64, u64)>, DeviceError> {
         // MemAvailable counts what the page cache would give up, which is what a large allocation can use.
         let Ok(info) = std::fs::read_to_string("/proc/meminfo") else { return Ok(None) };

@@ -6,6 +6,7 @@
 mod cuda;
 mod error;
 mod host;
+mod link;
 
 use std::any::Any;
 use std::fmt;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use error::DeviceError;
+pub use link::LinkPeak;
 
 use crate::error::{Error, Result};
 use crate::plan::PieceCopy;
@@ -30,6 +32,8 @@ pub(crate) trait Backend: Send + Sync + fmt::Debug {
     fn description(&self) -> String;
     /// Whether its memory is host memory that a read may fill.
     fn is_host(&self) -> bool;
+    /// What tells its link from others: the card and its place; `None` for the host.
+    fn link(&self) -> Result<Option<String>, DeviceError>;
     /// Free and total bytes; `None` where that is not known.
     fn memory(&self) -> Result<Option<(u64, u64)>, DeviceError>;
     /// Memory aligned to 256 bytes and more.
@@ -257,11 +261,13 @@ impl Block {
         (self.addr, self.len) == (other.addr, other.len) && self.device.same_as(&other.device)
     }
 
-    /// Whether two blocks share a byte.
-    pub(crate) fn overlaps(&self, other: &Block) -> bool {
-        let end = |block: &Block| block.addr.saturating_add(block.len);
-        let share = self.addr < end(other) && other.addr < end(self);
-        share && self.device.same_as(&other.device)
+    /// Whether two of these blocks share a byte.
+    pub(crate) fn any_overlap(blocks: &[Block]) -> bool {
+        let place = |block: &Block| (block.device.id(), block.addr, block.addr.saturating_add(block.len));
+        let mut places: Vec<_> = blocks.iter().filter(|block| !block.is_empty()).map(place).collect();
+        places.sort_unstable();
+        // Where two overlap, one of them overlaps its neighbour in this order.
+        places.windows(2).any(|pair| pair[0].0 == pair[1].0 && pair[1].1 < pair[0].2)
     }
 
     /// Copies a range of an allocated block to the host, and waits.
@@ -386,5 +392,69 @@ impl Drop for Pending {
 impl Stream {
     pub(crate) fn synchronize(&self) -> Result<(), DeviceError> {
         self.stream.synchronize()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A device that is only a name.
+    #[derive(Debug)]
+    struct Named(&'static str);
+
+    impl Backend for Named {
+        fn id(&self) -> String {
+            self.0.into()
+        }
+        fn description(&self) -> String {
+            self.0.into()
+        }
+        fn is_host(&self) -> bool {
+            false
+        }
+        fn link(&self) -> Result<Option<String>, DeviceError> {
+            Ok(None)
+        }
+        fn memory(&self) -> Result<Option<(u64, u64)>, DeviceError> {
+            Ok(None)
+        }
+        fn alloc(&self, _len: usize) -> Result<Box<dyn Memory>, DeviceError> {
+            Err(DeviceError::NoDriver)
+        }
+        fn stream(&self) -> Result<Box<dyn BackendStream>, DeviceError> {
+            Err(DeviceError::NoDriver)
+        }
+        unsafe fn pin(&self, _ptr: *mut u8, _len: usize, _read_only: bool) -> Result<(), DeviceError> {
+            Err(DeviceError::NoDriver)
+        }
+        unsafe fn unpin(&self, _ptr: *mut u8) {}
+        unsafe fn read_back(&self, _addr: u64, _out: &mut [u8]) -> Result<(), DeviceError> {
+            Err(DeviceError::NoDriver)
+        }
+    }
+
+    #[test]
+    fn blocks_overlap_where_they_share_a_byte_of_one_device() {
+        let (a, b) = (Device::new(Named("a")), Device::new(Named("b")));
+        let overlap = |blocks: &[(&Device, u64, u64)]| {
+            let block = |&(device, addr, len): &(&Device, u64, u64)| {
+                let (device, loading) = (device.clone(), Arc::default());
+                Block { device, addr, len, memory: None, loading }
+            };
+            Block::any_overlap(&blocks.iter().map(block).collect::<Vec<_>>())
+        };
+        assert!(!overlap(&[]));
+        assert!(!overlap(&[(&a, 10, 10), (&a, 0, 10), (&a, 20, 10)]), "neighbours");
+        assert!(overlap(&[(&a, 10, 10), (&a, 0, 11)]));
+        assert!(overlap(&[(&a, 0, 10), (&a, 0, 10)]), "the same");
+        assert!(overlap(&[(&a, 50, 1), (&a, 0, 100), (&a, 99, 5)]), "one inside another");
+        assert!(!overlap(&[(&a, 0, 10), (&b, 5, 10)]), "another device");
+        assert!(overlap(&[(&b, 5, 1), (&a, 0, 10), (&b, 0, 10)]));
+        assert!(!overlap(&[(&a, 0, 10), (&a, 5, 0), (&a, 0, 0)]), "what is empty shares nothing");
+        assert!(overlap(&[(&a, u64::MAX - 1, 10), (&a, u64::MAX - 2, 2)]));
+        let many: Vec<_> = (0..100_000).map(|i| (&a, i * 7919 % 100_000 * 16, 16)).collect();
+        assert!(!overlap(&many));
+        assert!(overlap(&[&many[..], &[(&a, 800_001, 1)]].concat()));
     }
 }

@@ -16,7 +16,7 @@ pub(crate) const MANIFEST_NAME: &str = "manifest.json";
 /// The largest manifest that is read, in bytes.
 pub(crate) const MAX_MANIFEST_LEN: u64 = 1 << 30;
 /// Bytes of one checksummed chunk, as written.
-pub(crate) const CHUNK_LEN: u64 = 4 << 20;
+pub const CHUNK_LEN: u64 = 4 << 20;
 /// A data file ends before it would pass this many bytes, as in the original.
 pub(crate) const MAX_FILE_LEN: u64 = 10 << 30;
 /// Tensors of this many bytes and more begin at a page.

@@ -5,7 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::checkpoint::{Checkpoint, ChunkSums};
+use super::chunks::Chunks;
+use crate::checkpoint::Checkpoint;
 use crate::control::Meter;
 use crate::device::{self, Block, Pending, Stream};
 use crate::error::{Error, Result};
@@ -15,14 +16,15 @@ use crate::pool::{BufferPool, HostBuffer};
 use crate::read::{Filled, Room, Sink};
 
 /// Copies of mapped pages that a lane leaves in flight; they hold no buffer.
-const MAPPED_IN_FLIGHT: usize = 64;
+pub const MAPPED_IN_FLIGHT: usize = 64;
 
 /// What all lanes of a load share.
 pub(super) struct Shared<'a> {
     pub(super) checkpoint: &'a Checkpoint,
     pub(super) plan: &'a LoadPlan,
-    /// With checksums, a piece is one chunk.
-    pub(super) sums: Option<&'a ChunkSums>,
+    /// Where checksums are compared: the chunks of the plan. A piece is copied before its chunk is known to be good;
+    /// the load fails where one is not.
+    pub(super) chunks: Option<Chunks>,
     pub(super) pool: &'a BufferPool,
     pub(super) streams: &'a [Stream],
     pub(super) blocks: Arc<[Block]>,
@@ -136,7 +138,7 @@ impl<'a> Lane<'a> {
     fn loan(&self, piece: &Piece) -> Option<Room> {
         let [copy] = self.shared.plan.copies(piece) else { return None };
         let PieceCopy { src_offset, row_len, rows: 1, block, dst_offset, .. } = *copy else { return None };
-        if self.shared.sums.is_some() && row_len != piece.len {
+        if self.shared.chunks.is_some() && row_len != piece.len {
             return None;
         }
         let len = usize::try_from(row_len).ok()?;
@@ -166,11 +168,12 @@ impl Sink for Lane<'_> {
 
     fn filled(&mut self, piece: &Piece, filled: Filled) -> Result<()> {
         if let Filled::Buffer(buffer) = &filled {
-            if let Some(sums) = self.shared.sums {
+            if let Some(chunks) = &self.shared.chunks {
                 let verifying = Instant::now();
                 let len = usize::try_from(piece.len).unwrap_or(usize::MAX).min(buffer.as_slice().len());
-                let found = crc_fast::crc64_nvme(&buffer.as_slice()[..len]);
-                self.shared.checkpoint.check_chunk(piece.file, piece.offset / sums.chunk_len, found)?;
+                if let Some(chunk) = chunks.take(piece, &buffer.as_slice()[..len]) {
+                    self.shared.checkpoint.check_chunk(chunk.file, chunk.number, chunk.sum)?;
+                }
                 self.times.verify += verifying.elapsed();
             }
             if buffer.is_loan() {

@@ -1,5 +1,6 @@
 //! Loads: lanes of reader threads fill buffers, verify them, and copy them to devices.
 
+mod chunks;
 mod lane;
 mod loaded;
 mod report;
@@ -9,12 +10,14 @@ mod staging;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+pub(crate) use chunks::Chunks;
+pub use lane::MAPPED_IN_FLIGHT;
 pub use loaded::{Loaded, TensorView};
 pub use report::{EngineReport, LoadReport};
 pub use session::Session;
 
 use crate::checkpoint::{Checkpoint, TensorInfo};
-use crate::control::Control;
+use crate::control::{Control, check_threads};
 use crate::device::{Block, Claim, Device, DeviceError, Stream};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
@@ -26,11 +29,9 @@ use staging::Staging;
 
 /// Bytes of one piece, and of one staging buffer: enough for the link to come near its peak, and so few that the ring
 /// stays in the processor's cache (`docs/benchmarks.md`).
-const PIECE_LEN: u64 = 3 << 20;
-/// Reader threads at most.
-const MAX_THREADS: usize = 256;
+pub const PIECE_LEN: u64 = 3 << 20;
 /// Pinned staging memory at most, unless asked otherwise.
-const PINNED_LEN: u64 = 256 << 20;
+pub const PINNED_LEN: u64 = 256 << 20;
 
 /// Loads checkpoints to devices. Make one by [`Loader::builder`].
 #[derive(Clone)]
@@ -89,7 +90,7 @@ impl LoaderBuilder {
         self
     }
 
-    /// Reader threads; `None`: as the engine needs.
+    /// Reader threads, 1 to 256; `None`: as the engine needs.
     pub fn threads(mut self, threads: impl Into<Option<usize>>) -> Self {
         self.loader.wishes.threads = threads.into();
         self
@@ -113,9 +114,7 @@ impl LoaderBuilder {
         if devices.is_empty() || devices.len() > 64 {
             return Err(Error::Invalid(format!("{} devices are given; 1 to 64 can be", devices.len())));
         }
-        if wishes.threads.is_some_and(|threads| threads == 0 || threads > MAX_THREADS) {
-            return Err(Error::Invalid(format!("a load runs in 1 to {MAX_THREADS} threads")));
-        }
+        wishes.threads.map(check_threads).transpose()?;
         if *pinned_len < PAGE {
             return Err(Error::Invalid(format!("{pinned_len} bytes of staging memory are fewer than a page")));
         }
@@ -174,6 +173,7 @@ impl Loader {
         segments: &[Segment],
         blocks: Vec<Block>,
     ) -> Result<LoadReport> {
+        let _lock = checkpoint.lock_for_load();
         self.run(checkpoint, segments, blocks, &mut Staging::default())
     }
 
@@ -203,22 +203,21 @@ impl Loader {
         };
         let files: Vec<u64> = checkpoint.files().iter().map(|file| file.len()).collect();
         let lens: Vec<u64> = blocks.iter().map(Block::len).collect();
-        let options = PlanOptions {
-            piece_len: sums.map_or_else(|| self.piece_len(), |sums| sums.chunk_len),
-            whole_pieces: sums.is_some(),
-            ..PlanOptions::default()
-        };
+        let chunk_len = sums.map(|sums| sums.chunk_len);
+        let piece_len = chunk_len.map_or(self.piece_len(), |len| Chunks::piece_len(len, self.piece_len()));
+        let options = PlanOptions { piece_len, chunk_len, ..PlanOptions::default() };
         let plan = LoadPlan::build(&files, &lens, segments, &options)?;
         let is_used = |device: &&Device| blocks.iter().any(|block| block.device().same_as(device));
         let devices: Vec<Device> = self.devices.iter().filter(is_used).cloned().collect();
         let mut shares = choose(checkpoint.files(), &plan, &devices, &self.wishes)?;
         let plan_s = started.elapsed().as_secs_f64();
 
-        let (pool, streams) = staging.fit(self, options.piece_len, &mut shares)?;
+        let (pool, streams) = staging.fit(self, piece_len, &mut shares)?;
         let meter = self.control.meter(plan.read_len());
         let outcome = Outcome::default();
         let blocks = blocks.into();
-        let shared = Shared { checkpoint, plan: &plan, sums, pool, streams, blocks, meter, outcome };
+        let chunks = chunk_len.map(|chunk_len| Chunks::new(chunk_len, piece_len, plan.pieces()));
+        let shared = Shared { checkpoint, plan: &plan, chunks, pool, streams, blocks, meter, outcome };
         let queues: Vec<Queue<'_>> = shares.iter().map(|share| Queue::new(&share.pieces)).collect();
         let moving = Instant::now();
         let lanes = Mutex::new(Vec::new());
@@ -246,6 +245,9 @@ impl Loader {
         let synced = streams.iter().try_for_each(Stream::synchronize);
         shared.outcome.result()?;
         synced?;
+        if shared.chunks.as_ref().is_some_and(|chunks| !chunks.all_arrived()) {
+            return Err(Error::Invalid("a chunk came without its checksum being compared".into()));
+        }
         let move_s = moving.elapsed().as_secs_f64();
         let mut read = plan.pieces().iter().map(|piece| piece.file).collect::<Vec<_>>();
         read.dedup(); // pieces are ordered by file
@@ -289,10 +291,8 @@ impl Loader {
 
 /// Takes blocks for one load, so that no byte has two writers.
 fn claim(blocks: &[Block]) -> Result<Vec<Claim>> {
-    for (i, a) in blocks.iter().enumerate() {
-        if blocks[..i].iter().any(|b| a.overlaps(b)) {
-            return Err(Error::Invalid("two of the blocks overlap".into()));
-        }
+    if Block::any_overlap(blocks) {
+        return Err(Error::Invalid("two of the blocks overlap".into()));
     }
     let in_use = || Error::Invalid("a block is being loaded already".into());
     blocks.iter().map(|block| block.claim().ok_or_else(in_use)).collect()

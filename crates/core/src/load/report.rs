@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::lane::LaneTimes;
 use crate::checkpoint::Checkpoint;
 use crate::control::gb_per_s;
-use crate::device::Device;
+use crate::device::{Device, LinkPeak};
 use crate::plan::LoadPlan;
 use crate::read::choose::Share;
 
@@ -46,8 +46,20 @@ pub struct LoadReport {
     pub move_s: f64,
     /// Staging memory that was pinned.
     pub pinned_bytes: u64,
-    /// The stage that held the load back: `read`, `copy`, `verify` or `pin`.
+    /// The stage that held the load back: reading from the `disk` or the `page cache`, copying over the `link` (to the
+    /// host: to `memory`), to `verify`, or to `pin`.
     pub limit: &'static str,
+    /// The engine whose threads were held back.
+    pub limit_engine: &'static str,
+    /// The peak of the link, where [`LoadReport::add_link`] gave it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub link_gb_per_s: Option<f64>,
+    /// The day on which that was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub link_measured: Option<String>,
+    /// The load's GB/s as a part of that, 0 to 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub of_link: Option<f64>,
     /// What each engine did.
     pub engines: Vec<EngineReport>,
     /// What did not work and was done in another way.
@@ -62,6 +74,8 @@ pub struct EngineReport {
     pub engine: &'static str,
     /// Whether it passed the page cache.
     pub direct: bool,
+    /// Where its bytes were: `page cache` or `disk`.
+    pub source: &'static str,
     /// Why it was chosen.
     pub reason: String,
     /// Bytes that it read.
@@ -95,6 +109,7 @@ impl EngineReport {
             pinning: mean(self.pinning, next.pinning),
             engine: self.engine,
             direct: self.direct,
+            source: if next.bytes > self.bytes { next.source } else { self.source },
             bytes: self.bytes + next.bytes,
             threads: self.threads.max(next.threads),
             seconds: self.seconds + next.seconds,
@@ -108,12 +123,14 @@ impl EngineReport {
     }
 }
 
-/// What the threads of the engine that took longest did most.
-fn limit(engines: &[EngineReport]) -> &'static str {
+/// What the threads of the engine that took longest did most, and that engine; nothing held back a load of no bytes.
+fn limit(engines: &[EngineReport], devices: &[String]) -> (&'static str, &'static str) {
+    let copy = if devices.iter().all(|device| device == "host") { "memory" } else { "link" };
     let slowest = engines.iter().max_by(|a, b| a.seconds.total_cmp(&b.seconds));
-    slowest.map_or("read", |e| {
-        let parts = [("read", e.reading), ("copy", e.waiting + e.copying), ("verify", e.verifying), ("pin", e.pinning)];
-        parts.into_iter().max_by(|a, b| a.1.total_cmp(&b.1)).map_or("read", |part| part.0)
+    slowest.map_or(("nothing", "none"), |e| {
+        let parts = [(copy, e.waiting + e.copying), ("verify", e.verifying), ("pin", e.pinning)];
+        let most = |a: (&'static str, f64), b: (&'static str, f64)| if b.1 > a.1 { b } else { a };
+        (parts.into_iter().fold((e.source, e.reading), most).0, e.engine)
     })
 }
 
@@ -137,6 +154,7 @@ impl LoadReport {
                 EngineReport {
                     engine: share.name,
                     direct: share.direct,
+                    source: share.source,
                     reason: share.reason.clone(),
                     bytes: share.pieces.iter().map(|piece| piece.len).sum(),
                     threads: share.lanes,
@@ -149,10 +167,12 @@ impl LoadReport {
                 }
             })
             .collect();
+        let devices_named: Vec<String> = devices.iter().map(Device::id).collect();
+        let (limit, limit_engine) = limit(&engines, &devices_named);
         LoadReport {
             path: checkpoint.path().display().to_string(),
             layout: checkpoint.layout().name(),
-            devices: devices.iter().map(Device::id).collect(),
+            devices: devices_named,
             device_names: devices.iter().map(Device::description).collect(),
             bytes: plan.wanted_len(),
             read_bytes: plan.read_len(),
@@ -165,7 +185,11 @@ impl LoadReport {
             alloc_s: 0.0,
             move_s: 0.0,
             pinned_bytes: 0,
-            limit: limit(&engines),
+            limit,
+            limit_engine,
+            link_gb_per_s: None,
+            link_measured: None,
+            of_link: None,
             engines,
             notes: Vec::new(),
         }
@@ -189,7 +213,7 @@ impl LoadReport {
                 None => self.engines.push(engine),
             }
         }
-        self.limit = limit(&self.engines);
+        (self.limit, self.limit_engine) = limit(&self.engines, &self.devices);
         for note in next.notes {
             if !self.notes.contains(&note) {
                 self.notes.push(note);
@@ -203,6 +227,14 @@ impl LoadReport {
         self.seconds += seconds;
     }
 
+    /// Sets the load beside the peak of its device's link ([`Device::link_peak`]). The last thing added: time that is
+    /// added afterwards does not count.
+    pub fn add_link(&mut self, peak: &LinkPeak) {
+        self.link_gb_per_s = Some(peak.gb_per_s);
+        self.link_measured = Some(peak.date());
+        self.of_link = (peak.gb_per_s > 0.0).then(|| self.gb_per_s() / peak.gb_per_s);
+    }
+
     /// GB/s of the whole load.
     pub fn gb_per_s(&self) -> f64 {
         gb_per_s(self.bytes, self.seconds)
@@ -213,15 +245,13 @@ impl fmt::Display for LoadReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let gb = |bytes: u64| bytes as f64 / 1e9;
         writeln!(f, "loaded {} ({}) to {}", self.path, self.layout, self.devices.join(", "))?;
-        writeln!(
-            f,
-            "  {:.3} GB, {} tensors in {:.3} s: {:.2} GB/s, limited by {}",
-            gb(self.bytes),
-            self.tensors,
-            self.seconds,
-            self.gb_per_s(),
-            self.limit
-        )?;
+        let (bytes, rate) = (gb(self.bytes), self.gb_per_s());
+        writeln!(f, "  {bytes:.3} GB, {} tensors in {:.3} s", self.tensors, self.seconds)?;
+        write!(f, "  limit: {}, {}, {rate:.2} GB/s", self.limit, self.limit_engine)?;
+        if let (Some(peak), Some(day), Some(part)) = (self.link_gb_per_s, &self.link_measured, self.of_link) {
+            write!(f, ", {:.0} % of this link ({peak:.1} GB/s, measured {day})", part * 100.0)?;
+        }
+        writeln!(f)?;
         writeln!(
             f,
             "  plan {:.4} s ({} reads, {} copies), allocate {:.4} s, read and copy {:.3} s ({:.2} GB/s){}",
@@ -261,5 +291,45 @@ impl fmt::Display for LoadReport {
             writeln!(f, "  note: {note}")?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn engine(engine: &'static str, source: &'static str, seconds: f64, parts: [f64; 4]) -> EngineReport {
+        let [reading, waiting, verifying, pinning] = parts;
+        let (direct, reason) = (source == "disk", String::new());
+        let (bytes, threads, copying) = (1, 1, 0.0);
+        EngineReport {
+            engine,
+            direct,
+            source,
+            reason,
+            bytes,
+            threads,
+            seconds,
+            reading,
+            waiting,
+            copying,
+            verifying,
+            pinning,
+        }
+    }
+
+    #[test]
+    fn the_limit_is_what_the_slowest_engine_did_most() {
+        let (host, card) = (["host".to_owned()], ["cuda:0".to_owned(), "host".to_owned()]);
+        let cached = engine("pread", "page cache", 1.0, [0.6, 0.2, 0.1, 0.1]);
+        let copying = engine("pread", "page cache", 1.0, [0.2, 0.6, 0.1, 0.1]);
+        let uncached = engine("uring", "disk", 2.0, [0.9, 0.1, 0.0, 0.0]);
+        assert_eq!(limit(std::slice::from_ref(&cached), &host), ("page cache", "pread"));
+        assert_eq!(limit(&[cached.clone(), uncached], &host), ("disk", "uring"));
+        assert_eq!(limit(std::slice::from_ref(&copying), &host), ("memory", "pread"));
+        assert_eq!(limit(&[copying], &card), ("link", "pread"));
+        assert_eq!(limit(&[engine("pread", "disk", 1.0, [0.1, 0.1, 0.5, 0.3])], &card), ("verify", "pread"));
+        assert_eq!(limit(&[engine("pread", "disk", 1.0, [0.1, 0.1, 0.3, 0.5])], &card), ("pin", "pread"));
+        assert_eq!(limit(&[], &card), ("nothing", "none"));
     }
 }

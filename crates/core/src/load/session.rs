@@ -170,8 +170,10 @@ impl Session {
         loader.control = control.on_progress(tell).cancelled_by(cancel.clone());
         let files = checkpoint.files().iter().map(|file| file.len()).collect();
         let (path, work) = (checkpoint.path().to_owned(), Arc::clone(&shared));
+        let lock = checkpoint.lock_for_load();
         let work = move || {
             let end = End(&work);
+            let _lock = lock;
             let mut staging = Staging::default();
             while let Some(batch) = end.0.next() {
                 end.0.moved(loader.run(&checkpoint, &batch.segments, batch.blocks, &mut staging));

@@ -141,17 +141,18 @@ impl PieceCopy {
 /// How to cut a plan.
 #[derive(Debug, Clone, Copy)]
 pub struct PlanOptions {
-    /// Bytes of one staging buffer; a multiple of [`PAGE`]. Pieces end at its multiples in each file.
+    /// Bytes of one staging buffer; a multiple of [`PAGE`]. Pieces end at its multiples in each file, or in each chunk.
     pub piece_len: u64,
     /// Two wanted ranges less than this many bytes apart share a read.
     pub max_gap: u64,
-    /// Read every touched piece whole, so that its checksum can be taken.
-    pub whole_pieces: bool,
+    /// Bytes of one checksummed chunk, a multiple of [`PAGE`]: every touched one is read whole, so that its checksum can
+    /// be taken, and some of its pieces may have no copies. `None`: only what is wanted is read.
+    pub chunk_len: Option<u64>,
 }
 
 impl Default for PlanOptions {
     fn default() -> Self {
-        PlanOptions { piece_len: 4 << 20, max_gap: 64 << 10, whole_pieces: false }
+        PlanOptions { piece_len: 4 << 20, max_gap: 64 << 10, chunk_len: None }
     }
 }
 
@@ -166,9 +167,12 @@ pub struct LoadPlan {
 impl LoadPlan {
     /// Cuts segments into pieces. `files` and `blocks` are lengths in bytes; every segment must lie inside both.
     pub fn build(files: &[u64], blocks: &[u64], segments: &[Segment], options: &PlanOptions) -> Result<LoadPlan> {
-        if options.piece_len == 0 || !options.piece_len.is_multiple_of(PAGE) {
-            return Err(Error::Invalid(format!("a piece of {} bytes is not a multiple of {PAGE}", options.piece_len)));
+        for len in [Some(options.piece_len), options.chunk_len].into_iter().flatten() {
+            if len == 0 || !len.is_multiple_of(PAGE) {
+                return Err(Error::Invalid(format!("a piece or chunk of {len} bytes is not a multiple of {PAGE}")));
+            }
         }
+        let cell_len = options.chunk_len.unwrap_or(options.piece_len);
         if let Some(len) = files.iter().chain(blocks).find(|&&len| i64::try_from(len).is_err()) {
             return Err(Error::Invalid(format!("a length of {len} bytes does not fit 63 bits")));
         }
@@ -187,63 +191,80 @@ impl LoadPlan {
                 Some(&i) => (segments[i].file, reached),
                 None => (segments[next].file, segments[next].offset),
             };
-            let cell_start = start / options.piece_len * options.piece_len;
-            let cell = cell_start..cell_start.saturating_add(options.piece_len).min(files[file]);
+            let cell_start = start / cell_len * cell_len;
+            let cell = cell_start..cell_start.saturating_add(cell_len).min(files[file]);
             while segments.get(next).is_some_and(|s| s.file == file && s.offset < cell.end) {
                 active.push(next);
                 next += 1;
             }
-            plan.cut_cell(file, cell.clone(), &segments, &active, options);
+            let active_segments = || active.iter().map(|&i| &segments[i]);
+            match options.chunk_len {
+                Some(_) => plan.cut_chunk(file, cell.clone(), active_segments, options.piece_len),
+                None => plan.cut_cell(file, &cell, active_segments(), options.max_gap),
+            }
             active.retain(|&i| segments[i].end() > cell.end);
             reached = cell.end;
         }
         Ok(plan)
     }
 
-    /// Adds the pieces of one cell: the ranges that `active` segments want in it, nearby ones joined.
-    fn cut_cell(
+    /// Adds the pieces of one cell: the ranges that segments want in it, nearby ones joined.
+    fn cut_cell<'a>(
         &mut self,
         file: usize,
-        cell: Range<u64>,
-        segments: &[Segment],
-        active: &[usize],
-        options: &PlanOptions,
+        cell: &Range<u64>,
+        segments: impl Iterator<Item = &'a Segment>,
+        max_gap: u64,
     ) {
-        let mut parts: Vec<Segment> = Vec::with_capacity(active.len());
-        for &i in active {
-            clip(&segments[i], &cell, &mut parts);
-        }
-        parts.sort_unstable_by_key(|part| part.offset);
+        let parts = clip_all(segments, cell);
         let mut rest = parts.as_slice();
         while let Some(first) = rest.first() {
             let mut end = first.end();
-            let near = |end: u64, part: &Segment| {
-                options.whole_pieces || part.offset / PAGE * PAGE < round_up(end.saturating_add(options.max_gap))
-            };
+            let near = |end: u64, part: &Segment| part.offset / PAGE * PAGE < round_up(end.saturating_add(max_gap));
             let mut count = 1;
             while rest.get(count).is_some_and(|part| near(end, part)) {
                 end = end.max(rest[count].end());
                 count += 1;
             }
-            let read = if options.whole_pieces {
-                cell.clone()
-            } else {
-                first.offset / PAGE * PAGE..round_up(end).min(cell.end)
-            };
-            let first_copy = self.copies.len();
-            self.copies.extend(rest[..count].iter().map(|part| PieceCopy {
-                src_offset: part.offset - read.start,
-                row_len: part.row_len,
-                rows: part.rows,
-                src_pitch: part.src_pitch,
-                block: part.block,
-                dst_offset: part.dst_offset,
-                dst_pitch: part.dst_pitch,
-            }));
-            let copies = first_copy..self.copies.len();
-            self.pieces.push(Piece { file, offset: read.start, len: read.end - read.start, copies });
+            let read = first.offset / PAGE * PAGE..round_up(end).min(cell.end);
+            self.push(file, &read, &rest[..count]);
             rest = &rest[count..];
         }
+    }
+
+    /// Adds the pieces of one chunk, all of it, if a segment wants a byte of it.
+    fn cut_chunk<'a, S: Iterator<Item = &'a Segment>>(
+        &mut self,
+        file: usize,
+        chunk: Range<u64>,
+        segments: impl Fn() -> S,
+        piece_len: u64,
+    ) {
+        if clip_all(segments(), &chunk).is_empty() {
+            return;
+        }
+        let mut start = chunk.start;
+        while start < chunk.end {
+            let read = start..start.saturating_add(piece_len).min(chunk.end);
+            self.push(file, &read, &clip_all(segments(), &read));
+            start = read.end;
+        }
+    }
+
+    /// Adds a piece and the copies of its parts.
+    fn push(&mut self, file: usize, read: &Range<u64>, parts: &[Segment]) {
+        let first_copy = self.copies.len();
+        self.copies.extend(parts.iter().map(|part| PieceCopy {
+            src_offset: part.offset - read.start,
+            row_len: part.row_len,
+            rows: part.rows,
+            src_pitch: part.src_pitch,
+            block: part.block,
+            dst_offset: part.dst_offset,
+            dst_pitch: part.dst_pitch,
+        }));
+        let copies = first_copy..self.copies.len();
+        self.pieces.push(Piece { file, offset: read.start, len: read.end - read.start, copies });
     }
 
     /// Its reads, by file and offset.
@@ -355,6 +376,16 @@ fn normalise(files: &[u64], blocks: &[u64], segments: &[Segment], options: &Plan
         joined.push(segment);
     }
     Ok(joined)
+}
+
+/// The parts of segments that lie in a range of their file, in its order.
+fn clip_all<'a>(segments: impl Iterator<Item = &'a Segment>, range: &Range<u64>) -> Vec<Segment> {
+    let mut parts = Vec::new();
+    for segment in segments {
+        clip(segment, range, &mut parts);
+    }
+    parts.sort_unstable_by_key(|part| part.offset);
+    parts
 }
 
 /// Adds the parts of a segment that lie in a range of its file: at most a broken row, whole rows, a broken row.

@@ -163,7 +163,7 @@ mod tests {
         ) {
             let order = |seed: u64| {
                 let mut order: Vec<usize> = (0..shape.len()).collect();
-                order.sort_by_key(|&i| if seed % 3 == 0 { i as u64 } else { seed.rotate_left(i as u32 * 7) });
+                order.sort_by_key(|&i| if seed.is_multiple_of(3) { i as u64 } else { seed.rotate_left(7 * u32::try_from(i).unwrap()) });
                 order
             };
             let mut src = strides(&shape, &order(orders.0), &gaps[..5]);

@@ -4,10 +4,6 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn options(piece_len: u64, max_gap: u64, whole_pieces: bool) -> PlanOptions {
-    PlanOptions { piece_len, max_gap, whole_pieces }
-}
-
 /// The byte that the tests keep at a place of a file.
 fn byte(file: usize, offset: u64) -> u8 {
     (offset.wrapping_mul(2_654_435_761).wrapping_add(file as u64 * 97) >> 13) as u8
@@ -59,9 +55,10 @@ proptest! {
         (files, blocks, segments) in segments(),
         pages in 1..20u64,
         max_gap in prop_oneof![Just(0u64), 1..70_000u64],
-        whole in any::<bool>(),
+        chunk_pages in prop_oneof![Just(None), (1..30u64).prop_map(Some)],
     ) {
-        let options = options(pages * PAGE, max_gap, whole);
+        let chunk_len = chunk_pages.map(|pages| pages * PAGE);
+        let options = PlanOptions { piece_len: pages * PAGE, max_gap, chunk_len };
         let plan = LoadPlan::build(&files, &blocks, &segments, &options).unwrap();
         let (bytes, writes) = run(&plan, &blocks);
         let mut expected = writes.iter().map(|w| vec![0; w.len()]).collect::<Vec<Vec<u32>>>();
@@ -84,10 +81,20 @@ proptest! {
             prop_assert_eq!(piece.offset % PAGE, 0);
             prop_assert!(piece.len % PAGE == 0 || end.1 == files[piece.file]);
             prop_assert!(end.1 <= files[piece.file] && piece.len <= options.piece_len && piece.len > 0);
-            prop_assert!(!plan.copies(piece).is_empty());
-            if whole {
-                prop_assert_eq!(piece.offset % options.piece_len, 0);
-                prop_assert!(piece.len == options.piece_len || end.1 == files[piece.file]);
+            prop_assert!(chunk_len.is_some() || !plan.copies(piece).is_empty());
+        }
+        if let Some(chunk_len) = chunk_len {
+            let chunk_of = |piece: &Piece| (piece.file, piece.offset / chunk_len);
+            for pieces in plan.pieces().chunk_by(|a, b| chunk_of(a) == chunk_of(b)) {
+                let (file, number) = chunk_of(&pieces[0]);
+                let mut at = number * chunk_len;
+                let end = (at + chunk_len).min(files[file]);
+                for piece in pieces {
+                    prop_assert_eq!((piece.offset, piece.len), (at, options.piece_len.min(end - at)));
+                    at += piece.len;
+                }
+                prop_assert_eq!(at, end, "a chunk is not read whole");
+                prop_assert!(pieces.iter().any(|piece| !plan.copies(piece).is_empty()), "nobody wants this chunk");
             }
         }
     }
@@ -194,4 +201,8 @@ fn what_does_not_fit_is_refused() {
     }
     let unaligned = PlanOptions { piece_len: 5000, ..PlanOptions::default() };
     assert!(LoadPlan::build(&[30], &[20], &[good], &unaligned).is_err());
+    for chunk_len in [0, 5000] {
+        let unaligned = PlanOptions { chunk_len: Some(chunk_len), ..PlanOptions::default() };
+        assert!(LoadPlan::build(&[30], &[20], &[good], &unaligned).is_err());
+    }
 }

@@ -210,6 +210,12 @@ pub struct HostBuffer {
     home: Home,
 }
 
+/// Keeps a pool's memory mapped, without being one of its buffers.
+#[derive(Debug)]
+pub(crate) struct Keep {
+    _shared: Arc<Shared>,
+}
+
 #[derive(Debug)]
 enum Home {
     Pool {
@@ -233,6 +239,15 @@ impl HostBuffer {
     /// buffer lives.
     pub(crate) unsafe fn loan(ptr: NonNull<u8>, len: usize, owner: Arc<dyn Any + Send + Sync>) -> HostBuffer {
         HostBuffer { ptr, len, home: Home::Loan { _owner: owner } }
+    }
+
+    /// A hold on the mapping that it is a part of: while it lasts, the buffer's address stays that of the same pages.
+    /// `None` for a part of a destination, which is its owner's to free.
+    pub(crate) fn keep(&self) -> Option<Keep> {
+        match &self.home {
+            Home::Pool { shared, .. } => Some(Keep { _shared: Arc::clone(shared) }),
+            Home::Loan { .. } => None,
+        }
     }
 
     /// Whether it is a part of a destination, which needs no copy once it is filled.

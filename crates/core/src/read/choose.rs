@@ -8,15 +8,25 @@ use crate::error::Result;
 use crate::plan::{LoadPlan, Piece};
 
 /// Reads in flight of an io_uring lane.
-const URING_DEPTH: usize = 8;
+pub const URING_DEPTH: usize = 8;
+/// Buffers of an io_uring lane beyond its reads in flight: those that are being copied.
+pub const URING_SPARE: usize = 4;
+/// io_uring lanes for uncached bytes.
+pub const URING_LANES: usize = 2;
 /// Processors from which threads that copy out of the page cache beat copying its pages in place.
-const PREAD_CPUS: usize = 8;
+pub const PREAD_CPUS: usize = 8;
 /// Threads beyond which reading does not get faster (measured, `docs/benchmarks.md`).
-const MAX_LANES: usize = 12;
+pub const MAX_LANES: usize = 12;
+/// Pieces that are looked at where it is forced how all are read.
+const SAMPLES: usize = 64;
 /// Threads that keep a disk busy where each has one read in flight.
-const COLD_LANES: usize = 8;
+pub const COLD_LANES: usize = 8;
 /// Buffers of a pread lane: one is filled while the other is copied. More leave the processor's cache.
-const PREAD_BUFFERS: usize = 2;
+pub const PREAD_BUFFERS: usize = 2;
+
+/// Where bytes are, in reports.
+const PAGE_CACHE: &str = "page cache";
+const DISK: &str = "disk";
 
 /// What the caller wants.
 #[derive(Clone, Default)]
@@ -36,6 +46,8 @@ pub(crate) struct Share<'a> {
     /// Its name in reports.
     pub(crate) name: &'static str,
     pub(crate) direct: bool,
+    /// Where its bytes are: `page cache` or `disk`.
+    pub(crate) source: &'static str,
     pub(crate) reason: String,
     pub(crate) pieces: Vec<&'a Piece>,
     pub(crate) lanes: usize,
@@ -51,7 +63,7 @@ pub(crate) fn choose<'a>(
     wishes: &Wishes,
 ) -> Result<Vec<Share<'a>>> {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let Residency { cached, uncached, told } = split(files, plan, wishes.direct.map(|direct| !direct));
+    let Residency { cached, uncached, told, on_disk } = split(files, plan, wishes.direct.map(|direct| !direct));
     let mut shares = Vec::new();
     for (pieces, warm) in [(cached, true), (uncached, false)] {
         if pieces.is_empty() {
@@ -64,7 +76,11 @@ pub(crate) fn choose<'a>(
             }
             forced => (forced, "it was asked for".to_owned()),
         };
-        shares.push(share(engine, reason, warm, pieces, cpus, devices, wishes)?);
+        let mut share = share(engine, reason, warm, pieces, cpus, devices, wishes)?;
+        if warm && on_disk {
+            share.source = DISK;
+        }
+        shares.push(share);
     }
     Ok(shares)
 }
@@ -74,6 +90,8 @@ struct Residency<'a> {
     cached: Vec<&'a Piece>,
     uncached: Vec<&'a Piece>,
     told: String,
+    /// Those to be read by the page cache are not in it.
+    on_disk: bool,
 }
 
 /// Divides pieces by whether they are cached; `all` forces the answer.
@@ -100,6 +118,7 @@ fn split<'a>(files: &[DataFile], plan: &'a LoadPlan, all: Option<bool>) -> Resid
             residency.uncached.push(piece);
         }
     }
+    residency.on_disk = all == Some(true) && mostly_uncached(files, &residency.cached);
     let total = plan.read_len().max(1);
     residency.told = match all {
         Some(true) => "the page cache was asked for".into(),
@@ -108,6 +127,15 @@ fn split<'a>(files: &[DataFile], plan: &'a LoadPlan, all: Option<bool>) -> Resid
         None => format!("{} % of the bytes are in the page cache", cached_bytes * 100 / total),
     };
     residency
+}
+
+/// Whether most of these pieces come from the disk, by a sample.
+fn mostly_uncached(files: &[DataFile], pieces: &[&Piece]) -> bool {
+    let sample = || pieces.iter().step_by(pieces.len().div_ceil(SAMPLES).max(1));
+    let uncached = |piece: &&&Piece| {
+        files.get(piece.file).is_some_and(|file| is_cached(file, piece.offset, piece.len) == Some(false))
+    };
+    2 * sample().filter(uncached).count() > sample().count()
 }
 
 /// The engine for pieces of which this is the first.
@@ -147,19 +175,20 @@ fn share<'a>(
     devices: &[Device],
     wishes: &Wishes,
 ) -> Result<Share<'a>> {
-    let direct = !warm;
+    let (direct, source) = (!warm, if warm { PAGE_CACHE } else { DISK });
     let lanes = |wanted: usize| wishes.threads.unwrap_or(wanted).clamp(1, pieces.len().max(1));
     Ok(match engine {
         EngineChoice::Uring => {
             Uring::probe()?;
-            let lanes = lanes(if warm { cpus.min(MAX_LANES) } else { 2 });
-            let engine = Box::new(Uring { direct, depth: URING_DEPTH, faults: None });
-            Share { engine, name: "uring", direct, reason, pieces, lanes, buffers_per_lane: URING_DEPTH + 4 }
+            let lanes = lanes(if warm { cpus.min(MAX_LANES) } else { URING_LANES });
+            let engine = Box::new(Uring { direct, depth: URING_DEPTH, faults: None, unregistered: None });
+            let buffers_per_lane = URING_DEPTH + URING_SPARE;
+            Share { engine, name: "uring", direct, source, reason, pieces, lanes, buffers_per_lane }
         }
         EngineChoice::Mapped if !wishes.verify => {
             let lanes = lanes(1); // the driver registers one window at a time
             let engine = Box::new(Mapped::new(devices));
-            Share { engine, name: "mapped", direct: false, reason, pieces, lanes, buffers_per_lane: 0 }
+            Share { engine, name: "mapped", direct: false, source, reason, pieces, lanes, buffers_per_lane: 0 }
         }
         EngineChoice::Mapped => {
             return Err(crate::Error::Engine {
@@ -170,7 +199,7 @@ fn share<'a>(
         EngineChoice::Auto | EngineChoice::Pread => {
             let lanes = lanes(if warm { cpus.min(MAX_LANES) } else { COLD_LANES });
             let engine = Box::new(Pread { direct, faults: None });
-            Share { engine, name: "pread", direct, reason, pieces, lanes, buffers_per_lane: PREAD_BUFFERS }
+            Share { engine, name: "pread", direct, source, reason, pieces, lanes, buffers_per_lane: PREAD_BUFFERS }
         }
     })
 }

@@ -63,7 +63,10 @@ impl Sink for Collect {
     }
 
     fn note(&self, note: String) {
-        self.notes.borrow_mut().push(note);
+        let mut notes = self.notes.borrow_mut();
+        if !notes.contains(&note) {
+            notes.push(note);
+        }
     }
 }
 
@@ -73,10 +76,16 @@ fn engines(faults: Option<&Faults>) -> Vec<(&'static str, Box<dyn ReadEngine>)> 
     let mut engines: Vec<(&'static str, Box<dyn ReadEngine>)> = vec![
         ("pread", Box::new(Pread { direct: false, faults: faults() })),
         ("pread direct", Box::new(Pread { direct: true, faults: faults() })),
-        ("uring", Box::new(Uring { direct: false, depth: 4, faults: faults() })),
-        ("uring direct", Box::new(Uring { direct: true, depth: 4, faults: faults() })),
-        ("uring depth 1", Box::new(Uring { direct: true, depth: 1, faults: faults() })),
     ];
+    for (name, direct, depth, unregistered) in [
+        ("uring", false, 4, None),
+        ("uring direct", true, 4, None),
+        ("uring depth 1", true, 1, None),
+        ("uring unregistered", false, 4, Some(Errno::NOMEM)),
+        ("uring direct unregistered", true, 4, Some(Errno::INVAL)),
+    ] {
+        engines.push((name, Box::new(Uring { direct, depth, faults: faults(), unregistered })));
+    }
     if faults().is_none() {
         engines.push(("mapped", Box::new(Mapped::new(&[Device::host()]))));
     }
@@ -134,6 +143,16 @@ fn odd_lengths_are_read_to_the_last_byte() {
     let made = files(&[1, 4095, 4096, 4097, 65536, 65537, 1_000_003, 0, 300_000]);
     for (name, engine) in engines(None) {
         run(engine.as_ref(), &made).unwrap_or_else(|e| panic!("{name}: {e}"));
+    }
+}
+
+#[test]
+fn what_the_ring_is_not_told_of_is_said_once_and_nothing_else_is() {
+    let made = files(&[3_000_001, 70_001]);
+    for (name, engine) in engines(None) {
+        let notes = run(engine.as_ref(), &made).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let said = notes.iter().filter(|note| note.contains("without registered")).count();
+        assert_eq!(said, usize::from(name.contains("unregistered")), "{name}: {notes:?}");
     }
 }
 

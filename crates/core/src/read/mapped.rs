@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::plan::Piece;
 
 /// Bytes of one window; a multiple of every piece length that is a power of two up to it.
-const WINDOW: u64 = 128 << 20;
+pub const WINDOW: u64 = 128 << 20;
 
 /// A mapped and, for a device that needs it, registered range of a file.
 #[derive(Debug)]

@@ -17,6 +17,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+pub use mapped::WINDOW;
 pub(crate) use mapped::{Mapped, MappedRange};
 pub(crate) use pread::Pread;
 pub(crate) use uring::Uring;

@@ -1,0 +1,514 @@
+//! The pipeline: lanes that take pieces, read, verify and issue copies, in the order of the engines.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
+
+use sllm_core::tuning::MAPPED_IN_FLIGHT;
+
+use crate::host::Host;
+use crate::model::Piece;
+use crate::resource::{Serial, Shared};
+use crate::way::{Engine, Way};
+
+/// Where pieces are read from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum From {
+    Cache,
+    Disk,
+}
+
+/// One engine's work: its pieces are a queue that its lanes share.
+#[derive(Debug, Clone)]
+pub(crate) struct Share {
+    pub(crate) way: Way,
+    pub(crate) from: From,
+    pub(crate) pieces: Vec<Piece>,
+    /// Added to the devices of the pieces: another process's devices.
+    pub(crate) first_device: usize,
+}
+
+/// Seconds from the start of a load to its last byte on a device, everything released.
+pub(crate) fn seconds(host: &Host, shares: &[Share]) -> f64 {
+    let mut run = Run::new(host, shares);
+    let moved = run.finish();
+    let mapped = shares.iter().filter(|share| share.way.engine == Engine::Mapped);
+    let registered: u64 = mapped.flat_map(|share| &share.pieces).map(|piece| piece.len).sum();
+    host.setup + moved + registered as f64 / host.release
+}
+
+/// A place in time, ordered.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Time(f64);
+
+impl Eq for Time {}
+
+impl PartialOrd for Time {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Time {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.0.total_cmp(&other.0)
+    }
+}
+
+/// What a lane's thread does next, when it is woken.
+#[derive(Debug, Clone, Copy)]
+enum State {
+    /// Takes a piece, or what came back from the disk.
+    Next,
+    /// Wants a buffer for a piece.
+    Acquire(usize),
+    /// Has pinned so many buffers, one for this piece.
+    Pinned(usize, usize),
+    /// Has a buffer: reads.
+    Read(usize),
+    /// Its bytes are there.
+    Filled(usize),
+    /// Verified: issues its copies.
+    Issue(usize),
+    /// Copies are issued.
+    Issued(usize),
+    /// Waits for its last copies.
+    Drain,
+    Done,
+}
+
+struct Lane {
+    share: usize,
+    state: State,
+    /// Buffers that are free and its own; those that it may still take, and of these the pinned ones.
+    spare: usize,
+    quota: usize,
+    pinned: usize,
+    /// Ends of its copies, in order.
+    copies: VecDeque<f64>,
+    /// Reads in flight, and pieces that came back (io_uring).
+    in_flight: usize,
+    back: VecDeque<usize>,
+    /// Waits for a read.
+    idle: bool,
+    /// Pieces of its window that are registered (mapped).
+    window: VecDeque<usize>,
+}
+
+/// Who a timer wakes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Wake {
+    Lane(usize),
+    /// The lane and the piece of a read that the disk is done with.
+    Read(usize, usize),
+}
+
+/// Something that many lanes use at a time.
+#[derive(Debug, Clone, Copy)]
+enum Resource {
+    Memory = 0,
+    Pin = 1,
+    Register = 2,
+}
+
+struct Run<'a> {
+    host: &'a Host,
+    shares: &'a [Share],
+    lanes: Vec<Lane>,
+    /// Next piece of each share.
+    next: Vec<usize>,
+    resources: [Shared; 3],
+    disk: Serial,
+    links: Vec<Serial>,
+    timers: BinaryHeap<Reverse<(Time, usize, Wake)>>,
+    timer_count: usize,
+    now: f64,
+}
+
+impl<'a> Run<'a> {
+    fn new(host: &'a Host, shares: &'a [Share]) -> Run<'a> {
+        let cached = || shares.iter().filter(|share| share.from == From::Cache);
+        let rings: f64 = cached().map(|share| share.way.ring_len()).sum();
+        // Ways of one load differ in nothing that matters here.
+        let traffic = cached().map(|share| share.way.traffic(host, rings)).fold(1.0, f64::max);
+        let devices =
+            shares.iter().flat_map(|s| s.pieces.iter().flat_map(|p| &p.copies).map(|(d, _)| d + s.first_device));
+        let links = vec![Serial::new(host.link, host.copy_overhead); devices.max().unwrap_or(0) + 1];
+        let lanes = shares.iter().enumerate().flat_map(|(number, share)| {
+            (0..share.way.lanes).map(move |_| Lane {
+                share: number,
+                state: State::Next,
+                spare: 0,
+                quota: share.way.buffers,
+                pinned: 0,
+                copies: VecDeque::new(),
+                in_flight: 0,
+                back: VecDeque::new(),
+                idle: false,
+                window: VecDeque::new(),
+            })
+        });
+        let resources = [
+            Shared::new(host.read_each, host.memory / traffic),
+            Shared::new(host.pin_each, host.pin_total),
+            Shared::new(host.register, host.register),
+        ];
+        let lanes: Vec<Lane> = lanes.collect();
+        let mut run = Run {
+            host,
+            shares,
+            lanes,
+            next: vec![0; shares.len()],
+            resources,
+            disk: Serial::new(host.disk, 0.0),
+            links,
+            timers: BinaryHeap::new(),
+            timer_count: 0,
+            now: 0.0,
+        };
+        for lane in 0..run.lanes.len() {
+            // One after another: were they started at once, they would all read and then all verify.
+            run.wake_at(lane as f64 * host.spawn, Wake::Lane(lane));
+        }
+        run
+    }
+
+    fn wake_at(&mut self, time: f64, who: Wake) {
+        self.timer_count += 1; // equal times in the order in which they were asked for
+        self.timers.push(Reverse((Time(time), self.timer_count, who)));
+    }
+
+    /// Runs to the end; the seconds that it took.
+    fn finish(&mut self) -> f64 {
+        loop {
+            let timer = self.timers.peek().map(|Reverse((time, _, _))| time.0);
+            let ends = self.resources.iter().enumerate().filter_map(|(place, r)| Some((r.next_end()?, place)));
+            let flow = ends.min_by(|a, b| a.0.total_cmp(&b.0));
+            match (timer, flow) {
+                (None, None) => return self.now,
+                (timer, Some((end, place))) if timer.is_none_or(|time| end < time) => {
+                    self.now = end;
+                    let Some(who) = self.resources[place].end_first(end) else { continue };
+                    self.step(who);
+                }
+                _ => {
+                    let Some(Reverse((time, _, who))) = self.timers.pop() else { continue };
+                    self.now = time.0;
+                    match who {
+                        Wake::Lane(lane) => self.step(lane),
+                        Wake::Read(lane, piece) => self.came_back(lane, piece),
+                    }
+                }
+            }
+        }
+    }
+
+    /// A read of the disk is done.
+    fn came_back(&mut self, lane: usize, piece: usize) {
+        if let Engine::Uring { .. } = self.shares[self.lanes[lane].share].way.engine {
+            self.lanes[lane].in_flight -= 1;
+            self.lanes[lane].back.push_back(piece);
+            if std::mem::take(&mut self.lanes[lane].idle) {
+                self.step(lane);
+            }
+        } else {
+            self.step(lane);
+        }
+    }
+
+    /// Runs a lane's thread until it waits.
+    fn step(&mut self, number: usize) {
+        while let Some(state) = self.advance(number) {
+            self.lanes[number].state = state;
+        }
+    }
+
+    /// The lane's next state, or `None` when it waits to be woken in the one it has.
+    fn advance(&mut self, number: usize) -> Option<State> {
+        let share = &self.shares[self.lanes[number].share];
+        match self.lanes[number].state {
+            State::Next => self.take(number),
+            State::Acquire(piece) => self.acquire(number, piece),
+            State::Pinned(piece, buffers) => {
+                self.lanes[number].pinned = buffers - 1;
+                Some(State::Read(piece))
+            }
+            State::Read(piece) => self.read(number, piece),
+            State::Filled(piece) if share.way.verify => {
+                let verifying = share.pieces[piece].len as f64 / self.host.checksum;
+                self.then_at(number, verifying, State::Issue(piece))
+            }
+            State::Filled(piece) => Some(State::Issue(piece)),
+            State::Issue(piece) => {
+                if share.way.engine == Engine::Mapped && self.lanes[number].copies.len() >= MAPPED_IN_FLIGHT {
+                    let end = self.lanes[number].copies.pop_front()?;
+                    return self.then_at(number, (end - self.now).max(0.0), State::Issue(piece));
+                }
+                let issuing = share.pieces[piece].copies.len() as f64 * self.host.copy_issue;
+                self.then_at(number, issuing, State::Issued(piece))
+            }
+            State::Issued(piece) => {
+                let mut end = self.now;
+                for &(device, len) in &share.pieces[piece].copies {
+                    end = end.max(self.links[device + share.first_device].push(self.now, len as f64));
+                }
+                self.lanes[number].copies.push_back(end);
+                Some(State::Next)
+            }
+            State::Drain => {
+                let last = self.lanes[number].copies.drain(..).fold(self.now, f64::max);
+                self.then_at(number, last - self.now, State::Done)
+            }
+            State::Done => None,
+        }
+    }
+
+    /// Sleeps, and goes on in another state.
+    fn then_at(&mut self, number: usize, seconds: f64, state: State) -> Option<State> {
+        self.lanes[number].state = state;
+        self.wake_at(self.now + seconds, Wake::Lane(number));
+        None
+    }
+
+    fn flow(&mut self, number: usize, resource: Resource, bytes: f64, state: State) -> Option<State> {
+        self.lanes[number].state = state;
+        self.resources[resource as usize].start(self.now, number, bytes);
+        None
+    }
+
+    /// The next piece of a share's queue.
+    fn pop(&mut self, share: usize) -> Option<usize> {
+        let piece = self.next[share];
+        (piece < self.shares[share].pieces.len()).then(|| {
+            self.next[share] += 1;
+            piece
+        })
+    }
+
+    /// What the thread does when it is free.
+    fn take(&mut self, number: usize) -> Option<State> {
+        let share = self.lanes[number].share;
+        match self.shares[share].way.engine {
+            Engine::Pread => Some(self.pop(share).map_or(State::Drain, State::Acquire)),
+            Engine::Uring { depth } => {
+                let lane = &mut self.lanes[number];
+                if let Some(piece) = lane.back.pop_front() {
+                    return Some(State::Filled(piece));
+                }
+                let has_room =
+                    lane.quota > 0 || lane.spare > 0 || lane.copies.front().is_some_and(|&end| end <= self.now);
+                let in_flight = lane.in_flight;
+                if in_flight < depth
+                    && (in_flight == 0 || has_room)
+                    && let Some(piece) = self.pop(share)
+                {
+                    return Some(State::Acquire(piece));
+                }
+                self.lanes[number].idle = in_flight > 0;
+                (in_flight == 0).then_some(State::Drain)
+            }
+            Engine::Mapped => {
+                if let Some(piece) = self.lanes[number].window.pop_front() {
+                    return Some(State::Filled(piece));
+                }
+                let Some(first) = self.pop(share) else { return Some(State::Drain) };
+                let pieces = &self.shares[share].pieces;
+                let window = pieces[first].window;
+                let mut bytes = pieces[first].len as f64;
+                while pieces.get(self.next[share]).is_some_and(|piece| piece.window == window) {
+                    bytes += pieces[self.next[share]].len as f64;
+                    self.lanes[number].window.push_back(self.next[share]);
+                    self.next[share] += 1;
+                }
+                self.flow(number, Resource::Register, bytes, State::Filled(first))
+            }
+        }
+    }
+
+    /// A buffer: a free one, a new one, or that of the oldest copy.
+    fn acquire(&mut self, number: usize, piece: usize) -> Option<State> {
+        let way = self.shares[self.lanes[number].share].way;
+        let lane = &mut self.lanes[number];
+        let oldest = lane.copies.front().copied();
+        if lane.spare > 0 {
+            lane.spare -= 1;
+            return Some(State::Read(piece));
+        }
+        if lane.quota > 0 && oldest.is_none_or(|end| end > self.now) {
+            lane.quota -= 1;
+            if lane.pinned > 0 {
+                lane.pinned -= 1;
+                return Some(State::Read(piece));
+            }
+            let buffers = way.buffers.min(2); // as many as the loader pins in a step
+            return self.flow(
+                number,
+                Resource::Pin,
+                (buffers as u64 * way.piece_len) as f64,
+                State::Pinned(piece, buffers),
+            );
+        }
+        let end = oldest?;
+        if end > self.now {
+            return self.then_at(number, end - self.now, State::Acquire(piece));
+        }
+        lane.copies.pop_front();
+        lane.spare += 1;
+        Some(State::Acquire(piece))
+    }
+
+    fn read(&mut self, number: usize, piece: usize) -> Option<State> {
+        let share = &self.shares[self.lanes[number].share];
+        let bytes = share.pieces[piece].len as f64;
+        if share.from == From::Cache {
+            return self.flow(number, Resource::Memory, bytes, State::Filled(piece));
+        }
+        let end = self.disk.push(self.now, bytes) + self.host.disk_latency;
+        self.wake_at(end, Wake::Read(number, piece));
+        if let Engine::Uring { .. } = share.way.engine {
+            self.lanes[number].in_flight += 1;
+            return Some(State::Next);
+        }
+        self.lanes[number].state = State::Filled(piece);
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LEN: u64 = 1_000_000;
+
+    /// A host on which a piece takes: 1 ms to read from the cache, 2 from the disk, 3 to copy, 4 to verify; nothing else
+    /// takes time.
+    fn host() -> Host {
+        let endless = f64::INFINITY;
+        Host {
+            name: String::new(),
+            cpus: 4,
+            gpus: 1,
+            link: 1e9 / 3.0,
+            copy_overhead: 0.0,
+            copy_issue: 0.0,
+            read_each: 1e9,
+            memory: endless,
+            cache_len: endless,
+            checksum: 1e9 / 4.0,
+            disk: 1e9 / 2.0,
+            disk_latency: 0.0,
+            pin_each: endless,
+            pin_total: endless,
+            register: 1e9 / 5.0,
+            release: endless,
+            setup: 0.0,
+            spawn: 0.0,
+        }
+    }
+
+    fn share(engine: Engine, lanes: usize, buffers: usize, pieces: usize) -> Share {
+        let way = Way { engine, lanes, buffers, piece_len: LEN, verify: false };
+        let piece = |number| Piece { len: LEN, copies: vec![(0, LEN)], window: (0, number / 4), place: 0.0..1.0 };
+        Share { way, from: From::Cache, pieces: (0..pieces as u64).map(piece).collect(), first_device: 0 }
+    }
+
+    /// Milliseconds, to the nanosecond.
+    fn ms(host: &Host, shares: &[Share]) -> f64 {
+        (seconds(host, shares) * 1e9).round() / 1e6
+    }
+
+    #[test]
+    fn one_lane_with_one_buffer_overlaps_nothing() {
+        assert_eq!(ms(&host(), &[share(Engine::Pread, 1, 1, 10)]), 10.0 * (1.0 + 3.0));
+    }
+
+    #[test]
+    fn with_two_buffers_the_slower_stage_is_all_that_counts() {
+        assert_eq!(ms(&host(), &[share(Engine::Pread, 1, 2, 10)]), 1.0 + 10.0 * 3.0);
+        let slow_reads = Host { read_each: 1e9 / 7.0, ..host() };
+        assert_eq!(ms(&slow_reads, &[share(Engine::Pread, 1, 2, 10)]), 10.0 * 7.0 + 3.0);
+    }
+
+    #[test]
+    fn an_endless_link_leaves_the_reading_which_lanes_share() {
+        let host = Host { link: f64::INFINITY, ..host() };
+        assert_eq!(ms(&host, &[share(Engine::Pread, 1, 2, 12)]), 12.0);
+        assert_eq!(ms(&host, &[share(Engine::Pread, 4, 2, 12)]), 3.0);
+        let narrow = Host { memory: 2e9, ..host };
+        assert_eq!(ms(&narrow, &[share(Engine::Pread, 4, 2, 12)]), 6.0);
+    }
+
+    #[test]
+    fn a_ring_out_of_the_cache_crosses_the_memory_four_times() {
+        let host = Host { link: f64::INFINITY, memory: 4e9, cache_len: 7.0 * LEN as f64, ..host() };
+        assert_eq!(ms(&host, &[share(Engine::Pread, 3, 2, 12)]), 4.0);
+        assert_eq!(ms(&host, &[share(Engine::Pread, 4, 2, 12)]), 12.0);
+    }
+
+    #[test]
+    fn a_checksum_is_the_threads_work_and_lanes_take_it_side_by_side() {
+        let mut verified = share(Engine::Pread, 1, 2, 12);
+        verified.way.verify = true;
+        assert_eq!(ms(&host(), &[verified.clone()]), 12.0 * (1.0 + 4.0) + 3.0);
+        verified.way.lanes = 4; // 5 ms of work a lane, in which the link moves one piece and two thirds
+        assert_eq!(ms(&host(), &[verified]), 5.0 + 12.0 * 3.0);
+    }
+
+    #[test]
+    fn a_disk_gives_its_rate_however_many_reads_are_in_flight() {
+        let host = Host { link: 1e9, ..host() };
+        for (lanes, depth) in [(1, 2), (1, 4), (2, 4)] {
+            let mut cold = share(Engine::Uring { depth }, lanes, depth + 4, 40);
+            cold.from = From::Disk;
+            assert_eq!(ms(&host, &[cold]), 40.0 * 2.0 + 1.0);
+        }
+        let mut threads = share(Engine::Pread, 1, 2, 40);
+        threads.from = From::Disk;
+        assert_eq!(ms(&host, &[threads]), 40.0 * 2.0 + 1.0);
+    }
+
+    #[test]
+    fn latency_is_hidden_by_reads_in_flight_and_not_by_one() {
+        let host = Host { link: f64::INFINITY, disk_latency: 2e-3, ..host() };
+        let mut one = share(Engine::Uring { depth: 1 }, 1, 4, 10);
+        one.from = From::Disk;
+        assert_eq!(ms(&host, &[one.clone()]), 10.0 * 4.0);
+        one.way.engine = Engine::Uring { depth: 8 };
+        one.way.buffers = 12;
+        assert_eq!(ms(&host, &[one]), 10.0 * 2.0 + 2.0);
+    }
+
+    #[test]
+    fn windows_are_registered_while_the_pages_before_are_copied_and_released_in_the_end() {
+        // Two windows of four pieces: 20 ms to register, 12 to copy.
+        assert_eq!(ms(&host(), &[share(Engine::Mapped, 1, 0, 8)]), 20.0 + 20.0 + 12.0);
+        let host = Host { release: 8e9 / 10.0, ..host() };
+        assert_eq!(ms(&host, &[share(Engine::Mapped, 1, 0, 8)]), 52.0 + 10.0);
+    }
+
+    #[test]
+    fn devices_have_links_of_their_own() {
+        let mut two = share(Engine::Pread, 4, 2, 12);
+        for (number, piece) in two.pieces.iter_mut().enumerate() {
+            piece.copies[0].0 = number % 2;
+        }
+        let one_link = ms(&host(), &[share(Engine::Pread, 4, 2, 12)]);
+        assert_eq!(one_link, 1.0 + 12.0 * 3.0);
+        assert_eq!(ms(&host(), &[two]), 1.0 + 6.0 * 3.0);
+        let mut other = share(Engine::Pread, 4, 2, 12);
+        other.first_device = 1;
+        assert_eq!(ms(&host(), &[share(Engine::Pread, 4, 2, 12), other]), one_link);
+    }
+
+    #[test]
+    fn pinning_comes_before_the_first_read_of_a_buffer() {
+        let host = Host { pin_each: 2e9, pin_total: 2e9, ..host() };
+        // Two buffers in one step, 1 ms; the copies are the slower stage, so that nothing else is seen of it.
+        assert_eq!(ms(&host, &[share(Engine::Pread, 1, 2, 10)]), 1.0 + 1.0 + 10.0 * 3.0);
+    }
+
+    #[test]
+    fn copies_and_their_issue_cost_what_they_do_each() {
+        let host = Host { copy_overhead: 1e-3, copy_issue: 5e-4, setup: 7e-3, ..host() };
+        assert_eq!(ms(&host, &[share(Engine::Pread, 1, 1, 10)]), 7.0 + 10.0 * (1.0 + 0.5 + 1.0 + 3.0));
+    }
+}

@@ -1,0 +1,86 @@
+"""Reading the model into the page cache while vLLM starts.
+
+Between its start and the first weight vLLM imports and spawns for half a minute. The first process calls the plugin when
+its own imports are done; what is imported after that is mostly cached, and the disk is idle. So the reading begins there,
+in native threads, and pauses while others read.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+
+from .. import errors, store
+from ._options import Options
+
+_VARIABLE = "SERVERLESS_LLM_PREFETCH"
+
+logger = logging.getLogger("vllm.serverless_llm")
+_started = False
+
+
+def start(load_format: str) -> None:
+    """Starts reading the model that this command line serves, once, in the first process alone."""
+    global _started
+    if _started or multiprocessing.parent_process() is not None:
+        return
+    model = wanted(sys.argv[1:], os.environ, load_format)
+    if model is None:
+        return
+    _started = True
+    threading.Thread(target=_read, args=model, name="serverless_llm-prefetch", daemon=True).start()
+
+
+def wanted(
+    arguments: Sequence[str], environment: Mapping[str, str], load_format: str
+) -> tuple[str, str | None] | None:
+    """The model to read, and its revision: what SERVERLESS_LLM_PREFETCH names, else what the command line serves by this
+    load format. None where there is none, or where it is switched off."""
+    named = environment.get(_VARIABLE, "")
+    if named.lower() in ("0", "false", "no"):
+        return None
+    if named and named.lower() not in ("1", "true", "yes"):
+        return named, None
+    if (_value(arguments, "--load-format") or "").lower() != load_format:
+        return None
+    try:
+        if not Options.of_command_line(_value(arguments, "--model-loader-extra-config")).prefetch:
+            return None
+    except errors.InvalidError:
+        return None  # the loader will say so
+    model = _value(arguments, "--model")
+    if model is None and "serve" in arguments:
+        after = arguments[arguments.index("serve") + 1 :]
+        model = after[0] if after and not after[0].startswith("-") else None
+    return None if model is None else (model, _value(arguments, "--revision"))
+
+
+def _value(arguments: Sequence[str], flag: str) -> str | None:
+    """The value of a flag, as `--flag value` or `--flag=value`; the last one counts, as for vLLM."""
+    value = None
+    for i, argument in enumerate(arguments):
+        name, equals, rest = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            value = rest if equals else (arguments[i + 1] if i + 1 < len(arguments) else None)
+    return value
+
+
+def _read(model: str, revision: str | None) -> None:
+    try:
+        report = store.prefetch(model, revision=revision)
+    except (errors.SllmError, OSError) as e:
+        # A model that is yet to be downloaded, for instance. The loader tells real errors.
+        logger.debug("serverless_llm does not read %s ahead: %s", model, e)
+        return
+    logger.info(
+        "serverless_llm read %.2f GB of %s ahead in %.1f s, %.1f s of them paused for others (%s)",
+        report.read_bytes / 1e9,
+        model,
+        report.seconds,
+        report.paused_s,
+        report.end,
+    )
