@@ -103,6 +103,8 @@ class Deferred(TorchDispatchMode):
         self._latest: Any = None
         # Whether torch may have queued work, which could be on memory that is copied to.
         self._queued = True
+        # Addresses of the storages that something was written to.
+        self.written: set[int] = set()
         self.moved = 0
         self.read_through: dict[str, int] = {}
 
@@ -170,6 +172,7 @@ class Deferred(TorchDispatchMode):
             return False
         self._pending.setdefault(base, []).append((target, target + _span(dst)))
         self._held.append(dst)
+        self.written.add(base)
         self.moved += dst.numel() * item
         return True
 
@@ -185,6 +188,8 @@ class Deferred(TorchDispatchMode):
                         self.arrive()
                     continue
                 address, span = tensor.data_ptr(), _span(tensor)
+                if place in written:
+                    self.written.add(tensor.untyped_storage().data_ptr())
                 if self._pending:
                     ranges = self._pending.get(tensor.untyped_storage().data_ptr())
                     if ranges and _meets(ranges, address, span):

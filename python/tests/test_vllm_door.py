@@ -59,14 +59,16 @@ REACHED = {
 }
 
 
-def overridden() -> dict[str, list[str]]:
-    """The arguments of the methods of our loader."""
+def overridden() -> dict[str, tuple[list[str], bool]]:
+    """The arguments of the methods of our loader, and whether they take any more that are passed on."""
     spec = importlib.util.find_spec("serverless_llm.vllm")
     assert spec is not None and spec.origin is not None
     tree = ast.parse(Path(spec.origin).with_name("_loader.py").read_text())
     of = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "ServerlessLLMLoader")
     return {
-        node.name: recorder.signature(node)["arguments"] for node in of.body if isinstance(node, ast.FunctionDef)
+        node.name: (recorder.signature(node)["arguments"], bool(node.args.vararg and node.args.kwarg))
+        for node in of.body
+        if isinstance(node, ast.FunctionDef)
     }
 
 
@@ -81,12 +83,13 @@ def problems(record: Record) -> list[str]:
     for name, method in REACHED.items():
         if method not in record.get(name, {}).get("own_calls", ()):
             found.append(f"{name} does not call {method}")
-    for method, arguments in overridden().items():
+    for method, (arguments, takes_more) in overridden().items():
         for of in ("DefaultModelLoader", "BaseModelLoader"):
             # A method of vLLM's that ours takes the place of.
             if f"{of}.{method}" in record:
                 theirs = record[f"{of}.{method}"]
-                if theirs["arguments"] != arguments or theirs.get("keyword_only"):
+                known = theirs["arguments"][: len(arguments)] if takes_more else theirs["arguments"]
+                if known != arguments or theirs.get("keyword_only") and not takes_more:
                     found.append(f"{of}.{method} takes {theirs}, ours {arguments}")
     if "_LOAD_FORMAT_TO_MODEL_LOADER" not in record:
         found.append("_LOAD_FORMAT_TO_MODEL_LOADER is gone")

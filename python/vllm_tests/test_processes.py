@@ -37,7 +37,8 @@ def on_two_ranks(path: Path, load_format: str) -> tuple[list[list[int]], str]:
         timeout=400,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
-    return json.loads(run.stdout.splitlines()[-1]), run.stdout + run.stderr
+    [line] = [line for line in run.stdout.splitlines() if line.startswith("TOKENS ")]
+    return json.loads(line.removeprefix("TOKENS ")), run.stdout + run.stderr
 
 
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks want two processors")

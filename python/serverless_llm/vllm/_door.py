@@ -54,20 +54,23 @@ def skips_expert(loader: Any, name: str) -> bool:
     return bool(should_skip_weight(name, experts))
 
 
-def left_empty(model: Any, loaded: set[str]) -> set[str]:
-    """Parameters of unquantised layers that no tensor filled. vLLM's own check passes over every layer that has a
-    method of quantisation with something to do after the load, and an unquantised one has such a method too."""
-    names = [(name, id(parameter)) for name, parameter in model.named_parameters(remove_duplicate=False)]
-    filled = {number for name, number in names if name in loaded}
-    ours = [
-        (f"{name}.{own}" if name else own, id(parameter))
+def left_empty(model: Any, loaded: set[str], written: set[int]) -> set[str]:
+    """Parameters of unquantised linear layers and embeddings that the model does not tell of as loaded, and whose memory
+    (`written` has the storages' addresses) nothing was written to.
+
+    vLLM's own check passes over every layer that has a method of quantisation with something to do after the load, and
+    an unquantised one has such a method too.
+    """
+    names = list(model.named_parameters(remove_duplicate=False))
+    filled = {id(parameter) for name, parameter in names if name in loaded}
+    kinds = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+    return {
+        f"{name}.{own}" if name else own
         for name, module in model.named_modules()
-        if type(getattr(module, "quant_method", None)).__name__.startswith("Unquantized")
+        if type(getattr(module, "quant_method", None)).__name__ in kinds
         for own, parameter in module.named_parameters(recurse=False)
-    ]
-    empty = {name for name, number in ours if number not in filled}
-    # A model that tells of none of them does not tell of such layers at all.
-    return empty if len(empty) < len(ours) else set()
+        if id(parameter) not in filled and parameter.untyped_storage().data_ptr() not in written
+    }
 
 
 def is_first_rank() -> bool:

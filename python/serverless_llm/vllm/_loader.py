@@ -95,9 +95,13 @@ class ServerlessLLMLoader(DefaultModelLoader):
                 self._road = self._staged()
                 self._load(model, model_config, start)
 
-    def track_weights_loading(self, model: nn.Module, loaded_weights: set[str] | None) -> None:
-        empty = _door.left_empty(model, loaded_weights) if loaded_weights is not None else set()
-        super().track_weights_loading(model, loaded_weights)
+    def track_weights_loading(
+        self, model: nn.Module, loaded_weights: set[str] | None, *more: Any, **named: Any
+    ) -> None:
+        # What staging wrote is not seen: there only the names tell.
+        written = self._road.written if isinstance(self._road, Deferred) else set()
+        empty = _door.left_empty(model, loaded_weights, written) if loaded_weights is not None else set()
+        super().track_weights_loading(model, loaded_weights, *more, **named)
         if empty:
             found = f"the checkpoint has nothing for these parameters: {', '.join(sorted(empty))}"
             if self._options.missing == "error":
