@@ -11,6 +11,10 @@ from .errors import InvalidError
 TORCH_NAMES: dict[str, str] = {name: torch for name, torch, _ in _native.dtypes()}
 
 
+# A tensor's place: name, dtype, shape, strides, bytes, number of its block, first byte there.
+Placed = tuple[str, str, list[int], list[int] | None, int, int, int]
+
+
 class HostArray(NamedTuple):
     """Contiguous bytes in host memory. `owner` keeps them alive."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from ._arrays import TORCH_NAMES
+from ._arrays import TORCH_NAMES, Placed
 from .errors import DeviceError, InvalidError
 
 try:
@@ -64,15 +65,14 @@ def check(name: str, dtype: str) -> None:
     """Every dtype has a form in NumPy."""
 
 
-def view(
-    block: Any, name: str, dtype: str, shape: list[int], strides: list[int] | None, nbytes: int, offset: int
-) -> Any:
-    """An array over bytes of a block. Elements of 4 and 6 bits stay packed, as a flat array of bytes."""
-    part = block[offset : offset + nbytes] if nbytes else np.empty(0, np.uint8)
-    of = _dtype(dtype)
-    if of is None:
-        return part
-    if strides is not None and nbytes:
-        steps = [step * of.itemsize for step in strides]
-        return np.ndarray(shape, of, part, strides=steps)
-    return part.view(of).reshape(shape)
+def views(blocks: Sequence[Any], placed: Iterable[Placed]) -> Iterator[tuple[str, Any]]:
+    """Names and arrays over bytes of blocks. Elements of 4 and 6 bits stay packed, as a flat array of bytes."""
+    for name, dtype, shape, strides, nbytes, block, offset in placed:
+        part = blocks[block][offset : offset + nbytes] if nbytes else np.empty(0, np.uint8)
+        of = _dtype(dtype)
+        if of is None:
+            yield name, part
+        elif strides is not None and nbytes:
+            yield name, np.ndarray(shape, of, part, strides=[step * of.itemsize for step in strides])
+        else:
+            yield name, part.view(of).reshape(shape)

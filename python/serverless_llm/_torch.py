@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from ._arrays import TORCH_NAMES
+from ._arrays import TORCH_NAMES, Placed
 from .errors import DeviceError, DeviceMemoryError, InvalidError
 
 _PAGE = 4096
+_LONGEST = 16  # bytes of the longest element, complex128
 
 
 def device_id(device: Any) -> str:
@@ -40,16 +41,17 @@ def device_id(device: Any) -> str:
 
 
 def allocate(device: str, nbytes: int) -> tuple[Any, int]:
-    """A block of bytes and its address. What was queued on memory that the allocator hands out again is waited for."""
+    """A block of bytes, as many as elements of any type need, and its address. What was queued on memory that the allocator hands out again is waited for."""
     on_host = device == "cpu"
+    length = -(-nbytes // _LONGEST) * _LONGEST
     try:
-        block = torch.empty(nbytes + (_PAGE if on_host else 0), dtype=torch.uint8, device=device)
+        block = torch.empty(length + (_PAGE if on_host else 0), dtype=torch.uint8, device=device)
     except torch.cuda.OutOfMemoryError as e:
         raise DeviceMemoryError(f"{device}: {nbytes} bytes are needed: {e}") from e
     except RuntimeError as e:
         raise DeviceError(f"{device}: cannot allocate {nbytes} bytes: {e}") from e
     if on_host:
-        block = block.narrow(0, -block.data_ptr() % _PAGE, nbytes)
+        block = block.narrow(0, -block.data_ptr() % _PAGE, length)
     else:
         torch.cuda.current_stream(device).synchronize()
     return block, block.data_ptr()
@@ -79,14 +81,24 @@ def form(name: str, dtype: str, shape: Sequence[int]) -> tuple[torch.dtype, Sequ
     return of, shape
 
 
-def view(
-    block: Any, name: str, dtype: str, shape: list[int], strides: list[int] | None, nbytes: int, offset: int
-) -> Any:
-    """A tensor over bytes of a block."""
-    of, sizes = form(name, dtype, shape)
-    if nbytes == 0:
-        return torch.empty(sizes, dtype=of, device=block.device)
-    part = block.narrow(0, offset, nbytes).view(of)
-    if strides is not None:
-        return part.as_strided(sizes, strides)
-    return part.view(sizes)
+def views(blocks: Sequence[Any], placed: Iterable[Placed]) -> Iterator[tuple[str, Any]]:
+    """Names and tensors over bytes of blocks. An operation of torch takes microseconds: a block is viewed once a type,
+    and a tensor is one view of that."""
+    typed: dict[tuple[int, torch.dtype], Any] = {}
+    for name, dtype, shape, strides, nbytes, block, offset in placed:
+        of, sizes = form(name, dtype, shape)
+        if nbytes == 0:
+            yield name, torch.empty(sizes, dtype=of, device=blocks[block].device)
+            continue
+        base = typed.get((block, of))
+        if base is None:
+            base = typed[block, of] = blocks[block].view(of)
+        steps = _contiguous(sizes) if strides is None else strides
+        yield name, base.as_strided(sizes, steps, base.storage_offset() + offset // of.itemsize)
+
+
+def _contiguous(shape: Sequence[int]) -> list[int]:
+    steps = [1] * len(shape)
+    for i in range(len(shape) - 1, 0, -1):
+        steps[i - 1] = steps[i] * shape[i]
+    return steps

@@ -127,9 +127,7 @@ def _fill(
     alloc_s = time.perf_counter() - start
     addresses = [address for _, address in blocks]
     report, text = _native.fill(placement, devices, addresses, **options, alloc_s=alloc_s, progress=progress)
-    loaded = LoadedDict()
-    for name, dtype, shape, strides, nbytes, block, offset in placed:
-        loaded[name] = arrays.view(blocks[block][0], name, dtype, shape, strides, nbytes, offset)
+    loaded = LoadedDict(arrays.views([block for block, _ in blocks], placed))
     loaded.report = LoadReport._from_json(report, text.rstrip())
     return loaded
 

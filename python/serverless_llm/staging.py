@@ -73,10 +73,7 @@ class Staged:
             arrays.check(name, dtype)
         blocks = [arrays.allocate(self._device, nbytes) for _, nbytes in placement.blocks]
         session.place(placement, [address for _, address in blocks])
-        return [
-            (name, arrays.view(blocks[block][0], name, dtype, shape, strides, nbytes, offset))
-            for name, dtype, shape, strides, nbytes, block, offset in placement.tensors
-        ]
+        return list(arrays.views([block for block, _ in blocks], placement.tensors))
 
 
 def _groups(checkpoint: Checkpoint, selected: list[int], limit: int) -> Iterator[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -116,3 +117,16 @@ def test_a_flipped_bit(
     with pytest.raises(sllm.CorruptError, match=info.file):
         load(store, model_loader_extra_config={"verify": True, **options})
     load(store, model_loader_extra_config=options)
+
+
+def test_a_store_whose_source_was_changed(model: Callable[..., Path], load: Any, tmp_path: Path) -> None:
+    shutil.copytree(model("llama"), tmp_path / "model")
+    store = tmp_path / "store"
+    sllm.convert(tmp_path / "model", store)
+    load(store)
+    shard = sorted((tmp_path / "model").glob("*.safetensors"))[0]
+    os.utime(shard, ns=(1, 1))
+    with pytest.raises(sllm.FormatError, match=f'{shard.name}.*convert it again.*"changed_source": "warn"'):
+        load(store)
+    loaded = load(store, model_loader_extra_config={"changed_source": "warn"})
+    assert any("convert it again" in line for line in loaded.said)
