@@ -6,7 +6,8 @@ native session (file to device, no staging memory, no second copy), which runs w
 memory whose bytes are still under way waits for them first. An operation other than a copy finds the bytes in the mapped
 file.
 
-Not seen are accesses that pass torch's dispatcher: `data_ptr()`, `numpy()`, kernels that Triton launches itself.
+Not seen are accesses that pass torch's dispatcher (`data_ptr()`, `numpy()`, `tolist()`, kernels that Triton launches
+itself) and operations of other threads.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ class _Mapping:
         self._maps = []
         for number, (fd, (_, size)) in enumerate(files):
             self.check(number, size)
-            self._maps.append(mmap.mmap(fd, size, flags=flags) if size else None)
+            try:
+                self._maps.append(mmap.mmap(fd, size, flags=flags) if size else None)
+            except OSError as e:
+                path = os.path.join(checkpoint.path, checkpoint.files[number][0])
+                raise ReadWriteError(f"{path}: cannot be mapped: {e}") from e
         # First and last address, and number, of each file.
         self.ranges: list[tuple[int, int, int]] = []
         for number, mapped in enumerate(self._maps):
@@ -94,9 +99,9 @@ class Deferred(TorchDispatchMode):
             self._ids.append(_torch.device_id(device))
             self._cuda = torch.device(self._ids[1])
             self._devices[self._cuda] = 1
-        # Ranges under way, by their storage's address, and the tensors that keep that memory.
+        # Ranges under way, by their storage's address, and the storages: a tensor may be given another one meanwhile.
         self._pending: dict[int, list[tuple[int, int]]] = {}
-        self._held: list[torch.Tensor] = []
+        self._held: list[torch.UntypedStorage] = []
         # Ranges of the mapped files that an operation has changed.
         self._changed: list[tuple[int, int]] = []
         # The session of the last copy.
@@ -127,6 +132,12 @@ class Deferred(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is _COPY and self._move(args[0], args[1]):
             return args[0]
+        if _is_composite(func):  # in inference mode they come whole: look at what they are made of
+            super().__enter__()
+            try:
+                return func.decompose(*args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
         if not _is_view(func):
             self._queued = True
             self._before(func, args, kwargs)
@@ -167,11 +178,11 @@ class Deferred(TorchDispatchMode):
         if self._queued and self._cuda is not None:
             torch.cuda.current_stream(self._cuda).synchronize()
             self._queued = False
-        place = (device, base, storage.nbytes(), target - base)
-        if not session.copy(file, address - start, item, src.shape, src.stride(), dst.stride(), *place):
+        goal = (device, base, storage.nbytes(), target - base)
+        if not session.copy(file, address - start, item, src.shape, src.stride(), dst.stride(), *goal):
             return False
         self._pending.setdefault(base, []).append((target, target + _span(dst)))
-        self._held.append(dst)
+        self._held.append(storage)
         self.written.add(base)
         self.moved += dst.numel() * item
         return True
@@ -212,7 +223,8 @@ class Deferred(TorchDispatchMode):
 
     def _verify(self, session: Any, file: int, offset: int, span: int) -> None:
         """Reads bytes once more, by the session, which compares their checksums."""
-        scratch = torch.empty(span, dtype=torch.uint8, device="cpu")
+        scratch = torch.empty(span, dtype=torch.uint8, device="cpu").untyped_storage()
+        self._held.append(scratch)
         session.copy(file, offset, 1, [span], [1], [1], 0, scratch.data_ptr(), span, 0)
         self._wait(session)
 
@@ -289,8 +301,18 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return []
 
 
+_composites: dict[Any, bool] = {}
 _views: dict[Any, bool] = {}
 _writes: dict[Any, frozenset[int | str]] = {}
+
+
+def _is_composite(func: Any) -> bool:
+    """Whether an operation is nothing but others, some of which may be copies."""
+    composite = _composites.get(func)
+    if composite is None:
+        key = "CompositeImplicitAutograd"
+        composite = _composites[func] = bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
+    return composite
 
 
 def _is_view(func: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,8 @@ def test_random_programs_do_the_same(layout: str, engine: str, request: pytest.F
         theirs, ours = Program(seed), Program(seed)
         ordinary = sllm.load(path, device="cpu", framework="torch")
         theirs.run(iter([(name, tensor.clone()) for name, tensor in ordinary.items()]), 60)
-        with session(engine=engine, verify=verify and number % 2 == 0) as mode:
+        inference = torch.inference_mode(number % 4 == 1)  # composite operations then come whole
+        with inference, session(engine=engine, verify=verify and number % 2 == 0) as mode:
             ours.run(mode.tensors(checkpoint), 60)
             mode.finish()
             moved += mode.moved
@@ -245,7 +247,8 @@ def test_the_report_counts_what_moved(numbers_store: Path) -> None:
     assert mode.summary() == "0.00 GB straight into the parameters"
 
 
-def test_an_operation_waits_for_the_bytes_that_it_meets(numbers: Path) -> None:
+@pytest.mark.parametrize("inference", [False, True])
+def test_an_operation_waits_for_the_bytes_that_it_meets(inference: bool, numbers: Path) -> None:
     expected = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"].clone()
     uses: list[Callable[[Any], Any]] = [
         lambda p: p.sum(),
@@ -258,9 +261,11 @@ def test_an_operation_waits_for_the_bytes_that_it_meets(numbers: Path) -> None:
         lambda p: torch.zeros(40, 96).copy_(p),
         lambda p: p.to(torch.float64),
         lambda p: p.t().contiguous(),
+        lambda p: p.t().reshape(-1),
+        lambda p: p.to(torch.bfloat16),
     ]
     for number, use in enumerate(uses):
-        with session() as mode:
+        with torch.inference_mode(inference), session() as mode:
             source = dict(mode.tensors(opened(numbers)))["matrix.float32"]
             parameter = torch.full((40, 96), -1.0)
             parameter.copy_(source)
@@ -298,6 +303,21 @@ def test_the_later_copy_to_a_place_wins_also_of_another_checkpoint(numbers: Path
     assert raw(rows) == raw(expected)
     assert raw(shifted) == raw(torch.cat([matrix[0], matrix.flatten()]))
     assert raw(turns) == raw(matrix)
+
+
+def test_memory_under_way_stays_when_its_tensor_gets_other_memory(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(16 << 20, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    parameter = torch.nn.Parameter(torch.zeros(16 << 20, dtype=torch.uint8), requires_grad=False)
+    with session() as mode:
+        for _, tensor in mode.tensors(opened(tmp_path)):
+            parameter.copy_(tensor)
+            memory = weakref.ref(mode._held[-1])
+            parameter.data = torch.ones(2, dtype=torch.uint8)
+            assert memory() is not None and memory().nbytes() == 16 << 20
+        mode.finish()
+    assert parameter.tolist() == [1, 1]
 
 
 def test_a_changed_source_is_not_read_from_the_file(numbers: Path) -> None:

@@ -16,7 +16,7 @@ pub(crate) fn run(args: &PrefetchArgs, typed: &[OsString], session: &Session) ->
     if args.background {
         let id = in_background(typed)?;
         let path = checkpoint.path().display();
-        return session.answer(&id, || format!("{path}: read into the page cache by process {id}\n"));
+        return session.answer(&id, || format!("{path}: being read into the page cache by process {id}\n"));
     }
     let progress = session.progress("prefetch");
     let options = PrefetchOptions::new().limit(args.limit).yields(!args.eager).control(progress.control());
@@ -32,7 +32,7 @@ fn in_background(typed: &[OsString]) -> Result<u32> {
     };
     let rest = rest.iter().filter(|arg| *arg != "--background");
     let mut command = Command::new(program);
-    command.args(rest).arg("--quiet").process_group(0);
+    command.args(rest).process_group(0);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let child = command.spawn().map_err(|source| Error::Io { what: "start", path: program.into(), source })?;
     Ok(child.id())

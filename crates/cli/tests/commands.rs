@@ -272,7 +272,7 @@ fn prefetch_in_the_background_returns_the_process_that_reads() {
     let fixture = model();
     let ran = run("prefetch", &[&fixture.model], &["--background"]);
     assert_eq!(ran.code, 0, "{}", ran.stderr);
-    assert!(ran.stdout.contains("read into the page cache by process "), "{}", ran.stdout);
+    assert!(ran.stdout.contains("being read into the page cache by process "), "{}", ran.stdout);
     let missing = run("prefetch", &[&fixture.path("nothing")], &["--background"]);
     assert_eq!(missing.code, 3, "what is not there is told before the process is made");
 }

@@ -37,6 +37,8 @@ logger = init_logger("vllm.serverless_llm")
 class ServerlessLLMLoader(DefaultModelLoader):
     """Loads a store, the original's layout or safetensors into vLLM's parameters."""
 
+    counter_before_loading_weights: float
+
     def __init__(self, load_config: Any) -> None:
         self._options = Options.of(load_config.model_loader_extra_config)
         # vLLM's loader knows neither the format nor its options.
@@ -156,7 +158,7 @@ class ServerlessLLMLoader(DefaultModelLoader):
         return Staged(_torch, device, self._options.staging_bytes, self._load_options(), self._bar.show)
 
     def _tell(self, road: Deferred | Staged, reports: list[LoadReport], seconds: float) -> None:
-        total = sum(report.bytes for report in reports)
+        total = road.moved if isinstance(road, Deferred) else sum(report.bytes for report in reports)
         rate = total / 1e9 / max(seconds, 1e-9)
         engines = sorted({engine["engine"] for report in reports for engine in report.engines})
         logger.info(

@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
@@ -138,20 +139,19 @@ impl DataFile {
     /// A lock that says that the file is being loaded, kept as long as the descriptor; `None` where that cannot be said.
     pub(crate) fn lock_for_load(&self) -> Option<File> {
         let file = self.another_description()?;
-        rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).ok()?;
-        Some(file)
+        try_lock(&file, FlockOperation::NonBlockingLockShared).ok().map(|()| file)
     }
 
     /// Whether some process on this host loads it.
     pub(crate) fn is_being_loaded(&self) -> bool {
         let Some(file) = self.another_description() else { return false };
-        // Another one who asks holds the lock for a moment.
-        (0..3).all(|try_| {
-            if try_ > 0 {
-                std::thread::sleep(std::time::Duration::from_millis(2));
-            }
-            rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) == Err(rustix::io::Errno::WOULDBLOCK)
-        })
+        let answer = try_lock(&file, FlockOperation::NonBlockingLockExclusive);
+        if answer.is_ok() {
+            // A child that is forked just now has the descriptor too.
+            let _ = rustix::fs::flock(&file, FlockOperation::Unlock);
+        }
+        // Some file systems refuse such a lock whatever is done with the file.
+        answer == Err(rustix::io::Errno::WOULDBLOCK)
     }
 
     /// The same file, opened once more: locks belong to an opening.
@@ -175,6 +175,19 @@ impl DataFile {
         }
         Ok(())
     }
+}
+
+/// Tries to lock a file, three times: somebody who asks holds the lock for a moment.
+fn try_lock(file: &File, operation: FlockOperation) -> Result<(), rustix::io::Errno> {
+    let mut answer = rustix::fs::flock(file, operation);
+    for _ in 1..3 {
+        if answer != Err(rustix::io::Errno::WOULDBLOCK) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+        answer = rustix::fs::flock(file, operation);
+    }
+    answer
 }
 
 impl AsFd for DataFile {

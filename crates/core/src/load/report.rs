@@ -28,7 +28,7 @@ pub struct LoadReport {
     pub bytes: u64,
     /// Bytes that were read from files: more where ranges were rounded to pages or chunks were verified.
     pub read_bytes: u64,
-    /// Tensors.
+    /// Tensors; 0 for a session, which is told of rows.
     pub tensors: u64,
     /// Reads.
     pub pieces: u64,
@@ -197,6 +197,12 @@ impl LoadReport {
 
     /// Adds a load of the same checkpoint that ran after this one.
     pub(super) fn add(&mut self, next: LoadReport) {
+        for (id, name) in next.devices.into_iter().zip(next.device_names) {
+            if !self.devices.contains(&id) {
+                self.devices.push(id);
+                self.device_names.push(name);
+            }
+        }
         self.bytes += next.bytes;
         self.read_bytes += next.read_bytes;
         self.tensors += next.tensors;
@@ -246,7 +252,9 @@ impl fmt::Display for LoadReport {
         let gb = |bytes: u64| bytes as f64 / 1e9;
         writeln!(f, "loaded {} ({}) to {}", self.path, self.layout, self.devices.join(", "))?;
         let (bytes, rate) = (gb(self.bytes), self.gb_per_s());
-        writeln!(f, "  {bytes:.3} GB, {} tensors in {:.3} s", self.tensors, self.seconds)?;
+        // Of a session, which is told of rows, the number is not known.
+        let tensors = if self.tensors > 0 { format!(", {} tensors", self.tensors) } else { String::new() };
+        writeln!(f, "  {bytes:.3} GB{tensors} in {:.3} s", self.seconds)?;
         write!(f, "  limit: {}, {}, {rate:.2} GB/s", self.limit, self.limit_engine)?;
         if let (Some(peak), Some(day), Some(part)) = (self.link_gb_per_s, &self.link_measured, self.of_link) {
             write!(f, ", {:.0} % of this link ({peak:.1} GB/s, measured {day})", part * 100.0)?;

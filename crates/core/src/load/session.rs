@@ -201,7 +201,8 @@ impl Session {
                 state.batches.push_back(batch);
             }
         }
-        let ready = state.batches.len() > 1 || state.batches.front().is_some_and(|batch| batch.len >= BATCH_LEN);
+        let ready =
+            state.flush || state.batches.len() > 1 || state.batches.front().is_some_and(|batch| batch.len >= BATCH_LEN);
         if ready && !state.moving {
             self.shared.changed.notify_all();
         }

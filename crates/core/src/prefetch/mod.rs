@@ -25,7 +25,6 @@ use pace::Pace;
 const STRIPE_LEN: u64 = 32 << 20;
 /// Bytes of one read: few enough that another's read does not wait long behind those of all threads.
 const READ_LEN: u64 = 512 << 10;
-const READ_STEP: usize = 512 << 10;
 /// Threads: enough to keep a disk busy with reads of this size.
 const THREADS: usize = 4;
 /// How often a paused thread looks again.
@@ -160,11 +159,14 @@ pub fn prefetch(checkpoint: &Checkpoint, options: &PrefetchOptions) -> Result<Pr
     let meter = options.control.meter(stripes.total_len());
     meter.check()?;
     for_each(THREADS, stripes.count(), READ_LEN, |number, buffer| {
+        if run.has_ended() {
+            return Ok(());
+        }
         let stripe = stripes.get(number);
         let file = &checkpoint.files()[stripe.file];
         // Asked before the first read: after it the system reads ahead, for us.
-        let reads = (0..stripe.len).step_by(READ_STEP).map(|done| {
-            let (offset, len) = (stripe.offset + done, READ_LEN.min(stripe.len - done));
+        let reads = (0..stripe.len.div_ceil(READ_LEN)).map(|number| {
+            let (offset, len) = (stripe.offset + number * READ_LEN, READ_LEN.min(stripe.len - number * READ_LEN));
             (offset, len, is_cached(file, offset, len) == Some(true))
         });
         for (offset, len, is_there) in reads.collect::<Vec<_>>() {
