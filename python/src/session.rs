@@ -164,7 +164,7 @@ impl Session {
         report.map(|report| Ok((json(py, &report)?, report.to_string()))).transpose()
     }
 
-    /// Stops the session: nothing is written after this.
+    /// Stops the session: nothing is written after this, if no other thread is in `wait`.
     fn close(&self, py: Python<'_>) {
         let inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner).take();
         py.detach(|| drop(inner));
