@@ -77,7 +77,8 @@ test-models: installed $(MODELS)
 
 # vLLM's wheel for processors is made for Python 3.12. uv finds python3.12, also pyenv's, or fetches one.
 VLLM_TESTS = python/vllm_tests
-PYENV_312 = $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.12*/bin)
+PYENV = $(or $(PYENV_ROOT),$(patsubst %/libexec/pyenv,%,$(realpath $(shell command -v pyenv))),$(HOME)/.pyenv)
+PYENV_312 = $(wildcard $(PYENV)/versions/3.12*/bin)
 empty =
 .venv-vllm/ready: $(VLLM_TESTS)/requirements.txt $(VLLM_TESTS)/overrides.txt | $(TOOLS)/bin/maturin
 	test -x $(TOOLS)/bin/uv || $(TOOLS)/bin/python $(PIP) install uv
