@@ -21,7 +21,7 @@ import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _native, _torch
+from . import _native, _session, _torch
 from ._native import Checkpoint
 from .errors import ReadWriteError
 from .reports import LoadReport
@@ -29,7 +29,6 @@ from .reports import LoadReport
 _COPY = torch.ops.aten.copy_.default
 _PLAIN = torch.Tensor.__torch_dispatch__
 _NORESERVE = 0x4000  # the system's MAP_NORESERVE: private pages are written only if an operation changes a tensor
-_TICK = 0.1
 
 Tick = Callable[[int], object]
 
@@ -39,8 +38,9 @@ class _Mapping:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        self._descriptors = checkpoint.descriptors
         flags = mmap.MAP_PRIVATE | _NORESERVE
-        files = zip(checkpoint.descriptors, checkpoint.files)
+        files = zip(self._descriptors, checkpoint.files)
         # Private and writable: what an operation changes in place stays in this process.
         self._maps = []
         for number, (fd, (_, size)) in enumerate(files):
@@ -59,7 +59,7 @@ class _Mapping:
 
     def check(self, number: int, end: int) -> None:
         """Raises where a file does not reach so far any more: a read of what it lost would end the process."""
-        size = os.fstat(self.checkpoint.descriptors[number]).st_size
+        size = os.fstat(self._descriptors[number]).st_size
         if size < end:
             path = os.path.join(self.checkpoint.path, self.checkpoint.files[number][0])
             raise ReadWriteError(f"{path}: ends at byte {size}, before byte {end}: it was cut after it was opened")
@@ -86,7 +86,7 @@ class Deferred(TorchDispatchMode):
     bytes and gives the report.
     """
 
-    def __init__(self, device: torch.device, options: dict[str, Any], tick: Tick | None = None) -> None:
+    def __init__(self, device: torch.device, options: dict[str, Any], tick: Tick = lambda done: None) -> None:
         super().__init__()
         self._options = options
         self._tick = tick
@@ -238,9 +238,7 @@ class Deferred(TorchDispatchMode):
         self._held.clear()
 
     def _wait(self, session: Any) -> None:
-        while not session.wait(_TICK):
-            if self._tick is not None:
-                self._tick(self._read_bytes())
+        _session.wait(session, lambda: self._tick(self._read_bytes()))
 
     def _read_bytes(self) -> int:
         return sum(session.read_bytes() for _, session in self._sources)
@@ -248,10 +246,10 @@ class Deferred(TorchDispatchMode):
     def finish(self) -> list[LoadReport]:
         """Waits for all bytes, and gives a report for each checkpoint of which some were moved."""
         self.arrive()
-        reports = [session.finish() for _, session in self._sources]
+        reports = [report for _, session in self._sources for report in _session.finish(session)]
         self._sources.clear()
         self._ranges.clear()
-        return [LoadReport._from_json(report[0], report[1].rstrip()) for report in reports if report is not None]
+        return reports
 
     def summary(self) -> str:
         """Which way the bytes went."""

@@ -128,7 +128,7 @@ def _fill(
     addresses = [address for _, address in blocks]
     report, text = _native.fill(placement, devices, addresses, **options, alloc_s=alloc_s, progress=progress)
     loaded = LoadedDict(arrays.views([block for block, _ in blocks], placed))
-    loaded.report = LoadReport._from_json(report, text.rstrip())
+    loaded.report = LoadReport._from_json(report, text)
     return loaded
 
 

@@ -16,7 +16,7 @@ class Report:
 
     @classmethod
     def _from_json(cls, fields: str, text: str | None = None) -> Any:
-        return cls(json.loads(fields), text)
+        return cls(json.loads(fields), None if text is None else text.rstrip())
 
     def to_dict(self) -> dict[str, Any]:
         """The values as a new dictionary, ready for `json.dumps`."""

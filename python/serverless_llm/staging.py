@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import _native
+from . import _native, _session
 from ._native import Checkpoint
 from .reports import LoadReport
 
 _PAGE = 4096
-_TICK = 0.1
 
 
 class Staged:
@@ -26,7 +25,7 @@ class Staged:
         device: str,
         limit: int,
         options: dict[str, Any],
-        tick: Callable[[int], object] | None = None,
+        tick: Callable[[int], object] = lambda done: None,
     ) -> None:
         self._arrays = arrays
         self._device = device
@@ -43,17 +42,13 @@ class Staged:
             under_way: list[Any] = []
             # The caller still holds the last tensor of one group while the next is used and another comes.
             for group in (*_groups(checkpoint, selected, self._limit // 3), None):
-                while not session.wait(_TICK):
-                    if self._tick is not None:
-                        self._tick(session.read_bytes())
+                _session.wait(session, lambda: self._tick(session.read_bytes()))
                 arrived = under_way
                 under_way = [] if group is None else self._begin(session, checkpoint, group)
                 arrived.reverse()
                 while arrived:
                     yield arrived.pop()
-            report = session.finish()
-            if report is not None:
-                self._reports.append(LoadReport._from_json(report[0], report[1].rstrip()))
+            self._reports += _session.finish(session)
         finally:
             session.close()
 

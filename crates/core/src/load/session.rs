@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::{LoadReport, Loader, Staging};
 use crate::checkpoint::Checkpoint;
-use crate::control::{Cancel, Control, Progress};
+use crate::control::{Cancel, Progress};
 use crate::device::Block;
 use crate::error::{Error, Result};
 use crate::plan::{Segment, destinations_meet};
@@ -98,28 +98,31 @@ impl Batch {
     }
 }
 
+impl State {
+    /// Whether the first batch is to be moved now.
+    fn is_ready(&self) -> bool {
+        let first = self.batches.front();
+        first.is_some_and(|batch| self.flush || self.closed || self.batches.len() > 1 || batch.len >= BATCH_LEN)
+    }
+}
+
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
-        self.changed.wait(state).unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The next batch that is worth moving; `None` when the session is over.
     fn next(&self) -> Option<Batch> {
         let mut state = self.lock();
         loop {
-            let ready = |batch: &Batch| state.flush || state.closed || batch.len >= BATCH_LEN;
-            if state.batches.len() > 1 || state.batches.front().is_some_and(ready) {
+            if state.is_ready() {
                 state.moving = true;
                 return state.batches.pop_front();
             }
             if state.closed {
                 return None;
             }
-            state = self.wait(state);
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -166,8 +169,7 @@ impl Session {
             meter.read_now.fetch_max(progress.done, Ordering::Relaxed);
             outer.tell(progress);
         };
-        let control: Control = loader.control.clone();
-        loader.control = control.on_progress(tell).cancelled_by(cancel.clone());
+        loader.control = loader.control.on_progress(tell).cancelled_by(cancel.clone());
         let files = checkpoint.files().iter().map(|file| file.len()).collect();
         let (path, work) = (checkpoint.path().to_owned(), Arc::clone(&shared));
         let lock = checkpoint.lock_for_load();
@@ -191,19 +193,13 @@ impl Session {
         check(&mut state)?;
         for segment in segments.into_iter().filter(|segment| !segment.is_empty()) {
             Segment { block: 0, ..segment }.check(&self.files, &[block.len()])?;
-            if state.batches.is_empty() {
-                state.batches.push_back(Batch::default());
-            }
-            let added = state.batches.back_mut().is_some_and(|batch| batch.add(block, segment));
-            if !added {
+            if !state.batches.back_mut().is_some_and(|batch| batch.add(block, segment)) {
                 let mut batch = Batch::default();
                 batch.add(block, segment);
                 state.batches.push_back(batch);
             }
         }
-        let ready =
-            state.flush || state.batches.len() > 1 || state.batches.front().is_some_and(|batch| batch.len >= BATCH_LEN);
-        if ready && !state.moving {
+        if state.is_ready() && !state.moving {
             self.shared.changed.notify_all();
         }
         Ok(())
