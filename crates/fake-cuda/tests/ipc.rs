@@ -28,11 +28,11 @@ fn unhex(text: &str) -> Vec<u8> {
 }
 
 fn handle_of(bytes: [u8; 64]) -> Handle {
-    Handle { reserved: bytes.map(|byte| byte.cast_signed()) }
+    Handle { reserved: bytes.map(|byte| std::ffi::c_char::from_le_bytes([byte])) }
 }
 
 fn bytes_of(handle: &Handle) -> [u8; 64] {
-    handle.reserved.map(i8::cast_unsigned)
+    handle.reserved.map(|byte| byte.to_le_bytes()[0])
 }
 
 fn get(pointer: u64) -> Result<Handle, DriverError> {
