@@ -300,7 +300,7 @@ fn round_up(offset: u64) -> u64 {
 /// Refuses segments that write a byte twice: which one came last would be chance.
 ///
 /// Rows may interleave with rows of the same pitch in other columns; what is harder to tell apart is refused.
-fn check_destinations(segments: &[Segment]) -> Result<()> {
+pub(crate) fn check_destinations(segments: &[Segment]) -> Result<()> {
     let mut order: Vec<&Segment> = segments.iter().collect();
     order.sort_unstable_by_key(|s| (s.block, s.dst_offset));
     let mut open: Vec<&Segment> = Vec::new();
