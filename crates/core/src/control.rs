@@ -67,11 +67,13 @@ impl Control {
         self
     }
 
-    pub(crate) fn check(&self) -> Result<()> {
+    /// An error where the work is to stop.
+    pub fn check(&self) -> Result<()> {
         self.cancels.iter().try_for_each(Cancel::check)
     }
 
-    pub(crate) fn tell(&self, progress: Progress) {
+    /// Calls the callback.
+    pub fn tell(&self, progress: Progress) {
         if let Some(callback) = &self.progress {
             callback(progress);
         }

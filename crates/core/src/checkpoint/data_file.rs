@@ -81,6 +81,11 @@ impl DataFile {
         self.stamp.len
     }
 
+    /// Seconds and nanoseconds of its last change when it was opened.
+    pub fn modified(&self) -> (i64, i64) {
+        self.stamp.modified
+    }
+
     /// Whether it had no bytes.
     pub fn is_empty(&self) -> bool {
         self.len() == 0

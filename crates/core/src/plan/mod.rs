@@ -63,7 +63,8 @@ impl Segment {
         self.dst_offset.saturating_add(rows).saturating_add(self.row_len)
     }
 
-    pub(crate) fn check(&self, files: &[u64], blocks: &[u64]) -> Result<()> {
+    /// An error where it does not lie inside its file and its block, which have these lengths. It must not be empty.
+    pub fn check(&self, files: &[u64], blocks: &[u64]) -> Result<()> {
         let extent = |start: u64, pitch: u64| -> Option<u64> {
             (self.rows - 1).checked_mul(pitch)?.checked_add(self.row_len)?.checked_add(start)
         };
