@@ -53,6 +53,13 @@ impl RemoteOptions {
         self
     }
 
+    /// How long a stream is kept after a batch, for the next one of its checkpoint; half a second unless given. The
+    /// server has the load's memory open as long.
+    pub fn linger(mut self, linger: Duration) -> RemoteOptions {
+        self.linger = linger;
+        self
+    }
+
     /// How long a batch may take, and a second more for each 100 MB.
     pub fn patience(mut self, patience: Duration) -> RemoteOptions {
         self.patience = patience;
