@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use sllm_core::{Checkpoint, EngineChoice, Error, OpenOptions};
 
+use crate::client::ClientCommand;
 use crate::size;
 
 const EXIT_CODES: &str = "\
@@ -22,6 +23,7 @@ Exit codes:
     8  no space is left
     9  a device failed or is not there
    10  too little device memory
+   11  no store server answers, or it failed
   130  cancelled";
 
 /// Converts, exports, inspects, verifies and loads checkpoints of large models.
@@ -46,6 +48,8 @@ pub(crate) enum Command {
     Load(LoadArgs),
     /// Reads a checkpoint into the page cache, out of others' way
     Prefetch(PrefetchArgs),
+    #[command(flatten)]
+    Client(ClientCommand),
     /// Prints a completion script for a shell
     Completions(CompletionsArgs),
 }
