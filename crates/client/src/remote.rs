@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use sllm_core::{Block, Checkpoint, Control, Device, DeviceError, Progress, Segment};
 use sllm_proto::store as pb;
 
-use crate::client::StoreClient;
+use crate::client::{ClientOptions, StoreClient};
 use crate::cut::{Cutter, MESSAGE_SEGMENTS, Part, message};
 use crate::error::{Error, Result};
 use crate::load::{Load, Step};
@@ -76,9 +76,11 @@ impl Default for RemoteOptions {
 /// Has a store server fill the blocks of loads.
 #[derive(Debug)]
 pub struct StoreRemote {
-    client: StoreClient,
     options: RemoteOptions,
     idle: Arc<Idle>,
+    /// How to connect, at the first load.
+    at: ClientOptions,
+    client: Mutex<Option<StoreClient>>,
 }
 
 /// What a server moved.
@@ -141,12 +143,21 @@ enum Route {
 impl StoreRemote {
     /// Loads by this client's server.
     pub fn new(client: StoreClient, options: RemoteOptions) -> StoreRemote {
-        StoreRemote { client, options, idle: Arc::default() }
+        StoreRemote { client: Mutex::new(Some(client)), ..StoreRemote::at(ClientOptions::new(), options) }
     }
 
-    /// Its client.
-    pub fn client(&self) -> &StoreClient {
-        &self.client
+    /// Loads by the server that is reached so. The first load connects: that no server answers is its failure.
+    pub fn at(at: ClientOptions, options: RemoteOptions) -> StoreRemote {
+        StoreRemote { options, idle: Arc::default(), at, client: Mutex::default() }
+    }
+
+    /// Its client; connects where it has none.
+    pub fn client(&self) -> Result<StoreClient> {
+        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*client {
+            Some(client) => Ok(client.clone()),
+            None => Ok(client.insert(StoreClient::connect(&self.at)?).clone()),
+        }
     }
 
     /// Has segments of a checkpoint's files moved into blocks. After an error the server writes to none of them.
@@ -158,6 +169,7 @@ impl StoreRemote {
         control: &Control,
     ) -> Result<Moved> {
         control.check()?;
+        let client = self.client()?;
         let files: Vec<u64> = checkpoint.files().iter().map(|file| file.len()).collect();
         let lens: Vec<u64> = blocks.iter().map(Block::len).collect();
         let mut wanted: Vec<Segment> = segments.iter().filter(|segment| !segment.is_empty()).copied().collect();
@@ -167,10 +179,10 @@ impl StoreRemote {
         let open = self.open(checkpoint)?;
         let mut session = match self.idle.take(&open) {
             Some(session) => session,
-            None => Session { load: Load::open(&self.client, open.clone(), control)?, open, staging: Vec::new() },
+            None => Session { load: Load::open(&client, open.clone(), control)?, open, staging: Vec::new() },
         };
-        let moved = session.fill(self, wanted, blocks, control)?;
-        self.keep(session);
+        let moved = session.fill(&client, &self.options, wanted, blocks, control)?;
+        self.keep(&client, session);
         Ok(moved)
     }
 
@@ -195,7 +207,7 @@ impl StoreRemote {
     }
 
     /// Keeps a stream for a moment.
-    fn keep(&self, session: Session) {
+    fn keep(&self, client: &StoreClient, session: Session) {
         let linger = self.options.linger;
         {
             let mut idle = self.idle.lock();
@@ -211,7 +223,7 @@ impl StoreRemote {
                 idle.sweep();
             }
         };
-        if self.client.runtime().spawn(sweep).is_err() {
+        if client.runtime().spawn(sweep).is_err() {
             self.idle.lock().clear();
         }
     }
@@ -248,12 +260,13 @@ impl Meter<'_> {
 impl Session {
     fn fill(
         &mut self,
-        remote: &StoreRemote,
+        client: &StoreClient,
+        options: &RemoteOptions,
         segments: Vec<Segment>,
         blocks: &[Block],
         control: &Control,
     ) -> Result<Moved> {
-        let patience = remote.options.patience;
+        let patience = options.patience;
         let total = segments.iter().map(Segment::len).sum();
         let mut meter = Meter { control, done: 0, total };
         let mut moved = Moved::default();
@@ -272,7 +285,7 @@ impl Session {
             self.wait(len, &mut meter, &mut moved)?;
         }
         for (device, segments) in staged {
-            let at = self.staging_for(remote, &device, segments.iter().map(Segment::len).sum())?;
+            let at = self.staging_for(client, &device, segments.iter().map(Segment::len).sum(), options.staging_len)?;
             self.fill_staged(at, patience, segments, blocks, &mut meter, &mut moved)?;
         }
         Ok(moved)
@@ -326,8 +339,7 @@ impl Session {
     }
 
     /// The place of staging memory for a device, made or made larger where that is of use.
-    fn staging_for(&mut self, remote: &StoreRemote, device: &Device, wanted: u64) -> Result<usize> {
-        let most = remote.options.staging_len;
+    fn staging_for(&mut self, client: &StoreClient, device: &Device, wanted: u64, most: u64) -> Result<usize> {
         let place = self.staging.iter().position(|(of, _)| of.id() == device.id());
         if let Some(place) = place
             && self.staging[place].1.half_len >= wanted.min(most / 2)
@@ -335,7 +347,7 @@ impl Session {
             return Ok(place);
         }
         let number = self.load.next_block();
-        let Made { staging, attach, memory } = Staging::make(&remote.client, device, number, wanted, most)?;
+        let Made { staging, attach, memory } = Staging::make(client, device, number, wanted, most)?;
         self.load.attach(attach, Some(memory))?;
         match place {
             Some(place) => self.staging[place].1 = staging,

@@ -124,7 +124,7 @@ fn host_memory_does_not_go_over_tcp_and_the_error_says_so() {
     let segment = Segment::contiguous(0, 0, 1000, 0, 0);
     let error = remote.fill(&model.checkpoint, &[segment], &[block], &Control::new()).unwrap_err();
     assert!(matches!(error, Error::MemoryOverTcp { .. }), "{error}");
-    remote.client().list().unwrap();
+    remote.client().unwrap().list().unwrap();
     assert_eq!(server.log().tokens, ["Bearer 0123456789abcdef"]);
 }
 

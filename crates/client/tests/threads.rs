@@ -17,7 +17,7 @@ fn a_clients_thread_ends_with_its_last_clone() {
     let model = model(1000);
     assert_eq!(client_threads(), 0);
     let remote = server.remote();
-    let client = remote.client().clone();
+    let client = remote.client().unwrap();
     let (block, _) = host_block(1000);
     remote.fill(&model.checkpoint, &[Segment::contiguous(0, 0, 1000, 0, 0)], &[block], &Control::new()).unwrap();
     assert_eq!(client_threads(), 1);

@@ -16,7 +16,7 @@ use std::time::Duration;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recv, recvmsg};
 use safetensors::tensor::TensorView;
 use sllm_client::{ClientOptions, RemoteOptions, StoreClient, StoreRemote};
-use sllm_core::{Block, Checkpoint, MemoryFile, Segment};
+use sllm_core::{Block, Checkpoint, Device, Loader, MemoryFile, Segment, SharedMemory};
 use sllm_proto::store as pb;
 use sllm_proto::store::store_server::{Store, StoreServer};
 use sllm_proto::{MAX_MESSAGE_LEN, PASS_MEMORY, TICKET_LEN};
@@ -358,12 +358,19 @@ impl Store for Rpc {
     }
 }
 
+/// Memory of a client.
+enum Memory {
+    File(File, u64),
+    Device(Block),
+}
+
 /// A stream as the script has it.
 async fn load(shared: &Shared, mut requests: Streaming<pb::LoadRequest>, events: &Events) -> Result<(), Status> {
     use pb::load_request::Kind;
     let fault = *shared.fault.lock().unwrap();
     let mut files: Vec<File> = Vec::new();
-    let mut blocks: Vec<(File, u64)> = Vec::new();
+    let mut blocks: Vec<Memory> = Vec::new();
+    let mut model = PathBuf::new();
     let mut batches = 0;
     while let Some(request) = requests.message().await? {
         match request.kind {
@@ -374,6 +381,7 @@ async fn load(shared: &Shared, mut requests: Streaming<pb::LoadRequest>, events:
                 }
                 let file = |file: &pb::File| File::open(Path::new(&open.model).join(&file.name)).unwrap();
                 files = open.files.iter().map(file).collect();
+                model = PathBuf::from(&open.model);
                 let first = match fault {
                     Fault::Unopened => pb::load_event::Kind::Done(pb::Done::default()),
                     _ => pb::load_event::Kind::Opened(pb::Opened { total: 0, resident: 0 }),
@@ -383,7 +391,14 @@ async fn load(shared: &Shared, mut requests: Streaming<pb::LoadRequest>, events:
             Some(Kind::Attach(pb::Attach { offset, memory: Some(pb::attach::Memory::Ticket(ticket)), .. })) => {
                 let file = shared.tickets.lock().unwrap().remove(&ticket).expect("an unknown ticket");
                 shared.log.lock().unwrap().attached += 1;
-                blocks.push((file, offset));
+                blocks.push(Memory::File(file, offset));
+            }
+            Some(Kind::Attach(pb::Attach { len, offset, memory: Some(pb::attach::Memory::Cuda(cuda)) })) => {
+                let device = Device::cuda_by_uuid(&cuda.device.try_into().unwrap()).unwrap();
+                let opened = SharedMemory::open(&device, &cuda.handle.try_into().unwrap());
+                let opened = opened.map_err(|e| Status::invalid_argument(e.chain()))?;
+                shared.log.lock().unwrap().attached += 1;
+                blocks.push(Memory::Device(opened.block(offset, len).unwrap()));
             }
             Some(Kind::Batch(batch)) => {
                 batches += 1;
@@ -401,11 +416,14 @@ async fn load(shared: &Shared, mut requests: Streaming<pb::LoadRequest>, events:
                             tokio::time::sleep(Duration::from_secs(1000)).await;
                         }
                         Fault::End => return Ok(()),
-                        Fault::Slow => return slow(shared, requests, &blocks[0].0).await,
+                        Fault::Slow => return slow(shared, requests, &blocks[0]).await,
                         _ => {}
                     }
                 }
-                let bytes = write(&files, &blocks, &batch.segments);
+                let bytes = match blocks.first() {
+                    Some(Memory::Device(_)) => load_to_devices(&model, &blocks, &batch.segments),
+                    _ => write(&files, &blocks, &batch.segments),
+                };
                 let progress = pb::Progress { done: bytes / 2, total: bytes };
                 let _ = events.send(event(pb::load_event::Kind::Progress(progress))).await;
                 let bytes = if fault == Fault::Short { bytes - 1 } else { bytes };
@@ -419,7 +437,8 @@ async fn load(shared: &Shared, mut requests: Streaming<pb::LoadRequest>, events:
 }
 
 /// Writes rows until the client ends its side, and one more, late.
-async fn slow(shared: &Shared, mut requests: Streaming<pb::LoadRequest>, memory: &File) -> Result<(), Status> {
+async fn slow(shared: &Shared, mut requests: Streaming<pb::LoadRequest>, memory: &Memory) -> Result<(), Status> {
+    let Memory::File(memory, _) = memory else { panic!("only on the host") };
     shared.writing.store(true, Ordering::SeqCst);
     loop {
         let over = tokio::time::timeout(Duration::from_millis(10), requests.message()).await;
@@ -436,10 +455,10 @@ async fn slow(shared: &Shared, mut requests: Streaming<pb::LoadRequest>, memory:
     Err(Status::cancelled("cancelled"))
 }
 
-fn write(files: &[File], blocks: &[(File, u64)], segments: &[pb::Segment]) -> u64 {
+fn write(files: &[File], blocks: &[Memory], segments: &[pb::Segment]) -> u64 {
     let mut bytes = 0;
     for segment in segments {
-        let (memory, offset) = &blocks[segment.block as usize];
+        let Memory::File(memory, offset) = &blocks[segment.block as usize] else { panic!("only on the host") };
         let mut row = vec![0; segment.row_len as usize];
         for number in 0..segment.rows.max(1) {
             files[segment.file as usize].read_exact_at(&mut row, segment.offset + number * segment.src_pitch).unwrap();
@@ -448,4 +467,31 @@ fn write(files: &[File], blocks: &[(File, u64)], segments: &[pb::Segment]) -> u6
         }
     }
     bytes
+}
+
+fn load_to_devices(model: &Path, blocks: &[Memory], segments: &[pb::Segment]) -> u64 {
+    let blocks = blocks.iter().map(|memory| match memory {
+        Memory::Device(block) => block.clone(),
+        Memory::File(..) => panic!("only on devices"),
+    });
+    let blocks: Vec<Block> = blocks.collect();
+    let segments = segments.iter().map(|segment| Segment {
+        file: segment.file as usize,
+        offset: segment.offset,
+        row_len: segment.row_len,
+        rows: segment.rows.max(1),
+        src_pitch: segment.src_pitch,
+        block: segment.block as usize,
+        dst_offset: segment.dst_offset,
+        dst_pitch: segment.dst_pitch,
+    });
+    let segments: Vec<Segment> = segments.collect();
+    let mut devices: Vec<Device> = Vec::new();
+    for block in &blocks {
+        if devices.iter().all(|device| device.id() != block.device().id()) {
+            devices.push(block.device().clone());
+        }
+    }
+    let loader = Loader::builder().devices(devices).build().unwrap();
+    loader.fill_segments(&Checkpoint::open(model).unwrap(), &segments, blocks).unwrap().bytes
 }
