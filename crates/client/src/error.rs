@@ -118,6 +118,13 @@ pub enum Refusal {
 }
 
 impl Error {
+    /// The message with every cause after it, as one line.
+    pub fn chain(&self) -> String {
+        let source = std::error::Error::source(self);
+        let causes = std::iter::successors(source, |cause| cause.source());
+        causes.fold(self.to_string(), |text, cause| format!("{text}: {cause}"))
+    }
+
     /// What a status means that answers this.
     pub(crate) fn of(what: &'static str, limit: Duration, status: &Status) -> Error {
         // Statuses that were made here, and not by the server, tell the error that they come from.
