@@ -164,3 +164,13 @@ impl From<sllm_core::Error> for Error {
         }
     }
 }
+
+impl From<Error> for sllm_core::Error {
+    fn from(error: Error) -> sllm_core::Error {
+        match error {
+            Error::Core(error) => error,
+            Error::Cancelled => sllm_core::Error::Cancelled,
+            error => sllm_core::Error::Invalid(error.chain()),
+        }
+    }
+}

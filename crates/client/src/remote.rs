@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use sllm_core::{Block, Checkpoint, Control, Device, DeviceError, Progress, Segment};
+use sllm_core::{Block, Checkpoint, Control, Device, DeviceError, Progress, Remote, RemoteReport, Segment};
 use sllm_proto::store as pb;
 
 use crate::client::{ClientOptions, StoreClient};
@@ -97,6 +97,30 @@ pub struct Moved {
     pub staged: u64,
     /// Batches that the server was given.
     pub batches: u64,
+    /// Those of which the server says that it compared the checksums of what it read.
+    pub verified: u64,
+}
+
+impl Remote for StoreRemote {
+    fn fill(
+        &self,
+        checkpoint: &Checkpoint,
+        segments: &[Segment],
+        blocks: &[Block],
+        control: &Control,
+    ) -> sllm_core::Result<RemoteReport> {
+        let moved = self.fill(checkpoint, segments, blocks, control)?;
+        let by = self
+            .client()
+            .map_or_else(|_| "the store server".into(), |client| format!("the store server at {}", client.address()));
+        Ok(RemoteReport {
+            by,
+            from_memory: moved.from_pool,
+            from_files: moved.from_files,
+            verified: moved.verified == moved.batches,
+            notes: Vec::new(),
+        })
+    }
 }
 
 /// Streams that wait for more of their checkpoints.
@@ -237,6 +261,15 @@ fn path_of(path: &Path) -> Result<String> {
         sllm_core::Error::Invalid(format!("{} is not UTF-8: the store server cannot be told of it", path.display()))
     })?;
     Ok(text.to_owned())
+}
+
+/// Whether a load's report, as JSON, says that checksums were compared.
+fn is_verified(report: &str) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Report {
+        verified: bool,
+    }
+    serde_json::from_str::<Report>(report).is_ok_and(|report| report.verified)
 }
 
 /// How long a batch of so many bytes may take.
@@ -402,6 +435,7 @@ impl Session {
                     moved.from_pool += done.from_pool;
                     moved.from_files += done.from_files;
                     moved.batches += 1;
+                    moved.verified += u64::from(is_verified(&done.report));
                     return Ok(());
                 }
                 Step::Done(done) => {

@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{Fault, TestServer, bytes_of, host_block, model};
-use sllm_client::{Error, Refusal, RemoteOptions, StoreRemote};
-use sllm_core::{Cancel, Control, Progress, Segment};
+use sllm_client::{ClientOptions, Error, Refusal, RemoteOptions, StoreRemote};
+use sllm_core::{Cancel, Checkpoint, Control, LoadReport, Loader, Progress, Segment};
 
 /// Loads by a server with this fault, and gives the error.
 fn fails(fault: Fault) -> (Error, TestServer) {
@@ -250,4 +250,49 @@ fn a_model_can_be_named_as_the_server_knows_it() {
     let remote = StoreRemote::new(server.client(), options);
     remote.fill(&model.checkpoint, &[Segment::contiguous(0, 0, 9, 0, 0)], &[block], &Control::new()).unwrap();
     assert_eq!(server.log().opens[0].model, link.to_str().unwrap());
+}
+
+/// Loads a model by a loader that asks this server first, and compares what arrived.
+fn load_by(remote: StoreRemote, model: &common::Model) -> LoadReport {
+    let loader = Loader::builder().remote(Box::new(remote)).build().unwrap();
+    let checkpoint = Checkpoint::open(&model.path).unwrap();
+    let loaded = loader.load(&checkpoint).unwrap();
+    let bytes = loaded.tensor("t").unwrap().to_vec().unwrap();
+    assert!(model.bytes.ends_with(&bytes) && !bytes.is_empty());
+    loaded.report().clone()
+}
+
+#[test]
+fn a_loader_goes_on_from_files_when_the_server_fails_and_says_why_once() {
+    let model = model(12 << 20);
+    for (fault, words) in [
+        (Fault::None, ""),
+        (Fault::Refuse, "model.safetensors has another length here"),
+        (Fault::RefuseSecond, "the disk is on fire"),
+        (Fault::Die, "the connection to the store server was lost"),
+        (Fault::End, "the connection to the store server was lost"),
+        (Fault::Silent, "did not load the model within"),
+        (Fault::Short, "what it must not"),
+    ] {
+        let server = TestServer::start();
+        server.fault(fault);
+        let options = RemoteOptions::new().staging_bytes(4 << 20).patience(Duration::from_millis(300));
+        let report = load_by(StoreRemote::new(server.client(), options), &model);
+        if fault == Fault::None {
+            assert_eq!((report.engines[0].engine, report.notes.len()), ("server", 0));
+            assert!(report.engines[0].reason.contains(&server.address), "{}", report.engines[0].reason);
+        } else {
+            assert_ne!(report.engines[0].engine, "server");
+            assert_eq!(report.notes.len(), 1, "{fault:?}: {:?}", report.notes);
+            assert!(report.notes[0].contains(words), "{fault:?}: {:?}", report.notes);
+        }
+    }
+}
+
+#[test]
+fn a_loader_goes_on_from_files_where_no_server_is() {
+    let model = model(1000);
+    let at = ClientOptions::new().address("/nonexistent/s".to_owned());
+    let report = load_by(StoreRemote::at(at, RemoteOptions::new()), &model);
+    assert!(report.notes[0].contains("no store server answers at unix:/nonexistent/s"), "{:?}", report.notes);
 }
