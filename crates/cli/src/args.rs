@@ -141,6 +141,13 @@ pub(crate) struct LoadArgs {
     /// Staging memory at most, such as 32MB or 4GiB [default: 256MiB]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub(crate) pinned: Option<u64>,
+    /// Have a store server move the bytes; without ADDRESS, the one of SLLM_STORE_ADDRESS or at a default socket. Where
+    /// it fails, files are read, and a note says why
+    #[arg(long, value_name = "ADDRESS", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub(crate) server: Option<String>,
+    /// A file that holds the token that the server wants over TCP [default: the token in SLLM_STORE_TOKEN]
+    #[arg(long, value_name = "FILE", requires = "server", value_hint = ValueHint::FilePath)]
+    pub(crate) token_file: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) tensors: Tensors,
     #[command(flatten)]

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Ran, sllm};
+use common::{Ran, model, sllm};
 
 fn ran(args: &[&str]) -> Ran {
     let mut command = sllm(args);
@@ -49,4 +49,17 @@ fn a_token_file_that_cannot_be_read_is_named() {
     let ran = ran(&["list", "--address", "localhost:1", "--token-file", "/nonexistent/token"]);
     assert_eq!(ran.code, 3);
     assert!(ran.stderr.contains("/nonexistent/token"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_load_goes_on_from_files_where_no_server_is_and_notes_it() {
+    let fixture = model();
+    let path = fixture.model.to_str().unwrap();
+    for server in ["--server=/nonexistent/s", "--server"] {
+        let ran = ran(&["load", path, "--device", "host", "--json", server]);
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        let note = ran.json()["runs"][0]["notes"][0].as_str().unwrap().to_owned();
+        assert!(note.contains("no store server answers") && note.ends_with("files are read"), "{note}");
+    }
+    assert_eq!(ran(&["load", path, "--server=nothing"]).code, 2);
 }

@@ -6,7 +6,7 @@ mod pin;
 mod preload;
 mod status;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand, ValueHint};
 use sllm_client::{ClientOptions, StoreClient};
@@ -124,18 +124,18 @@ impl ClientCommand {
 
 impl Server {
     pub(crate) fn connect(&self) -> Result<StoreClient, Fault> {
-        connect(self.address.clone(), self.token_file.as_deref())
+        Ok(StoreClient::connect(&options(self.address.clone(), self.token_file.as_deref())?)?)
     }
 }
 
-/// Connects to a server, with a token out of a file.
-pub(crate) fn connect(address: Option<String>, token_file: Option<&std::path::Path>) -> Result<StoreClient, Fault> {
-    let read = |path: &std::path::Path| {
+/// How to reach a server, with a token out of a file.
+pub(crate) fn options(address: Option<String>, token_file: Option<&Path>) -> Result<ClientOptions, Fault> {
+    let read = |path: &Path| {
         let io = |source| sllm_core::Error::Io { what: "read", path: path.to_owned(), source };
         std::fs::read_to_string(path).map_err(io)
     };
     let token = token_file.map(read).transpose()?;
-    Ok(StoreClient::connect(&ClientOptions::new().address(address).token(token))?)
+    Ok(ClientOptions::new().address(address).token(token))
 }
 
 /// Rows below their heads, each column as wide as it must be; the last one, of names, is at the left.
