@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use crate::error::{Error, Result};
 
@@ -46,6 +47,7 @@ pub struct Progress {
 #[derive(Clone, Default)]
 pub struct Control {
     cancels: Vec<Cancel>,
+    deadline: Option<Instant>,
     progress: Option<Arc<dyn Fn(Progress) + Send + Sync>>,
 }
 
@@ -67,11 +69,27 @@ impl Control {
         self
     }
 
-    pub(crate) fn check(&self) -> Result<()> {
+    /// Stops with [`Error::TimedOut`] at this moment, too: no copy is issued after it.
+    pub fn until(mut self, deadline: Instant) -> Self {
+        self.deadline = Some(self.deadline.map_or(deadline, |before| before.min(deadline)));
+        self
+    }
+
+    /// An error when the work is to stop. Whoever does the work for a [`crate::Remote`] asks now and then.
+    pub fn check(&self) -> Result<()> {
+        if self.deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+            return Err(Error::TimedOut);
+        }
         self.cancels.iter().try_for_each(Cancel::check)
     }
 
-    pub(crate) fn tell(&self, progress: Progress) {
+    /// When it is out of time, if ever.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// Calls the progress callback.
+    pub fn tell(&self, progress: Progress) {
         if let Some(callback) = &self.progress {
             callback(progress);
         }

@@ -195,6 +195,10 @@ pub enum Error {
     /// The caller asked to stop.
     #[error("cancelled")]
     Cancelled,
+
+    /// The caller's deadline passed.
+    #[error("the time that the caller gave is over")]
+    TimedOut,
 }
 
 /// What an error is about, for exit codes and exception classes.
@@ -221,7 +225,7 @@ pub enum ErrorKind {
     DeviceMemory,
     /// An argument or a forced choice that cannot be used here.
     Invalid,
-    /// Stopped on request.
+    /// Stopped on request, or out of time.
     Cancelled,
 }
 
@@ -249,7 +253,7 @@ impl Error {
             Error::Device(e) if e.is_out_of_memory() => ErrorKind::DeviceMemory,
             Error::Device(_) => ErrorKind::Device,
             Error::Engine { .. } | Error::Invalid(_) => ErrorKind::Invalid,
-            Error::Cancelled => ErrorKind::Cancelled,
+            Error::Cancelled | Error::TimedOut => ErrorKind::Cancelled,
         }
     }
 

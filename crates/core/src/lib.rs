@@ -37,6 +37,7 @@
 //! # }
 //! ```
 
+mod cache;
 mod checkpoint;
 mod control;
 mod convert;
@@ -52,15 +53,16 @@ mod prefetch;
 mod read;
 mod verify;
 
+pub use cache::{Cache, CacheUsage};
 pub use checkpoint::{Checkpoint, ChunkSums, DataFile, Layout, OpenOptions, TensorInfo};
 pub use control::{Cancel, Control, Progress, WorkOptions};
 pub use convert::{ConvertOptions, ConvertReport, MemoryTensor, convert, save};
-pub use device::{Block, Device, DeviceError, LinkPeak};
+pub use device::{Block, Device, DeviceError, LinkPeak, SharedBlock, SharedMemory, format_uuid, parse_uuid};
 pub use dtype::Dtype;
 pub use error::{CorruptChunk, Error, ErrorKind, FormatError, Result};
 pub use export::{ExportReport, export};
 pub use format::PAGE;
-pub use load::{EngineReport, LoadReport, Loaded, Loader, LoaderBuilder, Session, TensorView};
+pub use load::{EngineReport, LoadReport, Loaded, Loader, LoaderBuilder, Remote, RemoteReport, Session, TensorView};
 pub use plan::{BlockSpec, Filter, LoadPlan, Piece, PieceCopy, Placed, Placement, PlanOptions, Segment, Strided};
 pub use pool::{BufferPool, HostBuffer};
 pub use prefetch::{PrefetchEnd, PrefetchOptions, PrefetchReport, prefetch};

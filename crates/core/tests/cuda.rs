@@ -8,7 +8,8 @@ use std::time::Duration;
 use common::{Made, every_dtype, refuse_syscall, write_safetensors};
 use cuda::Driver;
 use sllm_core::{
-    Checkpoint, ConvertOptions, Device, DeviceError, Dtype, EngineChoice, Error, ErrorKind, LinkPeak, Loader, convert,
+    Cache, Checkpoint, ConvertOptions, Device, DeviceError, Dtype, EngineChoice, Error, ErrorKind, LinkPeak, Loader,
+    convert,
 };
 
 const ENGINES: [EngineChoice; 4] = [EngineChoice::Auto, EngineChoice::Uring, EngineChoice::Pread, EngineChoice::Mapped];
@@ -301,4 +302,56 @@ fn a_lost_device_is_an_error() {
     let error = loader.load(&Checkpoint::open(&model.store).unwrap()).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Device, "{error}");
     driver.reset();
+}
+
+#[test]
+fn a_cache_smaller_than_the_model_gives_no_chunk_away_while_a_copy_reads_it() {
+    let driver = Driver::load();
+    driver.set_delay(Duration::from_millis(2));
+    let model = model();
+    for (path, engine) in
+        [(&model.source, EngineChoice::Uring), (&model.source, EngineChoice::Pread), (&model.store, EngineChoice::Auto)]
+    {
+        let checkpoint = Checkpoint::open(path).unwrap();
+        let device = Device::cuda(0).unwrap();
+        let cache = Cache::new(4 << 20, 20 << 20, Some(&device)).unwrap();
+        let builder = Loader::builder().device(device).engine(engine).cache(cache.clone());
+        let loader = builder.verify(checkpoint.sums().is_some()).build().unwrap();
+        // The second load finds a part of the model; two at once fight for the chunks.
+        std::thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    for _ in 0..2 {
+                        let loaded = loader.load(&checkpoint).unwrap();
+                        for tensor in &model.tensors {
+                            let bytes = loaded.tensor(&tensor.name).unwrap().to_vec().unwrap();
+                            assert!(bytes == tensor.bytes, "{:?} by {engine}", tensor.name);
+                        }
+                    }
+                });
+            }
+        });
+        let usage = cache.usage();
+        assert!(usage.occupied <= 20 << 20 && usage.page_locked == 20 << 20, "{usage:?}");
+        drop((loader, cache));
+        assert_nothing_left(&driver);
+        driver.reset();
+        driver.set_delay(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn what_is_resident_is_copied_without_a_read() {
+    let driver = Driver::load();
+    let model = model();
+    let checkpoint = Checkpoint::open(&model.store).unwrap();
+    let device = Device::cuda(0).unwrap();
+    let cache = Cache::new(4 << 20, 64 << 20, Some(&device)).unwrap();
+    let loader = Loader::builder().device(device).cache(cache.clone()).build().unwrap();
+    loader.fill_cache(&checkpoint).unwrap();
+    driver.reset();
+    let loaded = loader.load(&checkpoint).unwrap();
+    let report = loaded.report();
+    assert_eq!((report.cached_bytes, cache.usage().hits), (report.read_bytes, report.pieces));
+    assert_eq!((driver.count("cuMemHostRegister"), driver.count("cuMemcpyHtoDAsync")), (0, report.copies));
 }

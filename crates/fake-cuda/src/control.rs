@@ -27,7 +27,7 @@ extern "C" fn fake_cuda_reset() {
     wait_for(state, &in_flight).reset();
 }
 
-/// Sets `devices`, `memory`, `delay_us`, `bandwidth`, `lose_after`, `register_limit` or `registered_total`.
+/// Sets `devices`, `memory`, `delay_us`, `bandwidth`, `lose_after`, `register_limit`, `registered_total` or `no_ipc`.
 /// Returns 0, or 1 if there is no such setting.
 ///
 /// # Safety
@@ -100,7 +100,9 @@ pub(crate) fn counters(state: &state::State) -> Vec<(&'static str, u64)> {
         ("waits_on_unregister", counters.waits_on_unregister),
         ("streams", state.streams_now()),
         ("events", state.events.len() as u64),
+        ("imports", state.imports_now()),
         ("abandoned_device_bytes", counters.abandoned_device_bytes),
+        ("abandoned_imports", counters.abandoned_imports),
         ("abandoned_registered_bytes", counters.abandoned_registered_bytes),
         ("abandoned_streams", counters.abandoned_streams),
         ("abandoned_events", counters.abandoned_events),

@@ -130,6 +130,12 @@ impl Driver {
         self.set("registered_total", bytes);
     }
 
+    /// Whether memory cannot be exported to other processes: `cuIpcGetMemHandle` returns `CUDA_ERROR_INVALID_VALUE`, as
+    /// it does for memory that was made by `cuMemCreate`.
+    pub fn set_no_ipc(&self, refused: bool) {
+        self.set("no_ipc", u64::from(refused));
+    }
+
     /// Loses the device after `copies` more copies: the next one is accepted and never done.
     pub fn lose_after(&self, copies: u64) {
         self.set("lose_after", copies);

@@ -42,6 +42,7 @@
 //! | `FAKE_CUDA_LOST_AFTER` | copies that succeed before the device is lost | never |
 //! | `FAKE_CUDA_REGISTER_LIMIT` | bytes of the largest registration, larger ones get `CUDA_ERROR_INVALID_VALUE` | 1 GiB |
 //! | `FAKE_CUDA_REGISTERED_TOTAL` | bytes registered at once, more gets `CUDA_ERROR_OUT_OF_MEMORY` | no limit |
+//! | `FAKE_CUDA_NO_IPC` | not 0: memory cannot be exported, as with torch's expandable segments | 0 |
 //! | `FAKE_CUDA_REPORT` | a JSON file written at exit; `%p` stands for the process id | |
 //!
 //! # A lost device
@@ -49,17 +50,27 @@
 //! Copies of all devices count, fills do not. The copy that loses its device is accepted; the loss shows when it would
 //! have run. From then on every call that needs the device returns `CUDA_ERROR_ECC_UNCORRECTABLE` (214). Calls that free things still free them.
 //!
+//! # Other processes
+//!
+//! A handle of `cuIpcGetMemHandle` opens the same bytes in another process of the same user, by the exporter's
+//! `/proc/PID/fd`. Nothing is left when an exporter is killed; its handles then give `CUDA_ERROR_MAP_FAILED`, as do those
+//! of memory that was freed. What was opened before stays valid, and counts against the exporter's device only. A device
+//! has the same UUID in all processes. Each exported allocation costs a file descriptor.
+//!
 //! # What it does not do
 //!
-//! No kernels, modules, graphs, memory pools, arrays or IPC handles: those symbols are absent.
+//! No kernels, modules, graphs, memory pools, arrays or handles of events: those symbols are absent. A handle opens on the
+//! device of its memory only, not on a peer. Memory of a device is limited in each process for itself.
 
 mod api;
 mod codes;
 mod control;
 mod engine;
 mod handle;
+mod mapping;
 mod report;
 mod settings;
+mod share;
 mod state;
 
 pub use handle::Driver;

@@ -27,6 +27,8 @@ pub(crate) struct Settings {
     pub(crate) register_limit: u64,
     /// Bytes registered at once.
     pub(crate) registered_total: u64,
+    /// Whether memory cannot be exported.
+    pub(crate) no_ipc: bool,
 }
 
 impl Settings {
@@ -39,6 +41,7 @@ impl Settings {
             lose_after: u64::MAX,
             register_limit: 1 << 30,
             registered_total: u64::MAX,
+            no_ipc: false,
         }
     }
 
@@ -52,6 +55,7 @@ impl Settings {
             "lose_after" => self.lose_after = value,
             "register_limit" => self.register_limit = value,
             "registered_total" => self.registered_total = value,
+            "no_ipc" => self.no_ipc = value != 0,
             _ => return false,
         }
         true
@@ -67,6 +71,7 @@ impl Settings {
             ("FAKE_CUDA_LOST_AFTER", "lose_after"),
             ("FAKE_CUDA_REGISTER_LIMIT", "register_limit"),
             ("FAKE_CUDA_REGISTERED_TOTAL", "registered_total"),
+            ("FAKE_CUDA_NO_IPC", "no_ipc"),
         ] {
             let Ok(text) = std::env::var(variable) else {
                 continue;

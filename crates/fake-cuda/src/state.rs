@@ -2,10 +2,13 @@
 
 use crate::codes::{self, Code};
 use crate::engine::Stream;
+use crate::mapping::{Mapping, PAGE};
 use crate::settings::{self, Fault, Settings};
-use std::alloc::{Layout, alloc, dealloc};
+use crate::share::FileId;
+use std::alloc::{Layout, dealloc};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -13,10 +16,8 @@ use std::time::Instant;
 /// The byte that fills device memory nobody has written yet.
 pub const POISON: u8 = 0xA5;
 
-/// Alignment of device memory, as the driver's.
+/// Device memory is counted in pieces of this size, which are the driver's.
 const DEVICE_ALIGN: usize = 512;
-/// Registration works on whole pages.
-const PAGE: usize = 4096;
 /// `CU_MEMHOSTREGISTER_READ_ONLY`.
 pub(crate) const READ_ONLY: u32 = 0x08;
 /// Handles of streams and events begin here, above those of contexts and default streams.
@@ -120,7 +121,27 @@ pub(crate) struct Device {
 pub(crate) struct Allocation {
     pub(crate) len: usize,
     pub(crate) device: i32,
-    layout: Layout,
+    pub(crate) mapping: Mapping,
+    pub(crate) holder: Holder,
+}
+
+/// Whose device memory it is.
+#[derive(Debug)]
+pub(crate) enum Holder {
+    /// This process allocated it. The file is there once it was exported.
+    Ours { exported: Option<File> },
+    /// Another process did, and exported it as this file; here it is open so many times.
+    Another { file: FileId, opened: u64 },
+}
+
+impl Allocation {
+    /// Bytes that count against the device. Another process's memory counts there.
+    fn counted(&self) -> u64 {
+        match self.holder {
+            Holder::Ours { .. } => self.len.next_multiple_of(DEVICE_ALIGN) as u64,
+            Holder::Another { .. } => 0,
+        }
+    }
 }
 
 /// A piece of pinned host memory.
@@ -167,6 +188,7 @@ pub(crate) struct Counters {
     pub(crate) waits_on_unregister: u64,
     /// What was left when the last holder released a primary context.
     pub(crate) abandoned_device_bytes: u64,
+    pub(crate) abandoned_imports: u64,
     pub(crate) abandoned_registered_bytes: u64,
     pub(crate) abandoned_streams: u64,
     pub(crate) abandoned_events: u64,
@@ -184,6 +206,7 @@ impl Counters {
             waits_on_free: 0,
             waits_on_unregister: 0,
             abandoned_device_bytes: 0,
+            abandoned_imports: 0,
             abandoned_registered_bytes: 0,
             abandoned_streams: 0,
             abandoned_events: 0,
@@ -280,18 +303,13 @@ impl State {
         let device = self.devices.entry(ordinal).or_default();
         let used = device.used.checked_add(rounded as u64).filter(|used| *used <= limit);
         let used = used.ok_or(codes::OUT_OF_MEMORY)?;
-        let layout = Layout::from_size_align(rounded, DEVICE_ALIGN).map_err(|_| codes::OUT_OF_MEMORY)?;
-        // SAFETY: the layout's size is not zero.
-        let pointer = unsafe { alloc(layout) };
-        if pointer.is_null() {
-            return Err(codes::OUT_OF_MEMORY);
-        }
-        // SAFETY: the allocation has `rounded` bytes.
-        unsafe { pointer.write_bytes(POISON, rounded) };
+        let mapping = Mapping::private(len).map_err(|_| codes::OUT_OF_MEMORY)?;
+        mapping.fill(POISON);
         device.used = used;
         device.peak = device.peak.max(used);
-        let address = pointer.expose_provenance();
-        self.allocations.insert(address, Allocation { len, device: ordinal, layout });
+        let address = mapping.address();
+        let holder = Holder::Ours { exported: None };
+        self.allocations.insert(address, Allocation { len, device: ordinal, mapping, holder });
         Ok(address)
     }
 
@@ -299,11 +317,16 @@ impl State {
     pub(crate) fn release(&mut self, address: usize) -> Result<(), Code> {
         let allocation = self.allocations.remove(&address).ok_or(codes::INVALID_VALUE)?;
         if let Some(device) = self.devices.get_mut(&allocation.device) {
-            device.used -= allocation.layout.size() as u64;
+            device.used -= allocation.counted();
         }
-        // SAFETY: `allocate` made it with this layout, and its entry is gone, so it is freed once.
-        unsafe { dealloc(std::ptr::with_exposed_provenance_mut(address), allocation.layout) };
         Ok(())
+    }
+
+    /// Where the allocation that holds this address begins, and its length.
+    pub(crate) fn allocation_of(&self, pointer: u64) -> Option<(usize, usize)> {
+        let address = usize::try_from(pointer).ok()?;
+        let (start, piece) = self.allocations.range(..=address).next_back()?;
+        (address < start + piece.len).then_some((*start, piece.len))
     }
 
     /// Pins a host range.
@@ -367,7 +390,8 @@ impl State {
         let of_device = |(address, device): (&usize, i32)| (device == ordinal).then_some(*address);
         let addresses: Vec<_> = self.allocations.iter().map(|(a, p)| (a, p.device)).filter_map(of_device).collect();
         for address in addresses {
-            self.counters.abandoned_device_bytes += self.allocations[&address].layout.size() as u64;
+            self.counters.abandoned_device_bytes += self.allocations[&address].counted();
+            self.counters.abandoned_imports += self.opened(address).map_or(0, |(opened, _)| opened);
             let _ = self.release(address);
         }
         let addresses: Vec<_> = self.registrations.iter().map(|(a, p)| (a, p.device)).filter_map(of_device).collect();

@@ -13,9 +13,10 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 use crate::error::{Error, FormatError, Result};
 
 /// What a file was when it was looked at; another stamp means other bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Stamp {
     len: u64,
+    device: u64,
     inode: u64,
     modified: (i64, i64),
 }
@@ -27,7 +28,8 @@ impl Stamp {
     }
 
     pub(crate) fn of(metadata: &Metadata) -> Stamp {
-        Stamp { len: metadata.len(), inode: metadata.ino(), modified: (metadata.mtime(), metadata.mtime_nsec()) }
+        let modified = (metadata.mtime(), metadata.mtime_nsec());
+        Stamp { len: metadata.len(), device: metadata.dev(), inode: metadata.ino(), modified }
     }
 }
 
@@ -79,6 +81,16 @@ impl DataFile {
     /// Its length in bytes when it was opened.
     pub fn len(&self) -> u64 {
         self.stamp.len
+    }
+
+    /// Its last change before it was opened, in seconds and nanoseconds since 1970.
+    pub fn modified(&self) -> (i64, i64) {
+        self.stamp.modified
+    }
+
+    /// Whether its path still leads to the file that was opened, and that was not written to since.
+    pub(crate) fn is_current(&self) -> bool {
+        std::fs::metadata(&self.path).is_ok_and(|metadata| Stamp::of(&metadata) == self.stamp)
     }
 
     /// Whether it had no bytes.

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 pub use data_file::DataFile;
+pub(crate) use data_file::Stamp;
 pub(crate) use safetensors::ensure_inside;
 
 use crate::dtype::Dtype;
@@ -254,6 +255,11 @@ impl Checkpoint {
     /// Its data files.
     pub fn files(&self) -> &[DataFile] {
         &self.files
+    }
+
+    /// Whether its files' paths still lead to the files that were opened, unchanged.
+    pub fn is_current(&self) -> bool {
+        self.files.iter().all(DataFile::is_current)
     }
 
     /// Its tensors, by file and offset.

@@ -1,11 +1,12 @@
 //! CUDA through its driver, loaded at run time. Every error of the driver is an error of the call.
 
-use std::ffi::{CStr, c_uint};
+use std::ffi::{CStr, c_char, c_uint};
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys;
 
+use super::ipc::{Exported, HANDLE_LEN};
 use super::{Backend, BackendStream, DeviceError, Mark, Memory, Source};
 use crate::plan::PieceCopy;
 
@@ -19,6 +20,8 @@ const EVENT_DISABLE_TIMING: c_uint = 0x02;
 const EVENT_BLOCKING_SYNC: c_uint = 0x01;
 /// cuStreamCreate: does not wait for the default stream.
 const STREAM_NON_BLOCKING: c_uint = 0x01;
+/// cuIpcOpenMemHandle: the only flag there is.
+const IPC_LAZY_ENABLE_PEER_ACCESS: c_uint = 0x01;
 
 /// Whether the driver is there and initialised, asked once: cudarc panics where it is absent.
 fn driver() -> Result<(), DeviceError> {
@@ -51,13 +54,58 @@ pub(super) fn count() -> Result<usize, DeviceError> {
     Ok(usize::try_from(count).unwrap_or(0))
 }
 
+/// The handle of a device. Makes no context.
+fn device_at(ordinal: usize) -> Result<sys::CUdevice, DeviceError> {
+    let count = count()?;
+    let index = i32::try_from(ordinal).ok().filter(|_| ordinal < count);
+    let index = index.ok_or(DeviceError::NoSuchDevice { ordinal, count })?;
+    let mut device = 0;
+    // SAFETY: the ordinal was checked; the driver writes one handle.
+    check(&format!("cuda:{ordinal}"), "open it", unsafe { sys::cuDeviceGet(&mut device, index) })?;
+    Ok(device)
+}
+
+/// The UUID of a device. Makes no context.
+pub(super) fn uuid_of(ordinal: usize) -> Result<[u8; 16], DeviceError> {
+    let device = device_at(ordinal)?;
+    let mut uuid = sys::CUuuid { bytes: [0; 16] };
+    // SAFETY: the device is valid; the driver writes 16 bytes.
+    let code = unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, device) };
+    check(&format!("cuda:{ordinal}"), "ask its UUID", code)?;
+    Ok(uuid.bytes.map(to_byte))
+}
+
+/// Start and length of the allocation that holds an address. A context is current.
+fn allocation_of(addr: u64) -> Result<(u64, u64), sys::CUresult> {
+    let (mut base, mut len) = (0, 0);
+    // SAFETY: a context is current; the driver checks the address and writes two numbers.
+    match unsafe { sys::cuMemGetAddressRange_v2(&mut base, &mut len, addr) } {
+        sys::CUresult::CUDA_SUCCESS => Ok((base, len as u64)),
+        code => Err(code),
+    }
+}
+
+/// A byte of the driver's, whose sign the machine decides.
+fn to_byte(char: c_char) -> u8 {
+    let [byte] = char.to_le_bytes();
+    byte
+}
+
+fn from_byte(byte: u8) -> c_char {
+    c_char::from_le_bytes([byte])
+}
+
 fn driver_error(device: &str, what: &'static str, code: sys::CUresult) -> DeviceError {
+    DeviceError::Driver { device: device.to_owned(), what, name: name_of(code), code: code as u32 }
+}
+
+/// The driver's name of an error.
+fn name_of(code: sys::CUresult) -> String {
     let mut name = ptr::null();
     // SAFETY: the driver is loaded (an error came from it) and writes a pointer to a static string.
     let told = unsafe { sys::cuGetErrorName(code, &mut name) } == sys::CUresult::CUDA_SUCCESS && !name.is_null();
     // SAFETY: a static string of the driver's, ended by zero.
-    let name = if told { unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned() } else { "unknown".into() };
-    DeviceError::Driver { device: device.to_owned(), what, name, code: code as u32 }
+    if told { unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned() } else { "unknown".into() }
 }
 
 fn check(device: &str, what: &'static str, code: sys::CUresult) -> Result<(), DeviceError> {
@@ -126,13 +174,8 @@ pub(super) struct Cuda {
 
 impl Cuda {
     pub(super) fn open(ordinal: usize) -> Result<Cuda, DeviceError> {
-        let count = count()?;
-        let index = i32::try_from(ordinal).ok().filter(|_| ordinal < count);
-        let index = index.ok_or(DeviceError::NoSuchDevice { ordinal, count })?;
+        let device = device_at(ordinal)?;
         let id = format!("cuda:{ordinal}");
-        let mut device = 0;
-        // SAFETY: the ordinal was checked; the driver writes one handle.
-        check(&id, "open it", unsafe { sys::cuDeviceGet(&mut device, index) })?;
         let mut name = [0; 128];
         // SAFETY: the driver writes at most the given length, ended by zero.
         check(&id, "ask its name", unsafe { sys::cuDeviceGetName(name.as_mut_ptr(), 128, device) })?;
@@ -160,18 +203,69 @@ impl Backend for Cuda {
     }
 
     fn link(&self) -> Result<Option<String>, DeviceError> {
-        driver()?;
+        let uuid = uuid_of(self.context.ordinal)?;
         let device = self.context.device;
-        let mut uuid = sys::CUuuid { bytes: [0; 16] };
-        // SAFETY: the device is valid; the driver writes 16 bytes.
-        self.context.check("ask its UUID", unsafe { sys::cuDeviceGetUuid_v2(&mut uuid, device) })?;
         let mut address = [0; 32];
         // SAFETY: the driver writes at most the given length, ended by zero.
         self.context.check("ask its address", unsafe { sys::cuDeviceGetPCIBusId(address.as_mut_ptr(), 32, device) })?;
         // SAFETY: `address` is zero-filled beyond what was written, so that it ends.
         let address = unsafe { CStr::from_ptr(address.as_ptr()) }.to_string_lossy();
-        let uuid: String = uuid.bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        let uuid: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Some(format!("{uuid} {address}")))
+    }
+
+    fn uuid(&self) -> Result<Option<[u8; 16]>, DeviceError> {
+        uuid_of(self.context.ordinal).map(Some)
+    }
+
+    fn export(&self, addr: u64) -> Result<Exported, DeviceError> {
+        let _current = self.context.enter()?;
+        let refused = |what, code| match code {
+            // What has no handle: memory of cuMemCreate and of pools, managed memory, what is not the driver's.
+            sys::CUresult::CUDA_ERROR_INVALID_VALUE
+            | sys::CUresult::CUDA_ERROR_NOT_FOUND
+            | sys::CUresult::CUDA_ERROR_MAP_FAILED
+            | sys::CUresult::CUDA_ERROR_NOT_PERMITTED
+            | sys::CUresult::CUDA_ERROR_NOT_SUPPORTED => {
+                DeviceError::NotShareable { device: self.id(), reason: name_of(code) }
+            }
+            code => driver_error(&self.id(), what, code),
+        };
+        let (base, base_len) = allocation_of(addr).map_err(|code| refused("find an allocation", code))?;
+        let mut handle = sys::CUipcMemHandle { reserved: [0; HANDLE_LEN] };
+        // SAFETY: a context is current; the driver checks the address and writes one handle.
+        match unsafe { sys::cuIpcGetMemHandle(&mut handle, base) } {
+            sys::CUresult::CUDA_SUCCESS => Ok(Exported { handle: handle.reserved.map(to_byte), base, base_len }),
+            code => Err(refused("share memory", code)),
+        }
+    }
+
+    fn open_shared(&self, handle: &[u8; HANDLE_LEN]) -> Result<(Box<dyn Memory>, u64), DeviceError> {
+        let _current = self.context.enter()?;
+        let handle = sys::CUipcMemHandle { reserved: handle.map(from_byte) };
+        let mut addr = 0;
+        // SAFETY: a context is current; the driver checks the handle; closed in `Opened::drop`.
+        let memory = match unsafe { sys::cuIpcOpenMemHandle_v2(&mut addr, handle, IPC_LAZY_ENABLE_PEER_ACCESS) } {
+            sys::CUresult::CUDA_SUCCESS => Box::new(Opened { context: Arc::clone(&self.context), addr }),
+            // No such memory, or none that this device and this process may reach.
+            code @ (sys::CUresult::CUDA_ERROR_INVALID_VALUE
+            | sys::CUresult::CUDA_ERROR_INVALID_HANDLE
+            | sys::CUresult::CUDA_ERROR_INVALID_CONTEXT
+            | sys::CUresult::CUDA_ERROR_INVALID_DEVICE
+            | sys::CUresult::CUDA_ERROR_MAP_FAILED
+            | sys::CUresult::CUDA_ERROR_PEER_ACCESS_UNSUPPORTED
+            | sys::CUresult::CUDA_ERROR_NOT_FOUND
+            | sys::CUresult::CUDA_ERROR_NOT_PERMITTED
+            | sys::CUresult::CUDA_ERROR_NOT_SUPPORTED) => {
+                return Err(DeviceError::NotOpened { device: self.id(), reason: name_of(code) });
+            }
+            code => return Err(driver_error(&self.id(), "open another process's memory", code)),
+        };
+        let range = allocation_of(addr);
+        let (base, len) = range.map_err(|code| driver_error(&self.id(), "measure another process's memory", code))?;
+        let refused = || DeviceError::NotOpened { device: self.id(), reason: "its length is unknown".into() };
+        let len = base.checked_add(len).and_then(|end| end.checked_sub(addr)).ok_or_else(refused)?;
+        Ok((memory, len))
     }
 
     fn memory(&self) -> Result<Option<(u64, u64)>, DeviceError> {
@@ -248,6 +342,28 @@ impl Drop for CudaMemory {
         if let Ok(_current) = self.context.enter() {
             // SAFETY: allocated by `alloc`, freed once.
             let _ = unsafe { sys::cuMemFree_v2(self.addr) };
+        }
+    }
+}
+
+/// Another process's memory, open here.
+#[derive(Debug)]
+struct Opened {
+    context: Arc<Context>,
+    addr: sys::CUdeviceptr,
+}
+
+impl Memory for Opened {
+    fn addr(&self) -> u64 {
+        self.addr
+    }
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.context.enter() {
+            // SAFETY: opened by `open_shared`, closed once. The driver counts how often it is open.
+            let _ = unsafe { sys::cuIpcCloseMemHandle(self.addr) };
         }
     }
 }

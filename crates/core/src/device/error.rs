@@ -15,6 +15,48 @@ pub enum DeviceError {
         /// Devices visible.
         count: usize,
     },
+    /// No visible device has this UUID.
+    #[error("there is no device with the UUID {uuid}: {count} are visible (CUDA_VISIBLE_DEVICES)")]
+    NoSuchUuid {
+        /// The UUID asked for.
+        uuid: String,
+        /// Devices visible.
+        count: usize,
+    },
+    /// Memory that cannot be given to another process, such as torch's expandable segments.
+    #[error(
+        "{device}: its memory cannot be shared with another process: {reason}. If it is torch's, turn expandable \
+         segments off (PYTORCH_CUDA_ALLOC_CONF)"
+    )]
+    NotShareable {
+        /// The device.
+        device: String,
+        /// Why not.
+        reason: String,
+    },
+    /// A handle of another process's memory that leads nowhere.
+    #[error(
+        "{device}: another process's memory cannot be opened: {reason}. The process may have ended or freed it, or it \
+         is memory of another device or of this process"
+    )]
+    NotOpened {
+        /// The device.
+        device: String,
+        /// Why not.
+        reason: String,
+    },
+    /// A block outside another process's memory.
+    #[error("{device}: {len} bytes from {offset} are not inside the {whole} bytes that another process shares")]
+    OutsideShared {
+        /// The device.
+        device: String,
+        /// Where the block was to begin.
+        offset: u64,
+        /// Its bytes.
+        len: u64,
+        /// Bytes that are shared.
+        whole: u64,
+    },
     /// Too little memory, said before anything moves.
     #[error("{device}: {need} bytes are needed and {free} are free")]
     OutOfMemory {

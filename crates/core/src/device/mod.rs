@@ -6,6 +6,7 @@
 mod cuda;
 mod error;
 mod host;
+mod ipc;
 mod link;
 
 use std::any::Any;
@@ -14,6 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use error::DeviceError;
+pub use ipc::{SharedBlock, SharedMemory, format_uuid, parse_uuid};
 pub use link::LinkPeak;
 
 use crate::error::{Error, Result};
@@ -34,6 +36,20 @@ pub(crate) trait Backend: Send + Sync + fmt::Debug {
     fn is_host(&self) -> bool;
     /// What tells its link from others: the card and its place; `None` for the host.
     fn link(&self) -> Result<Option<String>, DeviceError>;
+    /// What tells it from others in every process; `None` for the host.
+    fn uuid(&self) -> Result<Option<[u8; 16]>, DeviceError> {
+        Ok(None)
+    }
+    /// The allocation that holds an address, as other processes may open it.
+    fn export(&self, _addr: u64) -> Result<ipc::Exported, DeviceError> {
+        let reason = "such memory has no handle".into();
+        Err(DeviceError::NotShareable { device: self.id(), reason })
+    }
+    /// Opens another process's allocation. Also gives its length.
+    fn open_shared(&self, _handle: &[u8; ipc::HANDLE_LEN]) -> Result<(Box<dyn Memory>, u64), DeviceError> {
+        let reason = "handles are for memory of CUDA devices".into();
+        Err(DeviceError::NotOpened { device: self.id(), reason })
+    }
     /// Free and total bytes; `None` where that is not known.
     fn memory(&self) -> Result<Option<(u64, u64)>, DeviceError>;
     /// Memory aligned to 256 bytes and more.

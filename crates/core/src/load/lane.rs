@@ -5,7 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use crc_fast::crc64_nvme;
+
 use super::chunks::Chunks;
+use crate::cache::{CachedChunk, Use};
 use crate::checkpoint::Checkpoint;
 use crate::control::Meter;
 use crate::device::{self, Block, Pending, Stream};
@@ -25,11 +28,22 @@ pub(super) struct Shared<'a> {
     /// Where checksums are compared: the chunks of the plan. A piece is copied before its chunk is known to be good;
     /// the load fails where one is not.
     pub(super) chunks: Option<Chunks>,
-    pub(super) pool: &'a BufferPool,
+    /// In a cache, every piece is a whole chunk, and its checksum is compared at once.
+    pub(super) verify: bool,
+    pub(super) buffers: Buffers<'a>,
     pub(super) streams: &'a [Stream],
     pub(super) blocks: Arc<[Block]>,
     pub(super) meter: Meter<'a>,
     pub(super) outcome: Outcome,
+}
+
+/// Where a load's buffers come from.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Buffers<'a> {
+    /// A ring: each lane takes its own, and fills them again and again.
+    Ring(&'a BufferPool),
+    /// A cache: what is filled stays.
+    Cache(&'a Use),
 }
 
 /// How a load goes: whether it was stopped, why, and what its report should say.
@@ -73,8 +87,10 @@ pub(super) struct LaneTimes {
 /// One lane.
 pub(super) struct Lane<'a> {
     shared: &'a Shared<'a>,
-    /// Buffers that it may still take from the pool.
+    /// Buffers that it may still take.
     quota: usize,
+    /// Buffers that it may have.
+    most: usize,
     /// Its engine passes the page cache, so that a destination must be aligned to be read into.
     direct: bool,
     spare: Vec<HostBuffer>,
@@ -86,7 +102,8 @@ pub(super) struct Lane<'a> {
 impl<'a> Lane<'a> {
     pub(super) fn new(shared: &'a Shared<'a>, quota: usize, direct: bool) -> Self {
         let (spare, in_flight) = (Vec::new(), VecDeque::new());
-        Lane { shared, quota, direct, spare, in_flight, started: Instant::now(), times: LaneTimes::default() }
+        let (started, times) = (Instant::now(), LaneTimes::default());
+        Lane { shared, quota, most: quota, direct, spare, in_flight, started, times }
     }
 
     /// Waits for the lane's last copies.
@@ -107,30 +124,83 @@ impl<'a> Lane<'a> {
         let waiting = Instant::now();
         let source = pending.wait()?;
         self.times.copy_wait += waiting.elapsed();
-        if let Some(Filled::Buffer(buffer)) = source {
-            self.spare.push(buffer);
+        match source {
+            Some(Filled::Buffer(buffer)) => self.spare.push(buffer),
+            // The chunk stays in the cache, so that the lane may take another buffer.
+            Some(Filled::Cached(_)) => self.quota = self.most.min(self.quota + 1),
+            Some(Filled::Mapped(_)) | None => {}
         }
         Ok(())
     }
 
+    /// A buffer that is there without waiting for copies.
+    fn try_buffer(&mut self) -> Option<HostBuffer> {
+        if let Some(buffer) = self.spare.pop() {
+            return Some(buffer);
+        }
+        if self.quota == 0 {
+            return None;
+        }
+        let preparing = Instant::now();
+        let buffer = match self.shared.buffers {
+            Buffers::Ring(pool) => pool.try_acquire(),
+            Buffers::Cache(cache) => cache.try_buffer(),
+        };
+        self.times.prepare += preparing.elapsed();
+        self.quota -= usize::from(buffer.is_some());
+        buffer
+    }
+
     fn take_buffer(&mut self) -> Result<HostBuffer> {
         loop {
-            if let Some(buffer) = self.spare.pop() {
+            // A buffer that was used already is in the processor's cache.
+            if self.spare.is_empty() && self.in_flight.front().is_some_and(Pending::is_done) {
+                self.retire()?;
+                continue;
+            }
+            if let Some(buffer) = self.try_buffer() {
                 return Ok(buffer);
             }
-            let oldest_done = self.in_flight.front().is_some_and(Pending::is_done);
-            if self.quota > 0 && !oldest_done {
-                self.quota -= 1;
-                let preparing = Instant::now();
-                let buffer = self.shared.pool.try_acquire();
-                self.times.prepare += preparing.elapsed();
-                // The pool holds every lane's quota.
-                return buffer.ok_or_else(|| Error::Invalid("a lane has no buffer left".into()));
-            } else if self.in_flight.is_empty() {
-                return Err(Error::Invalid("a lane has no buffer left".into()));
-            } else {
-                self.retire()?;
+            match (self.in_flight.is_empty(), self.shared.buffers) {
+                (false, _) => self.retire()?,
+                (true, Buffers::Cache(cache)) if self.quota > 0 => {
+                    self.check()?;
+                    cache.wait_for_buffer();
+                }
+                // The ring holds every lane's quota.
+                (true, _) => return Err(Error::Invalid("a lane has no buffer left".into())),
             }
+        }
+    }
+
+    /// Compares the checksums of a chunk of the cache, which is whole chunks of its store.
+    fn verify(&mut self, piece: &Piece, bytes: &[u8]) -> Result<()> {
+        let Some(sums) = self.shared.checkpoint.sums().filter(|_| self.shared.verify) else { return Ok(()) };
+        let verifying = Instant::now();
+        let chunk_len = usize::try_from(sums.chunk_len).unwrap_or(usize::MAX);
+        for (number, chunk) in (piece.offset / sums.chunk_len..).zip(bytes.chunks(chunk_len)) {
+            self.shared.checkpoint.check_chunk(piece.file, number, crc64_nvme(chunk))?;
+        }
+        self.times.verify += verifying.elapsed();
+        Ok(())
+    }
+
+    /// Brings a piece's chunk into the cache, or takes it as it is there, and sees to its checksums.
+    fn cache(&mut self, cache: &Use, piece: &Piece, filled: Filled) -> Result<Filled> {
+        match filled {
+            Filled::Buffer(buffer) => {
+                let len = usize::try_from(piece.len).unwrap_or(usize::MAX).min(buffer.as_slice().len());
+                self.verify(piece, &buffer.as_slice()[..len])?;
+                Ok(Filled::Cached(cache.put(piece, buffer, self.shared.verify)))
+            }
+            Filled::Cached(chunk) => {
+                if self.shared.verify && !chunk.is_verified() {
+                    self.verify(piece, chunk.bytes())?;
+                    chunk.set_verified();
+                }
+                Ok(Filled::Cached(chunk))
+            }
+            mapped @ Filled::Mapped(_) => Ok(mapped),
         }
     }
 
@@ -155,7 +225,9 @@ impl<'a> Lane<'a> {
 impl Sink for Lane<'_> {
     fn room(&mut self, piece: &Piece) -> Result<Room> {
         self.check()?;
-        if let Some(room) = self.loan(piece) {
+        if matches!(self.shared.buffers, Buffers::Ring(_))
+            && let Some(room) = self.loan(piece)
+        {
             return Ok(room);
         }
         let len = usize::try_from(piece.len).map_err(|_| Error::Invalid("a piece does not fit the memory".into()))?;
@@ -163,10 +235,33 @@ impl Sink for Lane<'_> {
     }
 
     fn has_room(&mut self) -> bool {
-        self.quota > 0 || !self.spare.is_empty() || self.in_flight.front().is_some_and(Pending::is_done)
+        if !self.spare.is_empty() || self.in_flight.front().is_some_and(Pending::is_done) {
+            return true;
+        }
+        match self.shared.buffers {
+            Buffers::Ring(_) => self.quota > 0,
+            // Others take buffers too: only one that the lane has is sure.
+            Buffers::Cache(_) => {
+                let buffer = self.try_buffer();
+                self.spare.extend(buffer);
+                !self.spare.is_empty()
+            }
+        }
     }
 
-    fn filled(&mut self, piece: &Piece, filled: Filled) -> Result<()> {
+    fn cached(&mut self, piece: &Piece) -> Result<Option<CachedChunk>> {
+        let Buffers::Cache(cache) = self.shared.buffers else { return Ok(None) };
+        cache.get(piece, || {
+            // Whoever reads the chunk may need the buffers that this lane's copies hold.
+            self.finish()?;
+            self.check()
+        })
+    }
+
+    fn filled(&mut self, piece: &Piece, mut filled: Filled) -> Result<()> {
+        if let Buffers::Cache(cache) = self.shared.buffers {
+            filled = self.cache(cache, piece, filled)?;
+        }
         if let Filled::Buffer(buffer) = &filled {
             if let Some(chunks) = &self.shared.chunks {
                 let verifying = Instant::now();
@@ -182,6 +277,8 @@ impl Sink for Lane<'_> {
         } else if self.in_flight.len() >= MAPPED_IN_FLIGHT {
             self.retire()?;
         }
+        // Nothing is written once the load was stopped.
+        self.check()?;
         let copying = Instant::now();
         let copies = self.shared.plan.copies(piece);
         let pending = device::copy(self.shared.streams, &self.shared.blocks, filled, copies)?;

@@ -3,6 +3,7 @@
 mod chunks;
 mod lane;
 mod loaded;
+mod remote;
 mod report;
 mod session;
 mod staging;
@@ -13,18 +14,21 @@ use std::time::Instant;
 pub(crate) use chunks::Chunks;
 pub use lane::MAPPED_IN_FLIGHT;
 pub use loaded::{Loaded, TensorView};
+pub use remote::{Remote, RemoteReport};
 pub use report::{EngineReport, LoadReport};
 pub use session::Session;
 
-use crate::checkpoint::{Checkpoint, TensorInfo};
+use crate::cache::{Cache, Split};
+use crate::checkpoint::{Checkpoint, ChunkSums, TensorInfo};
 use crate::control::{Control, check_threads};
 use crate::device::{Block, Claim, Device, DeviceError, Stream};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
 use crate::plan::{Filter, LoadPlan, Placement, PlanOptions, Segment};
-use crate::read::choose::{Wishes, choose};
+use crate::read::choose::{self, Wishes, choose};
 use crate::read::{EngineChoice, Queue};
-use lane::{Lane, Outcome, Shared};
+use lane::{Buffers, Lane, Outcome, Shared};
+use remote::Helper;
 use staging::Staging;
 
 /// Bytes of one piece, and of one staging buffer: enough for the link to come near its peak, and so few that the ring
@@ -39,6 +43,8 @@ pub struct Loader {
     devices: Vec<Device>,
     wishes: Wishes,
     pinned_len: u64,
+    cache: Option<Cache>,
+    helper: Option<Arc<Helper>>,
     control: Control,
 }
 
@@ -102,6 +108,21 @@ impl LoaderBuilder {
         self
     }
 
+    /// A cache, which the load goes through: chunks that are there are copied, the others are read into it. Nothing is
+    /// staged then, and every chunk of which a byte is wanted is read whole.
+    pub fn cache(mut self, cache: impl Into<Option<Cache>>) -> Self {
+        self.loader.cache = cache.into();
+        self.loader.wishes.caches = self.loader.cache.is_some();
+        self
+    }
+
+    /// Somebody who moves bytes in the loader's place. After its first failure the loader reads files, and the next
+    /// report's notes say why.
+    pub fn remote(mut self, remote: Box<dyn Remote>) -> Self {
+        self.loader.helper = Some(Arc::new(Helper::new(remote)));
+        self
+    }
+
     /// A progress callback and a cancel flag.
     pub fn control(mut self, control: Control) -> Self {
         self.loader.control = control;
@@ -126,8 +147,8 @@ impl Loader {
     /// A loader to the host, which a builder changes.
     pub fn builder() -> LoaderBuilder {
         let control = Control::new();
-        let loader =
-            Loader { devices: vec![Device::host()], wishes: Wishes::default(), pinned_len: PINNED_LEN, control };
+        let (devices, wishes) = (vec![Device::host()], Wishes::default());
+        let loader = Loader { devices, wishes, pinned_len: PINNED_LEN, cache: None, helper: None, control };
         LoaderBuilder { loader }
     }
 
@@ -177,6 +198,15 @@ impl Loader {
         self.run(checkpoint, segments, blocks, &mut Staging::default())
     }
 
+    /// Reads all of a checkpoint's files into the loader's cache, and copies nothing.
+    pub fn fill_cache(&self, checkpoint: &Checkpoint) -> Result<LoadReport> {
+        let cache = self.cache.as_ref().ok_or_else(|| Error::Invalid("the loader has no cache to fill".into()))?;
+        let files: Vec<u64> = checkpoint.files().iter().map(|file| file.len()).collect();
+        let _lock = checkpoint.lock_for_load();
+        let plan = LoadPlan::whole(&files, cache.chunk_len());
+        self.execute(checkpoint, plan, Vec::new(), &mut Staging::default(), Instant::now())
+    }
+
     /// Starts a load whose segments become known while it runs.
     pub fn session(&self, checkpoint: Arc<Checkpoint>) -> Result<Session> {
         Session::start(self.clone(), checkpoint)
@@ -192,6 +222,20 @@ impl Loader {
     ) -> Result<LoadReport> {
         let started = Instant::now();
         let _claims = claim(&blocks)?;
+        if let Some(helper) = &self.helper
+            && let Some(report) = helper.fill(self, checkpoint, segments, &blocks)?
+        {
+            return Ok(report);
+        }
+        let files: Vec<u64> = checkpoint.files().iter().map(|file| file.len()).collect();
+        let lens: Vec<u64> = blocks.iter().map(Block::len).collect();
+        let options = self.cut(self.sums(checkpoint)?);
+        let plan = LoadPlan::build(&files, &lens, segments, &options)?;
+        self.execute(checkpoint, plan, blocks, staging, started)
+    }
+
+    /// The checksums to compare, if any.
+    fn sums<'a>(&self, checkpoint: &'a Checkpoint) -> Result<Option<&'a ChunkSums>> {
         let sums = match (self.wishes.verify, checkpoint.sums()) {
             (true, None) => {
                 let layout = checkpoint.layout().name();
@@ -201,23 +245,59 @@ impl Loader {
             (true, sums) => sums,
             (false, _) => None,
         };
-        let files: Vec<u64> = checkpoint.files().iter().map(|file| file.len()).collect();
-        let lens: Vec<u64> = blocks.iter().map(Block::len).collect();
-        let chunk_len = sums.map(|sums| sums.chunk_len);
-        let piece_len = chunk_len.map_or(self.piece_len(), |len| Chunks::piece_len(len, self.piece_len()));
-        let options = PlanOptions { piece_len, chunk_len, ..PlanOptions::default() };
-        let plan = LoadPlan::build(&files, &lens, segments, &options)?;
+        if let (Some(cache), Some(sums)) = (&self.cache, sums)
+            && !cache.chunk_len().is_multiple_of(sums.chunk_len)
+        {
+            let (path, own, of_cache) = (checkpoint.path().display(), sums.chunk_len, cache.chunk_len());
+            return Err(Error::Invalid(format!(
+                "{path} has checksums of chunks of {own} bytes, which a cache of chunks of {of_cache} bytes cannot compare"
+            )));
+        }
+        Ok(sums)
+    }
+
+    /// How a plan is cut: in chunks of the cache, in parts of chunks whose checksums are compared, or in pieces.
+    fn cut(&self, sums: Option<&ChunkSums>) -> PlanOptions {
+        let (piece_len, chunk_len) = match (&self.cache, sums) {
+            (Some(cache), _) => (cache.chunk_len(), Some(cache.chunk_len())),
+            (None, Some(sums)) => (Chunks::piece_len(sums.chunk_len, self.piece_len()), Some(sums.chunk_len)),
+            (None, None) => (self.piece_len(), None),
+        };
+        PlanOptions { piece_len, chunk_len, ..PlanOptions::default() }
+    }
+
+    /// Moves a plan that was cut by `cut`.
+    fn execute(
+        &self,
+        checkpoint: &Checkpoint,
+        plan: LoadPlan,
+        blocks: Vec<Block>,
+        staging: &mut Staging,
+        started: Instant,
+    ) -> Result<LoadReport> {
+        let sums = self.sums(checkpoint)?;
+        let PlanOptions { piece_len, chunk_len, .. } = self.cut(sums);
         let is_used = |device: &&Device| blocks.iter().any(|block| block.device().same_as(device));
         let devices: Vec<Device> = self.devices.iter().filter(is_used).cloned().collect();
-        let mut shares = choose(checkpoint.files(), &plan, &devices, &self.wishes)?;
+        let cache = self.cache.as_ref().map(|cache| cache.begin(checkpoint));
+        let Split { cached, missing, cached_len } = match &cache {
+            Some(cache) => cache.split(plan.pieces()),
+            None => Split { missing: plan.pieces().iter().collect(), ..Split::default() },
+        };
+        let mut shares = choose(checkpoint.files(), missing, &devices, &self.wishes)?;
+        if !cached.is_empty() {
+            shares.push(choose::cached(cached, &devices, &self.wishes));
+        }
         let plan_s = started.elapsed().as_secs_f64();
 
-        let (pool, streams) = staging.fit(self, piece_len, &mut shares)?;
+        let (buffers, streams) = staging.fit(self, cache.as_ref(), piece_len, &mut shares)?;
         let meter = self.control.meter(plan.read_len());
         let outcome = Outcome::default();
         let blocks = blocks.into();
-        let chunks = chunk_len.map(|chunk_len| Chunks::new(chunk_len, piece_len, plan.pieces()));
-        let shared = Shared { checkpoint, plan: &plan, chunks, pool, streams, blocks, meter, outcome };
+        let chunks = chunk_len.filter(|_| cache.is_none());
+        let chunks = chunks.map(|chunk_len| Chunks::new(chunk_len, piece_len, plan.pieces()));
+        let verify = sums.is_some();
+        let shared = Shared { checkpoint, plan: &plan, chunks, verify, buffers, streams, blocks, meter, outcome };
         let queues: Vec<Queue<'_>> = shares.iter().map(|share| Queue::new(&share.pieces)).collect();
         let moving = Instant::now();
         let lanes = Mutex::new(Vec::new());
@@ -251,16 +331,26 @@ impl Loader {
         let move_s = moving.elapsed().as_secs_f64();
         let mut read = plan.pieces().iter().map(|piece| piece.file).collect::<Vec<_>>();
         read.dedup(); // pieces are ordered by file
-        read.iter().try_for_each(|&file| checkpoint.files()[file].check_unchanged())?;
+        for file in read {
+            checkpoint.files()[file].check_unchanged().inspect_err(|_| {
+                if let Some(cache) = &cache {
+                    cache.forget(file);
+                }
+            })?;
+        }
 
         let lanes = lanes.into_inner().unwrap_or_else(PoisonError::into_inner);
         let mut report = LoadReport::new(checkpoint, &devices, &plan, &shares, &lanes);
         report.verified = sums.is_some();
         report.plan_s = plan_s;
         report.move_s = move_s;
-        report.pinned_bytes = pool.pinned_len();
+        report.cached_bytes = cached_len;
         report.notes = shared.outcome.into_notes();
-        report.notes.extend(pool.refusal().map(|why| format!("staging memory is not pinned: {why}")));
+        if let Buffers::Ring(pool) = buffers {
+            report.pinned_bytes = pool.pinned_len();
+            report.notes.extend(pool.refusal().map(|why| format!("staging memory is not pinned: {why}")));
+        }
+        report.notes.extend(self.helper.as_ref().and_then(|helper| helper.take_note()));
         report.seconds = started.elapsed().as_secs_f64();
         Ok(report)
     }

@@ -6,11 +6,12 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::lane::LaneTimes;
+use super::{Loader, RemoteReport};
 use crate::checkpoint::Checkpoint;
 use crate::control::gb_per_s;
 use crate::device::{Device, LinkPeak};
 use crate::plan::LoadPlan;
-use crate::read::choose::Share;
+use crate::read::choose::{PINNED_MEMORY, Share};
 
 /// The report of one load. Times are seconds, rates GB/s (1e9 bytes).
 #[derive(Debug, Clone, Serialize)]
@@ -28,6 +29,8 @@ pub struct LoadReport {
     pub bytes: u64,
     /// Bytes that were read from files: more where ranges were rounded to pages or chunks were verified.
     pub read_bytes: u64,
+    /// Of those, bytes that were in the cache.
+    pub cached_bytes: u64,
     /// Tensors; 0 for a session, which is told of rows.
     pub tensors: u64,
     /// Reads.
@@ -70,11 +73,11 @@ pub struct LoadReport {
 #[derive(Debug, Clone, Serialize)]
 #[non_exhaustive]
 pub struct EngineReport {
-    /// `uring`, `pread` or `mapped`.
+    /// `uring`, `pread`, `mapped`, `cache`, or `server`.
     pub engine: &'static str,
     /// Whether it passed the page cache.
     pub direct: bool,
-    /// Where its bytes were: `page cache` or `disk`.
+    /// Where its bytes were: `page cache`, `disk` or `pinned memory`.
     pub source: &'static str,
     /// Why it was chosen.
     pub reason: String,
@@ -176,6 +179,7 @@ impl LoadReport {
             device_names: devices.iter().map(Device::description).collect(),
             bytes: plan.wanted_len(),
             read_bytes: plan.read_len(),
+            cached_bytes: 0,
             tensors: 0,
             pieces: plan.pieces().len() as u64,
             copies: plan.copy_count() as u64,
@@ -195,6 +199,40 @@ impl LoadReport {
         }
     }
 
+    /// Of a load that a remote did.
+    pub(super) fn of_remote(
+        loader: &Loader,
+        checkpoint: &Checkpoint,
+        remote: RemoteReport,
+        wanted: u64,
+        segments: usize,
+    ) -> LoadReport {
+        let mut report = LoadReport::new(checkpoint, &loader.devices, &LoadPlan::default(), &[], &[]);
+        report.bytes = wanted;
+        report.read_bytes = remote.from_memory.saturating_add(remote.from_files);
+        report.cached_bytes = remote.from_memory;
+        report.copies = segments as u64;
+        report.verified = remote.verified;
+        report.notes = remote.notes;
+        let from_files = remote.from_files > 0;
+        report.engines = vec![EngineReport {
+            engine: "server",
+            direct: false,
+            source: if from_files { "disk" } else { PINNED_MEMORY },
+            reason: remote.by,
+            bytes: report.read_bytes,
+            threads: 1,
+            seconds: 0.0,
+            reading: 0.0,
+            waiting: 1.0,
+            copying: 0.0,
+            verifying: 0.0,
+            pinning: 0.0,
+        }];
+        (report.limit, report.limit_engine) = limit(&report.engines, &report.devices);
+        report
+    }
+
     /// Adds a load of the same checkpoint that ran after this one.
     pub(super) fn add(&mut self, next: LoadReport) {
         for (id, name) in next.devices.into_iter().zip(next.device_names) {
@@ -205,6 +243,7 @@ impl LoadReport {
         }
         self.bytes += next.bytes;
         self.read_bytes += next.read_bytes;
+        self.cached_bytes += next.cached_bytes;
         self.tensors += next.tensors;
         self.pieces += next.pieces;
         self.copies += next.copies;

@@ -173,11 +173,7 @@ impl LoadPlan {
             }
         }
         let cell_len = options.chunk_len.unwrap_or(options.piece_len);
-        if let Some(len) = files.iter().chain(blocks).find(|&&len| i64::try_from(len).is_err()) {
-            return Err(Error::Invalid(format!("a length of {len} bytes does not fit 63 bits")));
-        }
-        let segments = normalise(files, blocks, segments, options)?;
-        check_destinations(&segments)?;
+        let segments = Self::segments(files, blocks, segments, options)?;
         // No overflow: destinations lie apart, in blocks whose lengths fit 63 bits.
         let wanted = segments.iter().fold(0u64, |sum, segment| sum.saturating_add(segment.len()));
         let mut plan = LoadPlan { wanted, ..LoadPlan::default() };
@@ -206,6 +202,35 @@ impl LoadPlan {
             reached = cell.end;
         }
         Ok(plan)
+    }
+
+    /// The segments as a plan takes them: checked, in the order of the files, neighbours joined, none empty.
+    pub(crate) fn segments(
+        files: &[u64],
+        blocks: &[u64],
+        segments: &[Segment],
+        options: &PlanOptions,
+    ) -> Result<Vec<Segment>> {
+        if let Some(len) = files.iter().chain(blocks).find(|&&len| i64::try_from(len).is_err()) {
+            return Err(Error::Invalid(format!("a length of {len} bytes does not fit 63 bits")));
+        }
+        let segments = normalise(files, blocks, segments, options)?;
+        check_destinations(&segments)?;
+        Ok(segments)
+    }
+
+    /// Pieces of every byte of the files, with no copies.
+    pub(crate) fn whole(files: &[u64], piece_len: u64) -> LoadPlan {
+        let mut plan = LoadPlan::default();
+        for (file, &len) in files.iter().enumerate() {
+            let mut start = 0;
+            while start < len {
+                let read = start..start.saturating_add(piece_len).min(len);
+                plan.push(file, &read, &[]);
+                start = read.end;
+            }
+        }
+        plan
     }
 
     /// Adds the pieces of one cell: the ranges that segments want in it, nearby ones joined.

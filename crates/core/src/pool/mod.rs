@@ -230,6 +230,8 @@ enum Home {
 
 // SAFETY: a buffer is the only way to its memory, so that moving it to another thread moves the memory with it.
 unsafe impl Send for HostBuffer {}
+// SAFETY: a shared borrow only reads the memory; writing takes a unique one.
+unsafe impl Sync for HostBuffer {}
 
 impl HostBuffer {
     /// A buffer over a part of a destination, so that a read fills it without staging.

@@ -1,11 +1,11 @@
 //! Which engine reads which pieces, and why.
 
 use super::residency::is_cached;
-use super::{EngineChoice, Mapped, Pread, ReadEngine, Uring};
+use super::{Cached, EngineChoice, Mapped, Pread, ReadEngine, Uring};
 use crate::checkpoint::DataFile;
 use crate::device::Device;
 use crate::error::Result;
-use crate::plan::{LoadPlan, Piece};
+use crate::plan::Piece;
 
 /// Reads in flight of an io_uring lane.
 pub const URING_DEPTH: usize = 8;
@@ -25,6 +25,7 @@ pub const COLD_LANES: usize = 8;
 pub const PREAD_BUFFERS: usize = 2;
 
 /// Where bytes are, in reports.
+pub(crate) const PINNED_MEMORY: &str = "pinned memory";
 const PAGE_CACHE: &str = "page cache";
 const DISK: &str = "disk";
 
@@ -38,6 +39,8 @@ pub(crate) struct Wishes {
     pub(crate) threads: Option<usize>,
     /// Checksums are taken, so that pages must come into buffers.
     pub(crate) verify: bool,
+    /// Bytes go into a cache, so that pages must come into buffers.
+    pub(crate) caches: bool,
 }
 
 /// One engine's share of a load.
@@ -46,7 +49,7 @@ pub(crate) struct Share<'a> {
     /// Its name in reports.
     pub(crate) name: &'static str,
     pub(crate) direct: bool,
-    /// Where its bytes are: `page cache` or `disk`.
+    /// Where its bytes are: `page cache`, `disk` or `pinned memory`.
     pub(crate) source: &'static str,
     pub(crate) reason: String,
     pub(crate) pieces: Vec<&'a Piece>,
@@ -55,15 +58,36 @@ pub(crate) struct Share<'a> {
     pub(crate) buffers_per_lane: usize,
 }
 
-/// Divides a plan's pieces among engines: cached ones and uncached ones are read each in their way, at once.
+/// Lanes for chunks that are in the cache: on a device they only issue copies, on the host they copy.
+const CACHED_LANES: usize = 2;
+const CACHED_LANES_HOST: usize = 8;
+
+/// The share of pieces that are in the cache.
+pub(crate) fn cached<'a>(pieces: Vec<&'a Piece>, devices: &[Device], wishes: &Wishes) -> Share<'a> {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let copies = devices.iter().any(Device::is_host) || wishes.verify;
+    let wanted = wishes.threads.unwrap_or(if copies { cpus.min(CACHED_LANES_HOST) } else { CACHED_LANES });
+    Share {
+        engine: Box::new(Cached { pread: Pread { direct: wishes.direct == Some(true), faults: None } }),
+        name: "cache",
+        direct: false,
+        source: PINNED_MEMORY,
+        reason: "chunks are in the cache, or another load reads them".into(),
+        lanes: wanted.clamp(1, pieces.len().max(1)),
+        pieces,
+        buffers_per_lane: PREAD_BUFFERS,
+    }
+}
+
+/// Divides pieces among engines: cached ones and uncached ones are read each in their way, at once.
 pub(crate) fn choose<'a>(
     files: &[DataFile],
-    plan: &'a LoadPlan,
+    pieces: Vec<&'a Piece>,
     devices: &[Device],
     wishes: &Wishes,
 ) -> Result<Vec<Share<'a>>> {
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let Residency { cached, uncached, told, on_disk } = split(files, plan, wishes.direct.map(|direct| !direct));
+    let Residency { cached, uncached, told, on_disk } = split(files, pieces, wishes.direct.map(|direct| !direct));
     let mut shares = Vec::new();
     for (pieces, warm) in [(cached, true), (uncached, false)] {
         if pieces.is_empty() {
@@ -95,11 +119,12 @@ struct Residency<'a> {
 }
 
 /// Divides pieces by whether they are cached; `all` forces the answer.
-fn split<'a>(files: &[DataFile], plan: &'a LoadPlan, all: Option<bool>) -> Residency<'a> {
+fn split<'a>(files: &[DataFile], pieces: Vec<&'a Piece>, all: Option<bool>) -> Residency<'a> {
     let mut residency = Residency::default();
+    let total = pieces.iter().map(|piece| piece.len).sum::<u64>().max(1);
     let mut cached_bytes = 0;
     let mut unknown = false;
-    for piece in plan.pieces() {
+    for piece in pieces {
         let cached = match (all, files.get(piece.file)) {
             (Some(all), _) => all,
             (None, Some(file)) => match is_cached(file, piece.offset, piece.len) {
@@ -119,7 +144,6 @@ fn split<'a>(files: &[DataFile], plan: &'a LoadPlan, all: Option<bool>) -> Resid
         }
     }
     residency.on_disk = all == Some(true) && mostly_uncached(files, &residency.cached);
-    let total = plan.read_len().max(1);
     residency.told = match all {
         Some(true) => "the page cache was asked for".into(),
         Some(false) => "direct reads were asked for".into(),
@@ -154,8 +178,10 @@ fn auto(
             Err(e) => (EngineChoice::Pread, e.to_string()),
         };
     }
-    if on_host {
+    if on_host && !wishes.caches {
         (EngineChoice::Pread, "reads go straight to their places".into())
+    } else if wishes.caches {
+        (EngineChoice::Pread, "pages are copied into the cache".into())
     } else if cpus >= PREAD_CPUS || wishes.verify {
         (EngineChoice::Pread, format!("{cpus} processors copy faster than pages are registered"))
     } else {
@@ -184,6 +210,10 @@ fn share<'a>(
             let engine = Box::new(Uring { direct, depth: URING_DEPTH, faults: None, unregistered: None });
             let buffers_per_lane = URING_DEPTH + URING_SPARE;
             Share { engine, name: "uring", direct, source, reason, pieces, lanes, buffers_per_lane }
+        }
+        EngineChoice::Mapped if wishes.caches => {
+            let reason = "chunks are kept in buffers, and it has none: leave the engine to auto with a cache".into();
+            return Err(crate::Error::Engine { engine: "mapped", reason });
         }
         EngineChoice::Mapped if !wishes.verify => {
             let lanes = lanes(1); // the driver registers one window at a time

@@ -5,6 +5,7 @@
 //! flight a thread), `pread` (one read at a time a thread), and `mapped` (the page cache's own pages, copied in
 //! place). All treat short reads, interruptions and cut files alike, in [`transfer`].
 
+mod cached;
 pub(crate) mod choose;
 mod mapped;
 mod pread;
@@ -17,11 +18,13 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+pub(crate) use cached::Cached;
 pub use mapped::WINDOW;
 pub(crate) use mapped::{Mapped, MappedRange};
 pub(crate) use pread::Pread;
 pub(crate) use uring::Uring;
 
+use crate::cache::CachedChunk;
 use crate::checkpoint::DataFile;
 use crate::device::Source;
 use crate::error::{Error, Result};
@@ -115,6 +118,8 @@ pub(crate) enum Filled {
     Buffer(HostBuffer),
     /// In mapped pages of its file.
     Mapped(MappedRange),
+    /// In the cache.
+    Cached(CachedChunk),
 }
 
 impl Filled {
@@ -122,6 +127,7 @@ impl Filled {
         match self {
             Filled::Buffer(buffer) => buffer.as_slice().len(),
             Filled::Mapped(range) => range.len(),
+            Filled::Cached(chunk) => chunk.bytes().len(),
         }
     }
 
@@ -131,6 +137,7 @@ impl Filled {
         match self {
             Filled::Buffer(buffer) => Source::Buffer(buffer.as_slice()[offset..].as_ptr()),
             Filled::Mapped(range) => Source::FilePages(range.ptr().wrapping_add(offset)),
+            Filled::Cached(chunk) => Source::Buffer(chunk.bytes()[offset..].as_ptr()),
         }
     }
 }
@@ -142,6 +149,11 @@ pub(crate) trait Sink {
     fn room(&mut self, piece: &Piece) -> Result<Room>;
     /// Whether `room` would not wait.
     fn has_room(&mut self) -> bool;
+    /// The piece's chunk in the cache; `None` where it is not there: then the caller reads it. Waits for another load
+    /// that reads it just now.
+    fn cached(&mut self, _piece: &Piece) -> Result<Option<CachedChunk>> {
+        Ok(None)
+    }
     /// Takes a filled piece: verifies it, issues its copies.
     fn filled(&mut self, piece: &Piece, filled: Filled) -> Result<()>;
     /// An error when the load was stopped.

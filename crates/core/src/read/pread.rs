@@ -4,6 +4,7 @@ use super::transfer::Transfer;
 use super::{Faults, Filled, Queue, ReadEngine, Sink, inject, reads_direct};
 use crate::checkpoint::DataFile;
 use crate::error::Result;
+use crate::plan::Piece;
 
 /// The portable engine, and the oracle of the others.
 pub(crate) struct Pread {
@@ -15,15 +16,20 @@ pub(crate) struct Pread {
 impl ReadEngine for Pread {
     fn run(&self, files: &[DataFile], queue: &Queue<'_>, sink: &mut dyn Sink) -> Result<()> {
         while let Some(piece) = queue.next() {
-            let mut room = sink.room(piece)?;
-            self.fill(&files[piece.file], room.buffer.as_mut_slice(), room.offset, room.len, sink)?;
-            sink.filled(piece, Filled::Buffer(room.buffer))?;
+            self.read(files, piece, sink)?;
         }
         Ok(())
     }
 }
 
 impl Pread {
+    /// Reads one piece.
+    pub(super) fn read(&self, files: &[DataFile], piece: &Piece, sink: &mut dyn Sink) -> Result<()> {
+        let mut room = sink.room(piece)?;
+        self.fill(&files[piece.file], room.buffer.as_mut_slice(), room.offset, room.len, sink)?;
+        sink.filled(piece, Filled::Buffer(room.buffer))
+    }
+
     fn fill(&self, file: &DataFile, buf: &mut [u8], offset: u64, len: usize, sink: &dyn Sink) -> Result<()> {
         let direct = reads_direct(self.direct, file, sink);
         let mut transfer = Transfer::new(offset, len, direct, buf.as_ptr().addr(), buf.len());

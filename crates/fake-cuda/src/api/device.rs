@@ -3,7 +3,7 @@
 use super::{call, put};
 use crate::codes::{self, Code};
 use crate::state::{self, enter, enter_uninitialised};
-use crate::{report, settings};
+use crate::{report, settings, share};
 use std::ffi::{c_char, c_int, c_uint};
 
 /// CUDA 13.0.
@@ -105,12 +105,8 @@ unsafe extern "C" fn cuDeviceGetName(name: *mut c_char, len: c_int, device: c_in
 unsafe fn get_uuid(symbol: &'static str, uuid: *mut [u8; 16], device: c_int) -> Code {
     call(|| {
         enter(symbol)?.device(device)?;
-        let mut bytes = *b"fake-cuda-gpu-00";
-        let index = u8::try_from(device).map_err(|_| codes::INVALID_DEVICE)?;
-        bytes[14] += index / 10;
-        bytes[15] += index % 10;
         // SAFETY: the caller's duty.
-        unsafe { put(uuid, bytes) }
+        unsafe { put(uuid, share::uuid(device)?) }
     })
 }
 

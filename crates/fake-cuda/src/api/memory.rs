@@ -3,7 +3,8 @@
 use super::{call, put};
 use crate::codes::{self, Code};
 use crate::engine::wait_for;
-use crate::state::{Guard, Place, READ_ONLY, Registration, enter, enter_context, enter_freeing};
+use crate::mapping::PAGE;
+use crate::state::{Guard, Holder, Place, READ_ONLY, Registration, enter, enter_context, enter_freeing};
 use std::alloc::{Layout, alloc};
 use std::ffi::{c_int, c_uint, c_void};
 
@@ -11,7 +12,6 @@ use std::ffi::{c_int, c_uint, c_void};
 const REGISTER_FLAGS: c_uint = 0x01 | 0x02 | READ_ONLY;
 /// `CU_MEMHOSTALLOC_PORTABLE`, `_DEVICEMAP` and `_WRITECOMBINED`.
 const ALLOC_FLAGS: c_uint = 0x01 | 0x02 | 0x04;
-const PAGE: usize = 4096;
 
 /// # Safety
 /// `free` and `total` may be written.
@@ -54,7 +54,8 @@ extern "C" fn cuMemFree_v2(pointer: u64) -> Code {
         if address == 0 {
             return Ok(());
         }
-        let len = state.allocations.get(&address).ok_or(codes::INVALID_VALUE)?.len;
+        let allocation = state.allocations.get(&address).filter(|found| matches!(found.holder, Holder::Ours { .. }));
+        let len = allocation.ok_or(codes::INVALID_VALUE)?.len;
         let in_flight = state.in_flight(address, len);
         let mut state = wait_for(state, &in_flight);
         state.counters.waits_on_free += u64::from(!in_flight.is_empty());
@@ -69,15 +70,13 @@ extern "C" fn cuMemFree_v2(pointer: u64) -> Code {
 unsafe extern "C" fn cuMemGetAddressRange_v2(base: *mut u64, len: *mut usize, pointer: u64) -> Code {
     call(|| {
         let (state, _) = enter_context("cuMemGetAddressRange_v2")?;
-        let address = usize::try_from(pointer).map_err(|_| codes::INVALID_VALUE)?;
-        let below = state.allocations.range(..=address).next_back();
-        let (start, piece) = below.filter(|(start, piece)| address < **start + piece.len).ok_or(codes::NOT_FOUND)?;
+        let (start, whole) = state.allocation_of(pointer).ok_or(codes::NOT_FOUND)?;
         // SAFETY: the caller's duty.
         unsafe {
             if !base.is_null() {
-                put(base, *start as u64)?;
+                put(base, start as u64)?;
             }
-            if len.is_null() { Ok(()) } else { put(len, piece.len) }
+            if len.is_null() { Ok(()) } else { put(len, whole) }
         }
     })
 }

@@ -6,6 +6,7 @@ mod context;
 mod copy;
 mod device;
 mod error;
+mod ipc;
 mod memory;
 mod stream;
 

@@ -1,0 +1,309 @@
+//! Loads through a cache are compared with the files, while chunks come, go and are fought for.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::device::Block;
+use crate::plan::Segment;
+use crate::{ConvertOptions, Loader, convert};
+
+const CHUNK: u64 = 8192;
+
+/// A model of one tensor of `len` bytes, all different by `seed`.
+fn model(dir: &Path, name: &str, len: u64, seed: u64) -> PathBuf {
+    let path = dir.join(format!("{name}.safetensors"));
+    let json = format!(r#"{{"w":{{"dtype":"U8","shape":[{len}],"data_offsets":[0,{len}]}}}}"#);
+    let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(json.as_bytes());
+    bytes.extend((0..len).map(|i| ((i + seed).wrapping_mul(0x9e37_79b9) >> 13).to_le_bytes()[0]));
+    fs::write(&path, bytes).unwrap();
+    path
+}
+
+fn cache(chunks: u64) -> Cache {
+    Cache::new(CHUNK, chunks * CHUNK, None).unwrap()
+}
+
+fn loader(cache: &Cache) -> Loader {
+    Loader::builder().cache(cache.clone()).build().unwrap()
+}
+
+/// Loads a file whole by one segment, and compares every byte.
+fn load_whole(loader: &Loader, checkpoint: &Checkpoint) -> crate::LoadReport {
+    let file = &checkpoint.files()[0];
+    let block = Block::alloc(&Device::host(), file.len()).unwrap();
+    let segment = Segment::contiguous(0, 0, file.len(), 0, 0);
+    let report = loader.fill_segments(checkpoint, &[segment], vec![block.clone()]).unwrap();
+    let mut bytes = vec![0; usize::try_from(file.len()).unwrap()];
+    block.read(0, &mut bytes).unwrap();
+    assert!(bytes == fs::read(file.path()).unwrap(), "{} came wrong", file.name());
+    report
+}
+
+#[test]
+fn the_second_load_reads_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = Checkpoint::open(model(dir.path(), "a", 100_000, 1)).unwrap();
+    let (cache, len) = (cache(20), checkpoint.files()[0].len());
+    let loader = loader(&cache);
+    assert_eq!(load_whole(&loader, &checkpoint).cached_bytes, 0);
+    assert_eq!(cache.resident_len(&checkpoint), len);
+    let report = load_whole(&loader, &checkpoint);
+    assert_eq!((report.cached_bytes, report.read_bytes), (len, len));
+    assert_eq!(report.engines.iter().map(|e| e.engine).collect::<Vec<_>>(), ["cache"]);
+    // Another opening of the same file finds its chunks; a file with the same bytes is another file.
+    let again = Checkpoint::open(checkpoint.path()).unwrap();
+    assert_eq!(load_whole(&loader, &again).cached_bytes, len);
+    let copy = Checkpoint::open(model(dir.path(), "b", 100_000, 1)).unwrap();
+    assert_eq!(cache.resident_len(&copy), 0);
+}
+
+#[test]
+fn a_cache_is_filled_without_a_destination() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = Checkpoint::open(model(dir.path(), "a", 100_000, 1)).unwrap();
+    let cache = cache(20);
+    let report = loader(&cache).fill_cache(&checkpoint).unwrap();
+    assert_eq!((report.bytes, report.read_bytes), (0, checkpoint.files()[0].len()));
+    assert_eq!(cache.resident_len(&checkpoint), report.read_bytes);
+    assert!(Loader::builder().build().unwrap().fill_cache(&checkpoint).is_err());
+}
+
+#[test]
+fn a_model_larger_than_the_cache_streams_through_it_and_leaves_its_beginning() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = Checkpoint::open(model(dir.path(), "a", 40 * CHUNK, 1)).unwrap();
+    let cache = cache(10);
+    for _ in 0..3 {
+        load_whole(&loader(&cache), &checkpoint);
+        assert!(cache.usage().occupied <= 10 * CHUNK);
+    }
+    let state = cache.lock();
+    let head = (0..4).all(|chunk| state.is_present(&cache.files(&checkpoint)[0], chunk));
+    assert!(head, "the beginning is worth most to the next load");
+}
+
+#[test]
+fn the_model_used_longest_ago_goes_first_and_a_pinned_one_stays() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = |name: &str, seed| Checkpoint::open(model(dir.path(), name, 4 * CHUNK - 100, seed)).unwrap();
+    let (a, b, c, d) = (open("a", 1), open("b", 2), open("c", 3), open("d", 4));
+    let cache = cache(12);
+    let loader = loader(&cache);
+    for checkpoint in [&a, &b, &c] {
+        load_whole(&loader, checkpoint);
+    }
+    cache.pin(&a).unwrap();
+    load_whole(&loader, &d);
+    let len = a.files()[0].len();
+    assert_eq!([&a, &b, &c, &d].map(|checkpoint| cache.resident_len(checkpoint)), [len, 0, len, len]);
+    assert!(cache.is_pinned(&a) && !cache.is_pinned(&b));
+    cache.pin(&c).unwrap();
+    assert!(cache.pin(&d).unwrap_err().to_string().contains("cannot be pinned"), "nothing would be left for others");
+    assert_eq!(cache.evict_idle(Duration::ZERO), len, "only d is neither pinned nor in use");
+    cache.unpin(&a);
+    assert_eq!(cache.evict(&a), len);
+    assert_eq!(cache.clear(), len);
+    assert_eq!(cache.usage().occupied, 0);
+}
+
+#[test]
+fn a_group_has_at_most_its_limit() {
+    let dir = tempfile::tempdir().unwrap();
+    let open = |name: &str, seed| Checkpoint::open(model(dir.path(), name, 8 * CHUNK, seed)).unwrap();
+    let (a, b) = (open("a", 1), open("b", 2));
+    let cache = cache(40);
+    let loader = loader(&cache);
+    load_whole(&loader, &a);
+    for checkpoint in [&a, &b] {
+        cache.limit(checkpoint, "team/", 3 * CHUNK);
+        load_whole(&loader, checkpoint);
+        assert!(cache.usage().occupied <= 3 * CHUNK, "{:?}", cache.usage());
+        cache.lock().check();
+    }
+}
+
+#[test]
+fn two_loads_at_once_read_a_file_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = Checkpoint::open(model(dir.path(), "a", 100 * CHUNK, 1)).unwrap();
+    let cache = cache(200);
+    let loader = loader(&cache);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| load_whole(&loader, &checkpoint));
+        }
+    });
+    assert_eq!(cache.usage().misses, 101, "each chunk is read by one load");
+}
+
+#[test]
+fn a_load_that_gives_up_leaves_its_chunks_to_those_that_wait() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = Checkpoint::open(model(dir.path(), "a", 50 * CHUNK, 1)).unwrap();
+    let cache = cache(100);
+    let plan = crate::LoadPlan::whole(&[checkpoint.files()[0].len()], CHUNK);
+    let first = cache.begin(&checkpoint);
+    assert_eq!(first.split(plan.pieces()).missing.len(), 51);
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| load_whole(&loader(&cache), &checkpoint));
+        std::thread::sleep(Duration::from_millis(30));
+        drop(first);
+        let report = waits.join().unwrap();
+        assert_eq!(report.cached_bytes, 0);
+    });
+}
+
+#[test]
+fn a_corrupt_chunk_is_not_kept_and_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = Checkpoint::open(model(dir.path(), "a", 9 << 20, 1)).unwrap();
+    let store = dir.path().join("store");
+    convert(&source, &store, &ConvertOptions::new()).unwrap();
+    let checkpoint = Checkpoint::open(&store).unwrap();
+    let good = Cache::new(8 << 20, 32 << 20, None).unwrap();
+    let verifying = |cache: &Cache| Loader::builder().cache(cache.clone()).verify(true).build().unwrap();
+    let report = verifying(&good).fill_cache(&checkpoint).unwrap();
+    assert!(report.verified);
+    verifying(&good).load(&checkpoint).unwrap();
+
+    let data = store.join("tensor.data_0");
+    let mut bytes = fs::read(&data).unwrap();
+    bytes[5 << 20] ^= 1;
+    fs::write(&data, bytes).unwrap();
+    let changed = Checkpoint::open(&store).unwrap();
+    assert!(!checkpoint.is_current() && changed.is_current());
+    let error = verifying(&good).load(&changed).unwrap_err();
+    assert!(matches!(&error, Error::Corrupt(chunk) if chunk.chunk == 1), "{error}");
+    // What came without being compared is compared when it is wanted so.
+    let unseen = Cache::new(8 << 20, 32 << 20, None).unwrap();
+    loader(&unseen).fill_cache(&changed).unwrap();
+    assert!(matches!(verifying(&unseen).load(&changed), Err(Error::Corrupt(_))));
+    let odd = Cache::new(3 << 20, 32 << 20, None).unwrap();
+    assert!(verifying(&odd).load(&checkpoint).unwrap_err().to_string().contains("cannot compare"));
+}
+
+#[test]
+fn a_file_that_was_changed_while_it_was_read_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model(dir.path(), "a", 20 * CHUNK, 1);
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let cache = cache(100);
+    load_whole(&loader(&cache), &checkpoint);
+    model(dir.path(), "a", 20 * CHUNK, 2);
+    assert!(loader(&cache).fill_cache(&checkpoint).is_err(), "the old opening names a file that is another one now");
+    assert_eq!(cache.resident_len(&checkpoint), 0);
+    load_whole(&loader(&cache), &Checkpoint::open(&path).unwrap());
+}
+
+#[test]
+fn too_small_a_cache_is_refused() {
+    assert!(Cache::new(CHUNK, CHUNK, None).is_err());
+    assert!(Cache::new(1000, 1 << 20, None).is_err());
+    assert!(Cache::new(0, 1 << 20, None).is_err());
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Load(usize, bool),
+    Fill(usize),
+    Cancelled(usize),
+    Evict(usize),
+    Pin(usize),
+    Unpin(usize),
+    Clear,
+    Idle,
+    Limit(usize, u64),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let model = 0..4usize;
+    prop_oneof![
+        6 => (model.clone(), any::<bool>()).prop_map(|(m, part)| Step::Load(m, part)),
+        2 => model.clone().prop_map(Step::Fill),
+        2 => model.clone().prop_map(Step::Cancelled),
+        1 => model.clone().prop_map(Step::Evict),
+        1 => model.clone().prop_map(Step::Pin),
+        2 => model.clone().prop_map(Step::Unpin),
+        1 => Just(Step::Clear),
+        1 => Just(Step::Idle),
+        1 => (model, 1..30u64).prop_map(|(m, n)| Step::Limit(m, n)),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+    /// Three threads do whatever they like with four models and a cache that holds half of them: every load brings the
+    /// right bytes, the cache never holds more than it may, and in the end all memory is there again.
+    #[test]
+    fn any_order_of_uses_gives_right_bytes_and_keeps_the_counts(
+        threads in prop::collection::vec(prop::collection::vec(step(), 1..12), 3)
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let lens = [5 * CHUNK, 9 * CHUNK + 77, 1, 30 * CHUNK];
+        let models: Vec<Checkpoint> = (0u64..)
+            .zip(lens)
+            .map(|(i, len)| Checkpoint::open(model(dir.path(), &format!("m{i}"), len, i)).unwrap())
+            .collect();
+        let cache = cache(22);
+        std::thread::scope(|scope| {
+            for steps in &threads {
+                scope.spawn(|| steps.iter().for_each(|step| act(step, &cache, &models)));
+            }
+        });
+        cache.lock().check();
+        let usage = cache.usage();
+        prop_assert!(usage.occupied <= usage.capacity);
+        models.iter().for_each(|checkpoint| cache.unpin(checkpoint));
+        cache.clear();
+        prop_assert_eq!(cache.usage().occupied, 0);
+        let free: Vec<_> = std::iter::from_fn(|| cache.shared.pool.try_acquire()).collect();
+        prop_assert_eq!(free.len(), 22, "every buffer came back");
+    }
+}
+
+fn act(step: &Step, cache: &Cache, models: &[Checkpoint]) {
+    match *step {
+        Step::Load(m, false) => drop(load_whole(&loader(cache), &models[m])),
+        Step::Load(m, true) => {
+            // Every fifth byte of the middle.
+            let file = &models[m].files()[0];
+            let rows = file.len() / 10;
+            let block = Block::alloc(&Device::host(), rows.max(1)).unwrap();
+            let segment = Segment {
+                file: 0,
+                offset: file.len() / 4,
+                row_len: 1,
+                rows,
+                src_pitch: 5,
+                block: 0,
+                dst_offset: 0,
+                dst_pitch: 1,
+            };
+            loader(cache).fill_segments(&models[m], &[segment], vec![block.clone()]).unwrap();
+            let mut bytes = vec![0; usize::try_from(rows).unwrap()];
+            block.read(0, &mut bytes).unwrap();
+            let all = fs::read(file.path()).unwrap();
+            let start = usize::try_from(file.len() / 4).unwrap();
+            assert!(bytes.iter().eq(all[start..].iter().step_by(5).take(bytes.len())));
+        }
+        Step::Fill(m) => drop(loader(cache).fill_cache(&models[m]).unwrap()),
+        Step::Cancelled(m) => {
+            let cancel = crate::Cancel::new();
+            let told = cancel.clone();
+            let control = crate::Control::new().cancelled_by(cancel).on_progress(move |_| told.cancel());
+            let loader = Loader::builder().cache(cache.clone()).control(control).build().unwrap();
+            assert!(matches!(loader.fill_cache(&models[m]), Err(Error::Cancelled)));
+        }
+        Step::Evict(m) => drop(cache.evict(&models[m])),
+        Step::Pin(m) => drop(cache.pin(&models[m])),
+        Step::Unpin(m) => cache.unpin(&models[m]),
+        Step::Clear => drop(cache.clear()),
+        Step::Idle => drop(cache.evict_idle(Duration::ZERO)),
+        Step::Limit(m, chunks) => cache.limit(&models[m], "group", chunks * CHUNK),
+    }
+}
