@@ -254,9 +254,9 @@ impl Config {
                 "a chunk of the pool cannot have {chunk} bytes: --chunk-size takes a multiple of 4 MiB up to 1 GiB"
             ));
         }
-        if self.pool_len < chunk {
+        if self.pool_len / chunk < 2 {
             return refuse(format!(
-                "the pool's {} bytes are fewer than one chunk's {chunk}: raise --mem-pool-size or lower --chunk-size",
+                "the pool's {} bytes are fewer than two chunks of {chunk}: raise --mem-pool-size or lower --chunk-size",
                 self.pool_len
             ));
         }
@@ -354,6 +354,6 @@ mod tests {
         for (chunk, pool) in [(0, 1 << 30), (1 << 20, 1 << 30), (6 << 20, 1 << 30), (2 << 30, 8 << 30), (32 << 20, 1)] {
             assert!(with(chunk, pool).resolve(None).is_err(), "{chunk} {pool}");
         }
-        assert!(with(1 << 30, 1 << 30).resolve(None).is_ok());
+        assert!(with(1 << 30, 2 << 30).resolve(None).is_ok());
     }
 }

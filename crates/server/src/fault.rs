@@ -14,6 +14,7 @@ pub(crate) fn status(error: &Error) -> Status {
         ErrorKind::Permission => Code::PermissionDenied,
         ErrorKind::Corrupt => Code::DataLoss,
         ErrorKind::NoSpace | ErrorKind::DeviceMemory => Code::ResourceExhausted,
+        ErrorKind::Cancelled if matches!(error, Error::TimedOut) => Code::DeadlineExceeded,
         ErrorKind::Cancelled => Code::Cancelled,
         _ => Code::Internal,
     };

@@ -112,6 +112,7 @@ pub(crate) struct Running {
 #[derive(Debug)]
 pub(crate) struct Jobs {
     permits: Arc<Semaphore>,
+    closed: watch::Sender<bool>,
     queued: AtomicUsize,
     next: AtomicU64,
     running: Mutex<BTreeMap<u64, Running>>,
@@ -124,6 +125,7 @@ impl Jobs {
     pub(crate) fn new(at_once: usize, metrics: Metrics) -> Jobs {
         Jobs {
             permits: Arc::new(Semaphore::new(at_once)),
+            closed: watch::Sender::new(false),
             queued: AtomicUsize::new(0),
             next: AtomicU64::new(0),
             running: Mutex::default(),
@@ -198,6 +200,13 @@ impl Jobs {
     /// Starts no load any more. Those that wait fail.
     pub(crate) fn close(&self) {
         self.permits.close();
+        self.closed.send_replace(true);
+    }
+
+    /// Waits until no load is started any more.
+    pub(crate) async fn closed(&self) {
+        // The sender is ours.
+        let _ = self.closed.subscribe().wait_for(|closed| *closed).await;
     }
 
     /// Whether no load is started any more.

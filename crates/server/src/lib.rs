@@ -9,6 +9,7 @@
 
 mod config;
 mod connection;
+mod devices;
 mod fault;
 mod jobs;
 mod listen;
@@ -16,6 +17,10 @@ mod log;
 #[allow(unsafe_code, reason = "mapping memory files")]
 mod memory;
 mod metrics;
+mod models;
+mod pool;
+mod preload;
+mod replicas;
 mod rpc;
 mod scrape;
 mod serve;

@@ -88,6 +88,7 @@ impl Server {
             tasks.spawn(scrape::serve(listener, Arc::clone(&store)));
         }
         tasks.spawn(sweep(Arc::clone(&store)));
+        tasks.spawn(Arc::clone(&store).preload());
 
         let (health, health_service) = tonic_health::server::health_reporter();
         let names = [storage::storage_server::SERVICE_NAME, store_proto::store_server::SERVICE_NAME];

@@ -1,5 +1,7 @@
 //! The services: what clients ask, checked and handed on.
 
+mod segments;
+mod session;
 mod storage;
 mod store;
 

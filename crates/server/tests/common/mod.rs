@@ -1,6 +1,9 @@
 //! A server in this process, and clients of it.
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
+pub(crate) mod models;
+pub(crate) mod session;
+
 use std::fs::File;
 use std::io::{IoSlice, Read};
 use std::os::fd::{AsFd, OwnedFd};
@@ -96,8 +99,13 @@ impl Served {
 
 /// A memory file of `len` bytes, all of them 0xee.
 pub(crate) fn memory(len: u64, seals: SealFlags) -> File {
+    named_memory("test", len, seals)
+}
+
+/// The same, by a name that `/proc` shows.
+pub(crate) fn named_memory(name: &str, len: u64, seals: SealFlags) -> File {
     use std::io::Write;
-    let fd = rustix::fs::memfd_create("test", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
+    let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
     let mut file = File::from(fd);
     file.write_all(&vec![0xee; usize::try_from(len).unwrap()]).unwrap();
     if !seals.is_empty() {
