@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::builder::{BoolishValueParser, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use sllm_core::{Checkpoint, EngineChoice, Error, OpenOptions};
@@ -192,7 +192,8 @@ pub(crate) struct StartArgs {
     #[arg(long)]
     pub(crate) port: Option<u16>,
     /// Load only models that were registered
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", ignore_case = true)]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
+          value_parser = BoolishValueParser::new())]
     pub(crate) registration_required: Option<bool>,
     /// Listen here: unix:/path or host:port; may be given several times [default: a socket in $XDG_RUNTIME_DIR, /run or /tmp]
     #[arg(long, value_name = "ADDR")]
