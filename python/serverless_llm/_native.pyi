@@ -101,6 +101,7 @@ def fill(
     verify: bool,
     threads: int | None,
     pinned_bytes: int | None,
+    server: str | None,
     alloc_s: float,
     progress: _Progress,
 ) -> tuple[str, str]: ...
@@ -118,6 +119,7 @@ class Session:
         verify: bool,
         threads: int | None,
         pinned_bytes: int | None,
+        server: str | None,
     ) -> Session: ...
     def copy(
         self,

@@ -16,6 +16,9 @@ from .staging import Staged
 from .store import Progress, Source, opened
 
 
+Server = str | bool | None
+
+
 class LoadedDict(dict[str, Any]):
     """Tensors by name, and the `report` of their load. They are views of one block of memory a device."""
 
@@ -33,6 +36,7 @@ def load(
     threads: int | None = None,
     pinned_bytes: int | None = None,
     framework: str = "auto",
+    server: Server = None,
     progress: Progress | None = None,
     revision: str | None = None,
 ) -> LoadedDict:
@@ -43,14 +47,16 @@ def load(
     `engine`: `"auto"`, `"uring"`, `"pread"` or `"mapped"`. `direct`: whether reads pass the page cache; None chooses.
     `verify` compares the checksums of a store while it loads. `pinned_bytes` bounds the staging memory.
     `framework`: `"torch"`, `"numpy"` (host only), or `"auto"`: torch where it is installed.
-    `progress(done, total)` is called with bytes, in this thread; what it raises stops the load.
+    `server`: the address of a store server that moves the bytes, or `"auto"` (or True): the one that
+    `SLLM_STORE_ADDRESS` names or that listens at a default socket, if any. Where it fails, files are read, and
+    `report.notes` says why. `progress(done, total)` is called with bytes, in this thread; what it raises stops the load.
 
     A dtype is never changed. Tied tensors share memory.
     """
     arrays = _arrays_of(framework)
     checkpoint = opened(source, revision)
     selected = _native.select(checkpoint, [tensors] if isinstance(tensors, str) else _list(tensors))
-    options = _options(engine, direct, verify, threads, pinned_bytes)
+    options = _options(engine, direct, verify, threads, pinned_bytes, server)
     return _fill(arrays, checkpoint, selected, [arrays.device_id(device)], [0] * len(selected), options, progress)
 
 
@@ -59,6 +65,7 @@ def load_dict(
     device_map: Any = "cpu",
     *,
     verify: bool = False,
+    server: Server = None,
     progress: Progress | None = None,
     revision: str | None = None,
 ) -> LoadedDict:
@@ -66,6 +73,7 @@ def load_dict(
 
     `device_map` is a device as `load` takes it, or a mapping of module names to devices, such as
     `{"": 0, "lm_head": "cpu"}`: the longest name that a tensor's name begins with decides, and `""` fits all.
+    `server` is as in `load`.
     """
     arrays = _arrays_of("torch")
     checkpoint = opened(path, revision)
@@ -76,7 +84,7 @@ def load_dict(
     ids = {module: arrays.device_id(device) for module, device in device_map.items()}
     devices = sorted(set(ids.values()))
     numbers = [devices.index(_device_of(names[i], ids)) for i in selected]
-    options = _options("auto", None, verify, None, None)
+    options = _options("auto", None, verify, None, None, server)
     return _fill(arrays, checkpoint, selected, devices or ["cpu"], numbers, options, progress)
 
 
@@ -91,20 +99,21 @@ def iter_tensors(
     threads: int | None = None,
     pinned_bytes: int | None = None,
     framework: str = "auto",
+    server: Server = None,
     revision: str | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Load a checkpoint group by group, and give names and tensors in the order of the files.
 
     At most `max_bytes` of device memory are held by this, if the caller keeps no tensor longer than until the next
     one: a group takes a third of it, since one is used while the next is loaded, and the caller still holds the last
-    tensor of the one before. A tensor larger than that is a group of its own.
+    tensor of the one before. A tensor larger than that is a group of its own. `server` is as in `load`.
     """
     if max_bytes < 1:
         raise InvalidError(f"max_bytes is {max_bytes}; at least 1 is needed")
     arrays = _arrays_of(framework)
     checkpoint = opened(source, revision)
     selected = _native.select(checkpoint, [tensors] if isinstance(tensors, str) else _list(tensors))
-    options = _options(engine, direct, False, threads, pinned_bytes)
+    options = _options(engine, direct, False, threads, pinned_bytes, server)
     staged = Staged(arrays, arrays.device_id(device), max_bytes, options)
     return staged.tensors(checkpoint, selected)
 
@@ -133,9 +142,10 @@ def _fill(
 
 
 def _options(
-    engine: str, direct: bool | None, verify: bool, threads: int | None, pinned_bytes: int | None
+    engine: str, direct: bool | None, verify: bool, threads: int | None, pinned_bytes: int | None, server: Server
 ) -> dict[str, Any]:
-    return {"engine": engine, "direct": direct, "verify": verify, "threads": threads, "pinned_bytes": pinned_bytes}
+    options = {"engine": engine, "direct": direct, "verify": verify, "threads": threads, "pinned_bytes": pinned_bytes}
+    return {**options, "server": ("auto" if server else None) if isinstance(server, bool) else server}
 
 
 def _list(tensors: Sequence[str] | None) -> list[str] | None:

@@ -120,6 +120,7 @@ class LoadReport(Report):
     device_names: list[str]
     bytes: int
     read_bytes: int
+    cached_bytes: int
     tensors: int
     pieces: int
     copies: int

@@ -8,6 +8,7 @@ use sllm_core::{Block, Device, EngineChoice, Filter, Loader};
 use crate::checkpoint::Checkpoint;
 use crate::error::raise;
 use crate::memory::HostBytes;
+use crate::server;
 use crate::wait;
 use crate::work::json;
 
@@ -65,7 +66,7 @@ impl Placement {
 /// `alloc_s` is the time that allocating them took, for the report. The caller keeps every block allocated, and does not
 /// touch it, until this returns.
 #[pyfunction]
-#[pyo3(signature = (placement, devices, addresses, *, engine, direct, verify, threads, pinned_bytes, alloc_s, progress))]
+#[pyo3(signature = (placement, devices, addresses, *, engine, direct, verify, threads, pinned_bytes, server, alloc_s, progress))]
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn fill(
     py: Python<'_>,
@@ -77,6 +78,7 @@ pub(crate) fn fill(
     verify: bool,
     threads: Option<usize>,
     pinned_bytes: Option<u64>,
+    server: Option<&str>,
     alloc_s: f64,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<(String, String)> {
@@ -94,7 +96,7 @@ pub(crate) fn fill(
             // them, and holds them until this call returns.
             blocks.push(unsafe { Block::from_raw(device, address, spec.len) });
         }
-        let loader = Loader::builder()
+        let loader = server::asked(Loader::builder(), server)?
             .devices(devices)
             .engine(engine.parse::<EngineChoice>()?)
             .direct(direct)

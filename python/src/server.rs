@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use pyo3::prelude::*;
-use sllm_client::{ClientOptions, Error, Result};
+use sllm_client::{Address, ClientOptions, Error, RemoteOptions, Result, StoreRemote};
+use sllm_core::LoaderBuilder;
 
 use crate::error::{Raise, raise};
 use crate::wait;
@@ -81,6 +82,21 @@ impl StoreClient {
     fn evict(&self, py: Python<'_>, model: Option<&str>) -> PyResult<u64> {
         self.call(py, |client| model.map_or_else(|| client.evict_all(), |model| client.evict(model)))
     }
+}
+
+/// A loader that asks a server first: the one at an address, or with `auto` the one that the environment names or that
+/// listens at a default socket, if any. Where the server fails, the loader reads files, and its report notes why.
+pub(crate) fn asked(builder: LoaderBuilder, server: Option<&str>) -> sllm_core::Result<LoaderBuilder> {
+    let address = match server {
+        None => return Ok(builder),
+        Some("auto") => match Address::find(None) {
+            Err(Error::NotThere { .. }) => return Ok(builder),
+            found => found?,
+        },
+        Some(text) => text.parse()?,
+    };
+    let options = ClientOptions::new().address(address.to_string());
+    Ok(builder.remote(Box::new(StoreRemote::at(options, RemoteOptions::new()))))
 }
 
 impl Raise for Error {

@@ -12,6 +12,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::raise;
 use crate::load::Placement;
 use crate::memory::HostBytes;
+use crate::server;
 use crate::work::json;
 
 /// Opens safetensors files that the caller chose, found below `root`.
@@ -60,7 +61,7 @@ impl Session {
 #[pymethods]
 impl Session {
     #[new]
-    #[pyo3(signature = (checkpoint, devices, *, engine, direct, verify, threads, pinned_bytes))]
+    #[pyo3(signature = (checkpoint, devices, *, engine, direct, verify, threads, pinned_bytes, server))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -71,10 +72,11 @@ impl Session {
         verify: bool,
         threads: Option<usize>,
         pinned_bytes: Option<u64>,
+        server: Option<&str>,
     ) -> PyResult<Session> {
         let start = || {
             let devices = devices.iter().map(|id| Device::parse(id)).collect::<Result<Vec<_>>>()?;
-            let loader = Loader::builder()
+            let loader = server::asked(Loader::builder(), server)?
                 .devices(devices.clone())
                 .engine(engine.parse::<EngineChoice>()?)
                 .direct(direct)

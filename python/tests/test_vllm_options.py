@@ -16,6 +16,7 @@ def test_defaults() -> None:
     assert Options.of({}, {}) == Options()
     assert Options().load() == {
         "engine": "auto", "direct": None, "verify": False, "threads": None, "pinned_bytes": None,
+        "server": "auto",
     }  # fmt: skip
 
 
@@ -47,6 +48,15 @@ def test_neither_vllm_nor_torch_is_imported() -> None:
         ("verify", "1", True),
         ("verify", "TRUE", True),
         ("prefetch", "no", False),
+        ("server", "auto", "auto"),
+        ("server", True, "auto"),
+        ("server", "off", None),
+        ("server", "OFF", None),
+        ("server", False, None),
+        ("server", "0", None),
+        ("server", None, None),
+        ("server", "unix:/run/s", "unix:/run/s"),
+        ("server", "localhost:8073", "localhost:8073"),
         ("prefetch", "0", False),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from serverless_llm.vllm import LOAD_FORMAT
-from serverless_llm.vllm._prefetch import wanted
+from serverless_llm.vllm._prefetch import server, wanted
 
 SERVE = ["serve", "org/model", "--load-format", LOAD_FORMAT]
 
@@ -44,3 +44,11 @@ def test_the_environment_goes_first(value: str, model: tuple[str, str | None] | 
 
 def test_without_a_command_line_the_environment_names_it() -> None:
     assert wanted([], {"SERVERLESS_LLM_PREFETCH": "/m"}, LOAD_FORMAT) == ("/m", None)
+
+
+def test_the_server_is_the_one_that_the_loader_asks() -> None:
+    assert server(SERVE, {}) == "auto"
+    assert server(SERVE, {"SERVERLESS_LLM_SERVER": "off"}) is None
+    extra = ["--model-loader-extra-config", '{"server": "localhost:1"}']
+    assert server([*SERVE, *extra], {"SERVERLESS_LLM_SERVER": "off"}) == "localhost:1"
+    assert server([*SERVE, "--model-loader-extra-config", "{no json"], {}) is None

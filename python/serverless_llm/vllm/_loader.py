@@ -33,6 +33,9 @@ from ._progress import Bar
 
 logger = init_logger("vllm.serverless_llm")
 
+# How the note of a report ends where a store server failed.
+_FELL_BACK = "; files are read"
+
 
 class ServerlessLLMLoader(DefaultModelLoader):
     """Loads a store, the original's layout or safetensors into vLLM's parameters."""
@@ -173,6 +176,10 @@ class ServerlessLLMLoader(DefaultModelLoader):
         if isinstance(road, Deferred):
             through = json.dumps(road.read_through)
             logger.debug("moved %d bytes straight, read through the mapped files: %s", road.moved, through)
+        # Of several checkpoints, one after the other, the first that the server failed at.
+        for note in dict.fromkeys(note for report in reports for note in report.notes if note.endswith(_FELL_BACK)):
+            logger.warning("serverless_llm: %s", note)
+            break
         for report in reports:
             logger.debug("%s", report)
 

@@ -44,6 +44,8 @@ class Options:
     """What a parameter of which the checkpoint has nothing is: an `error`, or something to `warn` of."""
     changed_source: str = "error"
     """What it is that the files which a store was converted from were changed since: an `error`, or something to `warn` of."""
+    server: str | None = "auto"
+    """The address of a store server, `auto`: the one of SLLM_STORE_ADDRESS or at a default socket, if any, or `off`."""
     prefetch: bool = True
     """Whether the checkpoint is read into the page cache while vLLM starts."""
 
@@ -68,21 +70,23 @@ class Options:
         return cls(**{name: _parse(fields[name], *value) for name, value in given.items()})
 
     @classmethod
-    def of_command_line(cls, extra: str | None) -> Options:
+    def of_command_line(cls, extra: str | None, environment: Mapping[str, str] = os.environ) -> Options:
         """The options of `--model-loader-extra-config` as it is typed, and the environment."""
         try:
-            return cls.of(json.loads(extra) if extra else {})
+            return cls.of(json.loads(extra) if extra else {}, environment)
         except json.JSONDecodeError as e:
             raise InvalidError(f"model_loader_extra_config is not JSON: {e}") from e
 
     def load(self) -> dict[str, Any]:
         """Those that a load takes."""
-        names = ("engine", "direct", "verify", "threads", "pinned_bytes")
+        names = ("engine", "direct", "verify", "threads", "pinned_bytes", "server")
         return {name: getattr(self, name) for name in names}
 
 
 def _parse(field: Any, told_by: str, value: Any) -> Any:
     kind = str(field.type)
+    if field.name == "server":
+        return _server(told_by, value)
     if "None" in kind and (value is None or value == "auto"):
         return None
     if kind.startswith("bool"):
@@ -97,6 +101,17 @@ def _parse(field: Any, told_by: str, value: Any) -> Any:
     if value in choices:
         return value
     raise InvalidError(f"{told_by} is {value!r}; give one of {', '.join(choices)}")
+
+
+def _server(told_by: str, value: Any) -> str | None:
+    if value is None or value is False:
+        return None
+    if value is True:
+        return "auto"
+    if isinstance(value, str) and value:
+        word = value.lower()
+        return None if word in ("off", "none") or _TRUTHS.get(word) is False else "auto" if word in _TRUTHS else value
+    raise InvalidError(f"{told_by} is {value!r}; give auto, off, or an address such as 'unix:/run/sllm-store.sock'")
 
 
 def _size(told_by: str, value: Any) -> int:

@@ -2,7 +2,7 @@
 
 Between its start and the first weight vLLM imports and spawns for half a minute. The first process calls the plugin when
 its own imports are done; what is imported after that is mostly cached, and the disk is idle. So the reading begins there,
-in native threads, and pauses while others read.
+in native threads, and pauses while others read. Where there is a store server, it is asked to read the model instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 
-from .. import errors, store
+from .. import errors, store, store_server
 from ._options import Options
 
 _VARIABLE = "SERVERLESS_LLM_PREFETCH"
@@ -32,7 +32,8 @@ def start(load_format: str) -> None:
     if model is None:
         return
     _started = True
-    threading.Thread(target=_read, args=model, name="serverless_llm-prefetch", daemon=True).start()
+    arguments = (*model, server(sys.argv[1:], os.environ))
+    threading.Thread(target=_read, args=arguments, name="serverless_llm-prefetch", daemon=True).start()
 
 
 def wanted(
@@ -59,6 +60,15 @@ def wanted(
     return None if model is None else (model, _value(arguments, "--revision"))
 
 
+def server(arguments: Sequence[str], environment: Mapping[str, str]) -> str | None:
+    """The store server that the loader will ask: an address, `auto`, or None."""
+    try:
+        extra = _value(arguments, "--model-loader-extra-config")
+        return Options.of_command_line(extra, environment).server
+    except errors.InvalidError:
+        return None  # the loader will say so
+
+
 def _value(arguments: Sequence[str], flag: str) -> str | None:
     """The value of a flag, as `--flag value` or `--flag=value`; the last one counts, as for vLLM."""
     value = None
@@ -69,7 +79,9 @@ def _value(arguments: Sequence[str], flag: str) -> str | None:
     return value
 
 
-def _read(model: str, revision: str | None) -> None:
+def _read(model: str, revision: str | None, address: str | None) -> None:
+    if address is not None and _preload(model, revision, address):
+        return
     try:
         report = store.prefetch(model, revision=revision)
     except (errors.SllmError, OSError) as e:
@@ -84,3 +96,16 @@ def _read(model: str, revision: str | None) -> None:
         report.paused_s,
         report.end,
     )
+
+
+def _preload(model: str, revision: str | None, address: str) -> bool:
+    """Has a store server read the model; whether it has."""
+    try:
+        path = os.path.realpath(store.opened(model, revision).path)
+        client = store_server.StoreClient(None if address == "auto" else address)
+        size = client.preload(path)
+    except (errors.SllmError, OSError) as e:
+        logger.debug("no store server reads %s ahead: %s", model, e)
+        return False
+    logger.info("serverless_llm: the store server at %s has %.2f GB of %s", client.address, size / 1e9, model)
+    return True

@@ -1,0 +1,141 @@
+"""The store server from Python: its client, and loads by it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import content, python, raw
+
+import serverless_llm as sllm
+
+COMMAND = "import sys; from serverless_llm._cli import main; sys.exit(main())"
+
+
+class Server:
+    """A server's process, its socket and its models."""
+
+    def __init__(self, folder: Path, *more: str) -> None:
+        self.models = folder / "models"
+        self.address = f"unix:{folder / 'socket'}"
+        words = ["start", "--storage-path", self.models, "--listen", self.address, "--mem-pool-size", "64MB", *more]
+        self.process = subprocess.Popen([sys.executable, "-c", COMMAND, *words], stderr=subprocess.DEVNULL)
+        while not (folder / "socket").exists():
+            assert self.process.poll() is None, "the server ended"
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def server(store: Path, tmp_path: Path) -> Iterator[Server]:
+    shutil.copytree(store, tmp_path / "models" / "m")
+    server = Server(tmp_path)
+    yield server
+    server.kill()
+
+
+def test_the_client_changes_what_the_server_holds(server: Server) -> None:
+    client = sllm.StoreClient(server.address)
+    assert client.address == server.address and client.health()
+    told: list[tuple[int, int]] = []
+    size = client.preload("m", pin=True, progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (size, size)
+    (model,) = client.list()
+    assert (model.name, model.layout, model.len, model.pinned) == ("m", "store", size, True)
+    assert model.resident >= size
+    status = client.status()
+    assert status.pool["pinned"] >= size and status.jobs == [] and status.clients == 1
+    assert not client.unpin(server.models / "m").pinned
+    assert client.pin("m").pinned and not client.unpin("m").pinned
+    assert client.evict("m") >= size and client.evict_all() == 0
+
+
+def test_what_the_server_refuses_is_the_exception_that_fits(server: Server) -> None:
+    client = sllm.StoreClient(server.address)
+    with pytest.raises(sllm.NotFoundError, match="none"):
+        client.preload("none")
+    with pytest.raises(sllm.InvalidError):
+        client.pin("../m")
+    with pytest.raises(sllm.InvalidError, match="timeout"):
+        sllm.StoreClient(server.address, timeout=0)
+    with pytest.raises(sllm.InvalidError, match="not the address"):
+        sllm.StoreClient("nowhere")
+    server.kill()
+    with pytest.raises(sllm.StoreServerError):
+        client.list()
+    with pytest.raises(ConnectionError, match="sllm-store start"):
+        sllm.StoreClient(server.address)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_loads_go_by_the_server(server: Server, verify: bool) -> None:
+    for _ in range(2):
+        loaded = sllm.load(
+            server.models / "m", device="cpu", framework="numpy", tensors="large", server=server.address, verify=verify
+        )
+        assert loaded["large"].tobytes() == content("large")
+        assert loaded.report.engine == "server" and loaded.report.notes == []
+    assert loaded.report.cached_bytes == loaded.report.read_bytes > 0
+
+
+def test_every_way_to_load_goes_by_the_server(server: Server) -> None:
+    pytest.importorskip("torch")
+    path = server.models / "m"
+    names = ["large", "odd", "scalar"]
+    expected = {name: content(name) for name in names}
+    loaded = sllm.load(path, device="cpu", tensors=names, server=server.address)
+    assert {name: raw(tensor) for name, tensor in loaded.items()} == expected
+    assert loaded.report.engine == "server"
+    one_by_one = sllm.iter_tensors(path, device="cpu", tensors=names, server=server.address)
+    assert {name: raw(tensor) for name, tensor in one_by_one} == expected
+    assert sllm.StoreClient(server.address).status().loads_done >= 2
+
+
+def test_without_a_server_files_are_read_and_the_report_notes_it_where_one_was_named(store: Path) -> None:
+    environment = {"XDG_RUNTIME_DIR": "/proc/nonexistent", "SLLM_STORE_ADDRESS": ""}
+    python(
+        "import serverless_llm as sllm\n"
+        f"load = lambda server: sllm.load({str(store)!r}, device='cpu', framework='numpy', tensors='odd', server=server)\n"
+        "for server in (None, False):\n"
+        "    assert load(server).report.notes == []\n"
+        "report = load('unix:/nonexistent/s').report\n"
+        "assert report.engine != 'server' and 'no store server answers' in report.notes[0], report\n"
+        "try:\n"
+        "    load('nowhere')\n"
+        "except sllm.InvalidError:\n"
+        "    pass\n"
+        "else:\n"
+        "    raise AssertionError\n",
+        **environment,
+    )
+
+
+def test_auto_finds_the_server_of_the_environment(server: Server) -> None:
+    code = (
+        "import serverless_llm as sllm\n"
+        f"report = sllm.load({str(server.models / 'm')!r}, device='cpu', framework='numpy', tensors='odd', server=True).report\n"
+        "print(report.engine, report.notes)\n"
+    )
+    assert python(code, SLLM_STORE_ADDRESS=server.address).stdout == "server []\n"
+    folder = str(Path(server.address.removeprefix("unix:")).parent)
+    os.rename(f"{folder}/socket", f"{folder}/sllm-store.sock")
+    assert python(code, SLLM_STORE_ADDRESS="", XDG_RUNTIME_DIR=folder).stdout == "server []\n"
+
+
+def test_a_server_that_is_killed_is_missed_by_nobody(server: Server) -> None:
+    path = server.models / "m"
+    checkpoint = sllm.open(path)
+    server.kill()
+    loaded = sllm.load(checkpoint, device="cpu", framework="numpy", tensors="large", server=server.address)
+    assert np.asarray(loaded["large"]).tobytes() == content("large")
+    assert len(loaded.report.notes) == 1 and loaded.report.notes[0].endswith("files are read")
