@@ -101,9 +101,9 @@ def fill(
     verify: bool,
     threads: int | None,
     pinned_bytes: int | None,
-    server: str | None,
     alloc_s: float,
     progress: _Progress,
+    server: str | None = None,
 ) -> tuple[str, str]: ...
 def open_files(root: _Path, files: Sequence[_Path]) -> Checkpoint: ...
 
@@ -119,7 +119,7 @@ class Session:
         verify: bool,
         threads: int | None,
         pinned_bytes: int | None,
-        server: str | None,
+        server: str | None = None,
     ) -> Session: ...
     def copy(
         self,

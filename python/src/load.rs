@@ -66,7 +66,7 @@ impl Placement {
 /// `alloc_s` is the time that allocating them took, for the report. The caller keeps every block allocated, and does not
 /// touch it, until this returns.
 #[pyfunction]
-#[pyo3(signature = (placement, devices, addresses, *, engine, direct, verify, threads, pinned_bytes, server, alloc_s, progress))]
+#[pyo3(signature = (placement, devices, addresses, *, engine, direct, verify, threads, pinned_bytes, alloc_s, progress, server=None))]
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn fill(
     py: Python<'_>,
@@ -78,9 +78,9 @@ pub(crate) fn fill(
     verify: bool,
     threads: Option<usize>,
     pinned_bytes: Option<u64>,
-    server: Option<&str>,
     alloc_s: f64,
     progress: Option<&Bound<'_, PyAny>>,
+    server: Option<&str>,
 ) -> PyResult<(String, String)> {
     let mut report = wait::run(py, progress, |control| {
         let devices = devices.iter().map(|id| Device::parse(id)).collect::<sllm_core::Result<Vec<_>>>()?;

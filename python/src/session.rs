@@ -61,7 +61,7 @@ impl Session {
 #[pymethods]
 impl Session {
     #[new]
-    #[pyo3(signature = (checkpoint, devices, *, engine, direct, verify, threads, pinned_bytes, server))]
+    #[pyo3(signature = (checkpoint, devices, *, engine, direct, verify, threads, pinned_bytes, server=None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,

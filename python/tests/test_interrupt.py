@@ -117,7 +117,7 @@ def fill(checkpoint, **changed):
         call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
         addresses.append(address.value)
     options = dict(engine="auto", direct=None, verify=False, threads=None)
-    options.update(pinned_bytes=None, server=None, alloc_s=0.0, progress=None)
+    options.update(pinned_bytes=None, alloc_s=0.0, progress=None)
     report, text = _native.fill(placement, ["cuda:0", "cuda:1"], addresses, **{**options, **changed})
     return placement, addresses, report
 call("cuInit", 0)
@@ -162,7 +162,7 @@ if child == 0:
     placement = _native.Placement(checkpoint, selected, [0])
     try:
         _native.fill(placement, ["cuda:0"], [4096], engine="auto", direct=None, verify=False, threads=None,
-                     pinned_bytes=None, server=None, alloc_s=0.0, progress=None)
+                     pinned_bytes=None, alloc_s=0.0, progress=None)
     except sllm.DeviceError as e:
         os._exit(0 if "forked" in str(e) else 3)
     os._exit(4)
@@ -182,7 +182,7 @@ except AssertionError:
     pass
 try:
     _native.fill(_native.Placement(sllm.open({str(store)!r}), [], []), ["cuda:7"], [], engine="auto", direct=None,
-                 verify=False, threads=None, pinned_bytes=None, server=None, alloc_s=0.0, progress=None)
+                 verify=False, threads=None, pinned_bytes=None, alloc_s=0.0, progress=None)
 except sllm.DeviceError as e:
     assert "no device cuda:7: 1 are visible" in str(e), e
 else:
