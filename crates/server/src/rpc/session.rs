@@ -46,13 +46,47 @@ async fn run(store: &Arc<Store>, talk: &mut Talk, attached: &mut Attached) -> Re
     };
     let Some((model, files)) = talk.opened(store, model).await else { return Ok(()) };
     let model = Arc::new(model);
+    let mut moved = Moved { started: Instant::now(), model: Arc::clone(&model), batches: 0, bytes: 0, from_pool: 0 };
     loop {
         match talk.next(store).await? {
             None => return Ok(()),
             Some(Asked::Open(_)) => return Err(invalid("the stream has opened a model already")),
             Some(Asked::Attach(attach)) => *attached = attach_memory(store, std::mem::take(attached), attach).await?,
-            Some(Asked::Batch(batch)) => move_batch(store, talk, attached, &model, &files, batch).await?,
+            Some(Asked::Batch(batch)) => {
+                let Some(report) = move_batch(store, talk, attached, &model, &files, batch).await? else {
+                    return Ok(());
+                };
+                moved.add(&report);
+                if !talk.tell(Event::Done(done(&report))).await {
+                    return Ok(());
+                }
+            }
         }
+    }
+}
+
+/// What a session has moved, logged at its end.
+struct Moved {
+    started: Instant,
+    model: Arc<InUse>,
+    batches: u64,
+    bytes: u64,
+    from_pool: u64,
+}
+
+impl Moved {
+    fn add(&mut self, report: &LoadReport) {
+        self.batches += 1;
+        self.bytes += report.bytes;
+        self.from_pool += report.cached_bytes;
+    }
+}
+
+impl Drop for Moved {
+    fn drop(&mut self) {
+        let Moved { batches, bytes, from_pool, .. } = *self;
+        let (model, seconds) = (&self.model.name, self.started.elapsed().as_secs_f64());
+        tracing::info!(%model, batches, bytes, from_pool, seconds, "a session ended");
     }
 }
 
@@ -204,7 +238,7 @@ pub(super) fn attach_fault(error: &sllm_core::Error) -> Status {
     }
 }
 
-/// Moves a batch, and says so.
+/// Moves a batch; `None` where its client is gone.
 async fn move_batch(
     store: &Arc<Store>,
     talk: &mut Talk,
@@ -212,7 +246,7 @@ async fn move_batch(
     model: &Arc<InUse>,
     files: &[usize],
     batch: Batch,
-) -> Result<(), Status> {
+) -> Result<Option<LoadReport>, Status> {
     let deadline = (batch.timeout_ms > 0).then(|| Instant::now() + Duration::from_millis(batch.timeout_ms.into()));
     let (segments, blocks) = segments::of_batch(&batch.segments, files, &attached.blocks)?;
     let mut ids: Vec<String> = blocks.iter().map(|block| block.device().id()).collect();
@@ -235,13 +269,13 @@ async fn move_batch(
         Ok(report)
     });
     tokio::pin!(run);
-    let report = loop {
+    loop {
         tokio::select! {
             biased;
-            result = &mut run => break result?,
+            result = &mut run => return result.map(Some),
             () = talk.events.closed() => {
                 stop.stop(Why::ClientGone);
-                return run.await.map(drop);
+                return run.await.map(|_| None);
             }
             message = talk.requests.message(), if talk.ahead.is_none() => match message {
                 Ok(message) => talk.ahead = Some(message),
@@ -256,9 +290,7 @@ async fn move_batch(
                 talk.tell_progress(now);
             }
         }
-    };
-    talk.tell(Event::Done(done(&report))).await;
-    Ok(())
+    }
 }
 
 fn done(report: &LoadReport) -> Done {
