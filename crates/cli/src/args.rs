@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::builder::{BoolishValueParser, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
 use sllm_core::{Checkpoint, EngineChoice, Error, OpenOptions};
+use sllm_server::{Address, LogFormat, Quota, parse_size};
 
 use crate::size;
 
@@ -24,7 +25,7 @@ Exit codes:
    10  too little device memory
   130  cancelled";
 
-/// Converts, exports, inspects, verifies and loads checkpoints of large models.
+/// Converts, exports, inspects, verifies, loads and serves checkpoints of large models.
 #[derive(Debug, Parser)]
 #[command(name = "sllm-store", bin_name = "sllm-store", version, after_help = EXIT_CODES, arg_required_else_help = true)]
 pub(crate) struct Cli {
@@ -46,6 +47,8 @@ pub(crate) enum Command {
     Load(LoadArgs),
     /// Reads a checkpoint into the page cache, out of others' way
     Prefetch(PrefetchArgs),
+    /// Runs the store server, which keeps checkpoints in pinned memory for the engines of this machine
+    Start(Box<StartArgs>),
     /// Prints a completion script for a shell
     Completions(CompletionsArgs),
 }
@@ -163,6 +166,88 @@ pub(crate) struct PrefetchArgs {
     pub(crate) revision: Revision,
     #[command(flatten)]
     pub(crate) output: Output,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StartArgs {
+    /// Directory below which the models lie [default: ~/models]
+    #[arg(long, env = "STORAGE_PATH", value_hint = ValueHint::DirPath)]
+    pub(crate) storage_path: Option<PathBuf>,
+    /// Pinned memory at most, such as 64GB; units are binary here [default: 4GB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) mem_pool_size: Option<u64>,
+    /// Threads that read for one load, 1 to 256 [default: as the engine needs]
+    #[arg(long, value_name = "N")]
+    pub(crate) num_thread: Option<usize>,
+    /// A chunk of the pool: a multiple of 4MB up to 1GB [default: 4MB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) chunk_size: Option<u64>,
+    /// Taken as the original takes it, and not used
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) disk_size: Option<u64>,
+    /// Listen on TCP too, on this host [default with --port: 127.0.0.1]
+    #[arg(long)]
+    pub(crate) host: Option<String>,
+    /// Listen on TCP too, on this port [default with --host: 8073]
+    #[arg(long)]
+    pub(crate) port: Option<u16>,
+    /// Load only models that were registered
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
+          value_parser = BoolishValueParser::new())]
+    pub(crate) registration_required: Option<bool>,
+    /// Listen here: unix:/path or host:port; may be given several times [default: a socket in $XDG_RUNTIME_DIR, /run or /tmp]
+    #[arg(long, value_name = "ADDR")]
+    pub(crate) listen: Vec<Address>,
+    /// Give metrics for Prometheus here, at http://ADDR/metrics
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) metrics_listen: Option<std::net::SocketAddr>,
+    /// Read these models into memory at the start
+    #[arg(long, value_name = "MODEL", num_args = 1..)]
+    pub(crate) preload: Vec<String>,
+    /// Read these models into memory at the start, and keep them there
+    #[arg(long, value_name = "MODEL", num_args = 1..)]
+    pub(crate) pin: Vec<String>,
+    /// TOML file with any of these settings; flags go before it
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) config: Option<PathBuf>,
+    /// Drop a model from memory when it was not used for so many seconds [default: when its room is wanted]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) ttl: Option<u64>,
+    /// Memory at most of all models whose names begin with PREFIX; may be given several times
+    #[arg(long, value_name = "PREFIX=SIZE")]
+    pub(crate) quota: Vec<Quota>,
+    /// Compare chunks of stores with their checksums as they are read (the default)
+    #[arg(long, overrides_with = "no_verify")]
+    verify: bool,
+    /// Do not compare checksums
+    #[arg(long, overrides_with = "verify")]
+    no_verify: bool,
+    /// Loads that run at once, 1 to 256; others wait [default: 16]
+    #[arg(long, value_name = "N")]
+    pub(crate) max_loads: Option<usize>,
+    /// How long running loads may go on after SIGTERM [default: 30]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) drain_seconds: Option<u64>,
+    /// Give a GPU's context back when nothing was loaded there for so long [default: 300]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) gpu_idle_seconds: Option<u64>,
+    /// File with the token that TCP clients must show; or give it in SLLM_STORE_TOKEN
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub(crate) token_file: Option<PathBuf>,
+    /// How log lines look, on standard error: text or json
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    pub(crate) log_format: LogFormat,
+}
+
+impl StartArgs {
+    /// Whether checksums are compared; `None` where nothing was said.
+    pub(crate) fn verify(&self) -> Option<bool> {
+        match (self.verify, self.no_verify) {
+            (true, _) => Some(true),
+            (_, true) => Some(false),
+            _ => None,
+        }
+    }
 }
 
 fn engines() -> impl TypedValueParser<Value = EngineChoice> {

@@ -1,4 +1,4 @@
-//! The `sllm-store` command: convert, export, inspect, verify, load and prefetch checkpoints.
+//! The `sllm-store` command: convert, export, inspect, verify, load, prefetch and serve checkpoints.
 //!
 //! [`run`] is the whole command, from arguments to exit code. What was typed is parsed in `args`; a module a
 //! subcommand resolves it (opens the checkpoint, names the device), runs it and gives an `Answer`; `output` writes
@@ -19,6 +19,7 @@ mod output;
 mod prefetch;
 mod progress;
 mod size;
+mod start;
 mod verify;
 
 use std::ffi::OsString;
@@ -48,6 +49,7 @@ fn dispatch(command: &Command, typed: &[OsString]) -> u8 {
         Command::Verify(args) => with_session(&args.output, |session| verify::run(args, session)),
         Command::Load(args) => with_session(&args.output, |session| load::run(args, session)),
         Command::Prefetch(args) => with_session(&args.output, |session| prefetch::run(args, typed, session)),
+        Command::Start(args) => output::finish(start::run(args), false),
         Command::Completions(args) => output::finish(Ok(completions::run(args)), false),
     }
 }

@@ -1,0 +1,241 @@
+//! Where the server listens, and the connections that come from there.
+
+use std::ffi::OsString;
+use std::io;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Access, FlockOperation, Mode};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use serde::{Deserialize, Deserializer};
+use sllm_core::{Error, Result};
+
+/// Who may use a socket: its owner and group.
+const SOCKET_MODE: u32 = 0o660;
+
+/// An address to listen at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// A Unix socket.
+    Unix(PathBuf),
+    /// `host:port`.
+    Tcp(String),
+}
+
+impl std::str::FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Address, String> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            let path = path.strip_prefix("//").unwrap_or(path);
+            return if path.starts_with('/') {
+                Ok(Address::Unix(path.into()))
+            } else {
+                Err("a Unix socket is unix: and an absolute path, such as unix:/run/sllm-store.sock".into())
+            };
+        }
+        let port =
+            text.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, port)| port.parse::<u16>().ok());
+        match port {
+            Some(_) => Ok(Address::Tcp(text.to_owned())),
+            None => Err("an address is unix:/path or host:port".into()),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Address {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Address, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Address::Unix(path) => write!(f, "unix:{}", path.display()),
+            Address::Tcp(address) => f.write_str(address),
+        }
+    }
+}
+
+/// The socket where nothing else is asked for: in the user's runtime directory, else in `/run`, else in `/tmp`.
+pub fn default_socket() -> PathBuf {
+    let writable =
+        |dir: &PathBuf| dir.is_absolute() && rustix::fs::access(dir, Access::WRITE_OK | Access::EXEC_OK).is_ok();
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    let dir = runtime.into_iter().chain([PathBuf::from("/run")]).find(writable);
+    match dir {
+        Some(dir) => dir.join("sllm-store.sock"),
+        None => PathBuf::from(format!("/tmp/sllm-store-{}.sock", rustix::process::getuid().as_raw())),
+    }
+}
+
+/// Sockets that listen.
+#[derive(Debug)]
+pub(crate) enum Listener {
+    Unix(UnixListener, SocketFile),
+    Tcp(TcpListener),
+}
+
+/// A socket's place in the file system, removed when dropped unless somebody else took it.
+#[derive(Debug)]
+pub(crate) struct SocketFile {
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if self.path.symlink_metadata().is_ok_and(|now| (now.dev(), now.ino()) == self.inode) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+impl Listener {
+    /// Listens at an address; `secret`: clients from elsewhere must show a token.
+    pub(crate) fn bind(address: &Address, secret: bool) -> Result<Vec<Listener>> {
+        match address {
+            Address::Unix(path) => Ok(vec![bind_unix(path)?]),
+            Address::Tcp(text) => {
+                let addresses: Vec<SocketAddr> = text.to_socket_addrs().map_err(cannot("resolve", text))?.collect();
+                if let Some(open) = addresses.iter().find(|address| !address.ip().is_loopback())
+                    && !secret
+                {
+                    return Err(Error::Invalid(format!(
+                        "{open} can be reached from other machines, who may then read every model: give --token-file (or \
+                         SLLM_STORE_TOKEN), or listen on 127.0.0.1"
+                    )));
+                }
+                let bound = addresses.iter().map(|address| bind_tcp(*address));
+                let bound = bound.collect::<Result<Vec<Listener>>>()?;
+                if bound.is_empty() {
+                    return Err(Error::Invalid(format!("{text} names no address")));
+                }
+                Ok(bound)
+            }
+        }
+    }
+
+    /// Its address, with the port that it got.
+    pub(crate) fn address(&self) -> Address {
+        match self {
+            Listener::Unix(_, file) => Address::Unix(file.path.clone()),
+            Listener::Tcp(listener) => {
+                Address::Tcp(listener.local_addr().map_or_else(|e| e.to_string(), |address| address.to_string()))
+            }
+        }
+    }
+}
+
+/// Listens on a TCP address.
+pub(crate) fn bind_tcp(address: SocketAddr) -> Result<Listener> {
+    let listener = TcpListener::bind(address).map_err(cannot("listen on", address.to_string()))?;
+    listener.set_nonblocking(true).map_err(cannot("listen on", address.to_string()))?;
+    Ok(Listener::Tcp(listener))
+}
+
+fn bind_unix(path: &Path) -> Result<Listener> {
+    let fail = |e: rustix::io::Errno| cannot("listen on", path)(e.into());
+    let dir = path.parent().unwrap_or(Path::new("/"));
+    // Two servers that start at once take turns at finding out whether the socket is in use.
+    let turn = std::fs::File::open(dir).map_err(cannot("open", dir))?;
+    rustix::fs::flock(&turn, FlockOperation::LockExclusive).map_err(|e| cannot("lock", dir)(e.into()))?;
+    remove_stale(path)?;
+    let address = SocketAddrUnix::new(path).map_err(fail)?;
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(fail)?;
+    // The file gets the socket's mode, less the umask: nobody else can connect before it is set below.
+    rustix::fs::fchmod(&socket, Mode::from_raw_mode(SOCKET_MODE)).map_err(fail)?;
+    rustix::net::bind(&socket, &address).map_err(fail)?;
+    let made = path.symlink_metadata().map_err(cannot("inspect", path))?;
+    let file = SocketFile { path: path.to_owned(), inode: (made.dev(), made.ino()) };
+    std::fs::set_permissions(path, PermissionsExt::from_mode(SOCKET_MODE)).map_err(cannot("set the mode of", path))?;
+    rustix::net::listen(&socket, 1024).map_err(fail)?;
+    Ok(Listener::Unix(socket.into(), file))
+}
+
+/// Removes a socket at which nobody answers; an error where somebody does, or where something else is there.
+fn remove_stale(path: &Path) -> Result<()> {
+    match path.symlink_metadata() {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(cannot("inspect", path)(e)),
+        Ok(there) if !there.file_type().is_socket() => {
+            let path = path.display();
+            return Err(Error::Invalid(format!("{path} is there and is no socket: choose another path")));
+        }
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).map_err(cannot("remove the left socket", path))
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(cannot("ask who listens on", path)(e)),
+        Ok(_) => {
+            let path = path.display();
+            Err(Error::Invalid(format!("a server listens on {path} already: stop it, or give --listen another path")))
+        }
+    }
+}
+
+fn cannot(what: &'static str, on: impl Into<OsString>) -> impl FnOnce(io::Error) -> Error {
+    let path = PathBuf::from(on.into());
+    move |source| Error::Io { what, path, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_told_apart() {
+        assert_eq!("unix:/run/a.sock".parse(), Ok(Address::Unix("/run/a.sock".into())));
+        assert_eq!("unix:///run/a.sock".parse(), Ok(Address::Unix("/run/a.sock".into())));
+        assert_eq!("[::1]:80".parse(), Ok(Address::Tcp("[::1]:80".into())));
+        for wrong in ["", "unix:", "unix:a.sock", "8073", ":8073", "host", "host:port", "host:99999"] {
+            assert!(wrong.parse::<Address>().is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_left_socket_is_replaced_and_a_live_one_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let bind = || Listener::bind(&Address::Unix(path.clone()), false);
+        // As a server leaves it that was killed.
+        drop(UnixListener::bind(&path).unwrap());
+        let live = bind().unwrap();
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, SOCKET_MODE);
+        assert!(bind().unwrap_err().to_string().contains("already"));
+        UnixStream::connect(&path).unwrap();
+        drop(live);
+        assert!(!path.exists());
+        std::fs::write(&path, "precious").unwrap();
+        assert!(bind().unwrap_err().to_string().contains("no socket"));
+        assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+    }
+
+    #[test]
+    fn a_socket_that_another_server_took_over_is_left_to_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let first = bind_unix(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let second = bind_unix(&path).unwrap();
+        drop(first);
+        UnixStream::connect(&path).unwrap();
+        drop(second);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn addresses_that_others_reach_need_a_token() {
+        let anywhere = Address::Tcp("0.0.0.0:0".into());
+        assert!(Listener::bind(&anywhere, false).unwrap_err().to_string().contains("token"));
+        assert_eq!(Listener::bind(&anywhere, true).unwrap().len(), 1);
+        assert_eq!(Listener::bind(&Address::Tcp("127.0.0.1:0".into()), false).unwrap().len(), 1);
+    }
+}

@@ -1,0 +1,245 @@
+//! The models that the server knows: opened checkpoints by name.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::os::fd::AsRawFd;
+use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use sllm_core::Checkpoint;
+use tonic::{Code, Status};
+
+use crate::fault::{self, invalid, refused};
+use crate::pool::Pool;
+use crate::preload::Preloads;
+
+/// How long files of a model stay open that nobody uses and of which nothing is resident.
+const KEPT_OPEN: Duration = Duration::from_secs(600);
+/// Models that stay open at most, where they are unused: each keeps its files open.
+const MAX_OPEN: usize = 256;
+/// Bytes of a name at most, as of a path.
+const MAX_NAME: usize = 4096;
+
+/// A model that was opened.
+#[derive(Debug)]
+pub(crate) struct Model {
+    /// Its path below the storage path.
+    pub(crate) name: String,
+    pub(crate) checkpoint: Checkpoint,
+    /// Bytes of its files.
+    pub(crate) len: u64,
+    registered: AtomicBool,
+    loads: AtomicU32,
+    used: Mutex<Instant>,
+    pub(crate) preloads: Preloads,
+}
+
+impl Model {
+    pub(crate) fn is_registered(&self) -> bool {
+        self.registered.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn register(&self) {
+        self.registered.store(true, Ordering::Relaxed);
+    }
+
+    /// Loads that run.
+    pub(crate) fn loads(&self) -> u32 {
+        self.loads.load(Ordering::Relaxed)
+    }
+
+    /// Time since a load of it began or ended.
+    pub(crate) fn idle(&self) -> Duration {
+        self.used.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+
+    fn touch(&self) {
+        *self.used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+    }
+}
+
+/// A model while a load uses it.
+#[derive(Debug)]
+pub(crate) struct InUse(Arc<Model>);
+
+impl InUse {
+    pub(crate) fn new(model: &Arc<Model>) -> InUse {
+        model.loads.fetch_add(1, Ordering::Relaxed);
+        model.touch();
+        InUse(Arc::clone(model))
+    }
+}
+
+impl std::ops::Deref for InUse {
+    type Target = Model;
+
+    fn deref(&self) -> &Model {
+        &self.0
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.touch();
+        self.loads.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// What stays of a model whose files have changed.
+#[derive(Debug, Clone, Copy, Default)]
+struct Stale {
+    registered: bool,
+    pinned: bool,
+}
+
+/// All models by name. Everything here may block, on file systems.
+#[derive(Debug)]
+pub(crate) struct Models {
+    /// The storage path, without links.
+    root: PathBuf,
+    pool: Arc<Pool>,
+    open: Mutex<BTreeMap<String, Arc<Model>>>,
+}
+
+impl Models {
+    pub(crate) fn new(root: PathBuf, pool: Arc<Pool>) -> Models {
+        Models { root, pool, open: Mutex::default() }
+    }
+
+    /// The model of this name, opened if it was not, and anew if its files have changed.
+    pub(crate) fn open(&self, name: &str) -> Result<Arc<Model>, Status> {
+        let (name, path) = self.find(name)?;
+        let known = self.known(&name);
+        let stale = match known {
+            Some(known) if known.checkpoint.is_current() => return Ok(known),
+            stale => stale.map(|stale| self.drop_stale(&stale)),
+        };
+        let checkpoint = Checkpoint::open(&path).map_err(|e| fault::status(&e))?;
+        self.check_inside(&checkpoint)?;
+        let Stale { registered, pinned } = stale.unwrap_or_default();
+        let model = Arc::new(Model {
+            len: checkpoint.files().iter().map(|file| file.len()).sum(),
+            name,
+            checkpoint,
+            registered: AtomicBool::new(registered),
+            loads: AtomicU32::new(0),
+            used: Mutex::new(Instant::now()),
+            preloads: Preloads::default(),
+        });
+        if let Some(cache) = self.pool.made().filter(|_| pinned)
+            && let Err(error) = cache.pin(&model.checkpoint)
+        {
+            tracing::warn!(model = %model.name, error = %error.chain(), "the changed model is not pinned any more");
+        }
+        self.lock().insert(model.name.clone(), Arc::clone(&model));
+        Ok(model)
+    }
+
+    /// The model of this name, if it is open.
+    pub(crate) fn get(&self, name: &str) -> Result<Option<Arc<Model>>, Status> {
+        // A model that is gone from the disk may be resident: what was typed is its name then.
+        let name = match self.find(name) {
+            Ok((name, _)) => name,
+            Err(status) if status.code() == Code::NotFound => name.trim_matches('/').to_owned(),
+            Err(status) => return Err(status),
+        };
+        Ok(self.known(&name))
+    }
+
+    /// All that are open, by name.
+    pub(crate) fn all(&self) -> Vec<Arc<Model>> {
+        self.lock().values().cloned().collect()
+    }
+
+    /// Forgets those of which nothing runs, and that any of them was registered.
+    pub(crate) fn forget(&self) {
+        self.forget_if(|_| true);
+        self.lock().values().for_each(|model| model.registered.store(false, Ordering::Relaxed));
+    }
+
+    /// Closes what lies idle.
+    pub(crate) fn sweep(&self) {
+        let crowded = self.lock().len() > MAX_OPEN;
+        self.forget_if(|model| {
+            let idle = crowded || model.idle() > KEPT_OPEN;
+            let kept = model.is_registered() || self.pool.is_pinned(&model.checkpoint);
+            idle && !kept && self.pool.resident_len(&model.checkpoint) == 0
+        });
+    }
+
+    fn forget_if(&self, goes: impl Fn(&Model) -> bool) {
+        let idle = |model: &Model| model.loads() == 0 && !model.preloads.is_running();
+        let going: Vec<_> = self.all().into_iter().filter(|model| idle(model) && goes(model)).collect();
+        let mut open = self.lock();
+        for model in going {
+            if idle(&model) && open.get(&model.name).is_some_and(|now| Arc::ptr_eq(now, &model)) {
+                open.remove(&model.name);
+            }
+        }
+    }
+
+    /// Forgets a model whose files have changed, and what is resident of them.
+    fn drop_stale(&self, old: &Arc<Model>) -> Stale {
+        tracing::warn!(model = %old.name, "the files have changed: what was resident of them is dropped");
+        let stale = Stale { registered: old.is_registered(), pinned: self.pool.is_pinned(&old.checkpoint) };
+        if let Some(cache) = self.pool.made() {
+            cache.unpin(&old.checkpoint);
+            cache.evict(&old.checkpoint);
+        }
+        let mut open = self.lock();
+        if open.get(&old.name).is_some_and(|now| Arc::ptr_eq(now, old)) {
+            open.remove(&old.name);
+        }
+        stale
+    }
+
+    /// Name and path of what is asked for: inside the storage path, whatever links lead to it.
+    fn find(&self, asked: &str) -> Result<(String, PathBuf), Status> {
+        if asked.is_empty() {
+            return Err(invalid("the model's name is empty: give its path below the storage path"));
+        }
+        if asked.len() > MAX_NAME || asked.contains('\0') {
+            return Err(invalid("the model's name is no path"));
+        }
+        let typed = Path::new(asked);
+        let outside = || invalid(format!("{asked:?} is not inside the storage path, {}", self.root.display()));
+        if typed.components().any(|part| part == Component::ParentDir) {
+            return Err(outside());
+        }
+        // An absolute path goes in the place of the root here.
+        let path = self.root.join(typed).canonicalize().map_err(|e| match (typed.is_absolute(), e.kind()) {
+            // Whether something is there outside is nobody's to know.
+            (true, _) if !typed.starts_with(&self.root) => outside(),
+            (_, std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
+                refused(Code::NotFound, format!("there is no model {asked:?} in {}", self.root.display()))
+            }
+            _ => refused(Code::PermissionDenied, format!("the model {asked:?} cannot be reached: {e}")),
+        })?;
+        let name = path.strip_prefix(&self.root).map_err(|_| outside())?;
+        let name = name.to_str().ok_or_else(|| invalid(format!("{}: the path is not UTF-8", name.display())))?;
+        Ok((if name.is_empty() { ".".to_owned() } else { name.to_owned() }, path.clone()))
+    }
+
+    /// Whether the files that were opened lie inside the storage path, whatever their names were when they were.
+    fn check_inside(&self, checkpoint: &Checkpoint) -> Result<(), Status> {
+        for file in checkpoint.files() {
+            let link = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
+            let real = std::fs::read_link(&link);
+            let real = real.map_err(|e| refused(Code::Internal, format!("{link} cannot be read: {e}")))?;
+            if !real.starts_with(&self.root) {
+                return Err(invalid(format!("{} leads out of the storage path", file.path().display())));
+            }
+        }
+        Ok(())
+    }
+
+    fn known(&self, name: &str) -> Option<Arc<Model>> {
+        self.lock().get(name).cloned()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Model>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,91 @@
+//! The pool: made when it is first needed.
+
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use sllm_core::{Cache, Checkpoint, Device, Result};
+
+use crate::config::Quota;
+
+/// Threads that touch and pin the pool's memory: more of them do not make the kernel faster.
+const PREPARING: usize = 8;
+
+/// The memory that keeps models.
+#[derive(Debug)]
+pub(crate) struct Pool {
+    chunk_len: u64,
+    len: u64,
+    quotas: Vec<Quota>,
+    cache: OnceLock<Cache>,
+    making: Mutex<()>,
+}
+
+impl Pool {
+    pub(crate) fn new(chunk_len: u64, len: u64, mut quotas: Vec<Quota>) -> Pool {
+        // Of several prefixes the longest is meant.
+        quotas.sort_by_key(|quota| std::cmp::Reverse(quota.prefix.len()));
+        Pool { chunk_len, len, quotas, cache: OnceLock::new(), making: Mutex::default() }
+    }
+
+    /// What was made of it, if it was.
+    pub(crate) fn made(&self) -> Option<&Cache> {
+        self.cache.get()
+    }
+
+    /// The cache, which the first call makes. Blocks.
+    pub(crate) fn cache(&self) -> Result<&Cache> {
+        if let Some(cache) = self.cache.get() {
+            return Ok(cache);
+        }
+        let _making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(cache) = self.cache.get() {
+            return Ok(cache);
+        }
+        // Memory that one device's driver has pinned is pinned for all.
+        let device = if Device::cuda_count() > 0 { Some(Device::cuda(0)?) } else { None };
+        let cache = Cache::new(self.chunk_len, self.len, device.as_ref())?;
+        if device.is_some() {
+            let preparing = cache.clone();
+            let threads = std::thread::available_parallelism().map_or(1, usize::from).min(PREPARING);
+            let work = move || {
+                preparing.prepare(threads);
+                let usage = preparing.usage();
+                let refusal = usage.refusal.as_deref().unwrap_or("none");
+                tracing::info!(
+                    page_locked = usage.page_locked,
+                    capacity = usage.capacity,
+                    refusal,
+                    "the pool is prepared"
+                );
+            };
+            if let Err(error) = std::thread::Builder::new().name("pool".into()).spawn(work) {
+                // Loads pin what they need.
+                tracing::warn!(%error, "the pool is not prepared in the background");
+            }
+        }
+        Ok(self.cache.get_or_init(|| cache))
+    }
+
+    /// The cache for a load of a model, whose group's limit it now knows. Blocks.
+    pub(crate) fn cache_for(&self, name: &str, checkpoint: &Checkpoint) -> Result<Cache> {
+        let cache = self.cache()?;
+        if let Some(quota) = self.quotas.iter().find(|quota| name.starts_with(&quota.prefix)) {
+            cache.limit(checkpoint, &quota.prefix, quota.len);
+        }
+        Ok(cache.clone())
+    }
+
+    /// Bytes of a checkpoint that are resident.
+    pub(crate) fn resident_len(&self, checkpoint: &Checkpoint) -> u64 {
+        self.made().map_or(0, |cache| cache.resident_len(checkpoint))
+    }
+
+    /// Whether a checkpoint is kept.
+    pub(crate) fn is_pinned(&self, checkpoint: &Checkpoint) -> bool {
+        self.made().is_some_and(|cache| cache.is_pinned(checkpoint))
+    }
+
+    /// Drops a checkpoint; gives its bytes.
+    pub(crate) fn evict(&self, checkpoint: &Checkpoint) -> u64 {
+        self.made().map_or(0, |cache| cache.evict(checkpoint))
+    }
+}

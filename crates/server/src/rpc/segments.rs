@@ -1,0 +1,149 @@
+//! What clients want moved, as the core takes it: every number checked.
+
+use sllm_core::{Block, Device, Segment};
+use sllm_proto::storage::MemCopyChunk;
+use sllm_proto::store;
+use tonic::Status;
+
+use crate::fault::invalid;
+
+/// The segments of a batch, and the blocks that they name. `files` has the places of the client's files.
+///
+/// That segments lie inside their files and blocks, and write no byte twice, is checked by the plan.
+pub(super) fn of_batch(
+    segments: &[store::Segment],
+    files: &[usize],
+    blocks: &[Block],
+) -> Result<(Vec<Segment>, Vec<Block>), Status> {
+    // Only the blocks of this batch are loaded into: a session may have many.
+    let mut used = Vec::new();
+    let mut places = vec![None; blocks.len()];
+    let mut out = Vec::with_capacity(segments.len());
+    for segment in segments {
+        let file = usize::try_from(segment.file).ok().and_then(|file| files.get(file));
+        let file =
+            *file.ok_or_else(|| invalid(format!("there is no file {}: {} were named", segment.file, files.len())))?;
+        let missing = || invalid(format!("there is no block {}: {} are attached", segment.block, blocks.len()));
+        let at = usize::try_from(segment.block).map_err(|_| missing())?;
+        let block = blocks.get(at).ok_or_else(missing)?;
+        let block = *places[at].get_or_insert_with(|| {
+            used.push(block.clone());
+            used.len() - 1
+        });
+        let rows = segment.rows.max(1);
+        // One row has no next one to be told of.
+        let pitch = |told: u64| if rows == 1 { segment.row_len } else { told };
+        out.push(Segment {
+            file,
+            offset: segment.offset,
+            row_len: segment.row_len,
+            rows,
+            src_pitch: pitch(segment.src_pitch),
+            block,
+            dst_offset: segment.dst_offset,
+            dst_pitch: pitch(segment.dst_pitch),
+        });
+    }
+    Ok((out, used))
+}
+
+/// Segments of the original's chunks, whose offsets count over all files, one after the other. `first_block` is the
+/// place of the handles' first block.
+pub(super) fn of_chunks(
+    chunks: &[MemCopyChunk],
+    files: &[u64],
+    handles: usize,
+    first_block: usize,
+) -> Result<Vec<Segment>, Status> {
+    let mut starts = Vec::with_capacity(files.len());
+    let mut total = 0u64;
+    for len in files {
+        starts.push(total);
+        total = total.checked_add(*len).ok_or_else(|| invalid("the files are longer than 64 bits can count"))?;
+    }
+    let mut out = Vec::with_capacity(chunks.len());
+    for chunk in chunks {
+        let end = chunk.src_offset.checked_add(chunk.size).filter(|&end| end <= total);
+        let outside = || invalid(format!("{chunk:?} passes the model's {total} bytes"));
+        let end = end.ok_or_else(outside)?;
+        chunk
+            .dst_offset
+            .checked_add(chunk.size)
+            .ok_or_else(|| invalid(format!("{chunk:?} passes every memory's end")))?;
+        let handle = usize::try_from(chunk.handle_idx).ok().filter(|&handle| handle < handles);
+        let handle = handle.ok_or_else(|| invalid(format!("{chunk:?} names no handle: {handles} were given")))?;
+        // A chunk may lie over the ends of files.
+        let mut at = chunk.src_offset;
+        let mut file = starts.partition_point(|&start| start <= at).saturating_sub(1);
+        while at < end {
+            let stop = end.min(starts[file] + files[file]);
+            if at < stop {
+                let to = chunk.dst_offset + (at - chunk.src_offset);
+                out.push(Segment::contiguous(file, at - starts[file], stop - at, first_block + handle, to));
+            }
+            at = stop;
+            file += 1;
+        }
+    }
+    Ok(out)
+}
+
+/// The devices of blocks, each once.
+pub(super) fn devices(blocks: &[Block]) -> Vec<Device> {
+    let mut devices: Vec<Device> = Vec::new();
+    for block in blocks {
+        if !devices.iter().any(|device| device.id() == block.device().id()) {
+            devices.push(block.device().clone());
+        }
+    }
+    if devices.is_empty() { vec![Device::host()] } else { devices }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chunk(src_offset: u64, size: u64, dst_offset: u64, handle_idx: u64) -> MemCopyChunk {
+        MemCopyChunk { src_offset, size, dst_offset, handle_idx }
+    }
+
+    #[test]
+    fn chunks_are_cut_where_files_end() {
+        // An empty file is passed over.
+        let segments = of_chunks(&[chunk(6, 10, 100, 1), chunk(0, 0, 0, 0)], &[10, 0, 4, 5], 2, 3).unwrap();
+        let parts = [(0, 6, 4, 4, 100), (2, 0, 4, 4, 104), (3, 0, 2, 4, 108)];
+        let parts = parts.map(|(file, offset, len, block, to)| Segment::contiguous(file, offset, len, block, to));
+        assert_eq!(segments, parts);
+    }
+
+    #[test]
+    fn chunks_that_pass_an_end_or_name_no_handle_are_refused() {
+        for wrong in [
+            chunk(0, 11, 0, 0),
+            chunk(11, 0, 0, 0),
+            chunk(u64::MAX, 1, 0, 0),
+            chunk(1, u64::MAX, 0, 0),
+            chunk(0, 10, u64::MAX, 0),
+            chunk(0, 1, 0, 1),
+            chunk(0, 1, 0, u64::MAX),
+        ] {
+            assert!(of_chunks(&[wrong], &[4, 6], 1, 0).is_err(), "{wrong:?}");
+        }
+        assert!(of_chunks(&[chunk(0, 1, 0, 0)], &[u64::MAX, 1], 1, 0).is_err());
+    }
+
+    #[test]
+    fn segments_name_files_and_blocks_that_are_there() {
+        let block = Block::alloc(&Device::host(), 8).unwrap();
+        let blocks = vec![Block::alloc(&Device::host(), 4).unwrap(), block];
+        let segment =
+            |file, block, rows| store::Segment { file, block, rows, row_len: 4, src_pitch: 9, ..Default::default() };
+        let (segments, used) = of_batch(&[segment(0, 1, 0), segment(0, 1, 2)], &[5], &blocks).unwrap();
+        assert_eq!((used.len(), used[0].len()), (1, 8));
+        assert_eq!(segments[0], Segment::contiguous(5, 0, 4, 0, 0));
+        assert_eq!((segments[1].rows, segments[1].src_pitch), (2, 9));
+        for wrong in [segment(1, 0, 0), segment(0, 2, 0), segment(u32::MAX, u32::MAX, 0)] {
+            assert!(of_batch(&[wrong], &[5], &blocks).is_err(), "{wrong:?}");
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! A client's session: what it opens, attaches and has moved, until its stream ends.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sllm_core::{Block, LoadReport, SharedMemory};
+use sllm_proto::store::load_event::Kind as Event;
+use sllm_proto::store::load_request::Kind as Asked;
+use sllm_proto::store::{Attach, Batch, Done, LoadEvent, LoadRequest, Open, Opened, Progress, attach};
+use tokio::sync::mpsc;
+use tonic::{Code, Status, Streaming};
+
+use super::segments;
+use crate::devices::{OpenDevice, Uuid};
+use crate::fault::{self, invalid, refused};
+use crate::jobs::{Job, Stop, Why};
+use crate::memory::{Mapping, Ticket};
+use crate::metrics::Kind;
+use crate::models::InUse;
+use crate::store::Store;
+
+/// Blocks of a session at most.
+const MAX_BLOCKS: usize = 1 << 20;
+
+/// Events on their way to a client.
+pub(crate) type Events = mpsc::Sender<Result<LoadEvent, Status>>;
+
+/// Talks with a client until one of the two has had enough.
+pub(crate) async fn serve(store: Arc<Store>, requests: Streaming<LoadRequest>, events: Events) {
+    let mut talk = Talk { requests, events, ahead: None };
+    let mut attached = Attached::default();
+    if let Err(status) = run(&store, &mut talk, &mut attached).await {
+        // A client that is gone is not told.
+        let _ = talk.events.send(Err(status)).await;
+    }
+    // Closing a handle asks the driver, and unmapping the kernel.
+    let _ = tokio::task::spawn_blocking(move || drop(attached)).await;
+}
+
+async fn run(store: &Arc<Store>, talk: &mut Talk, attached: &mut Attached) -> Result<(), Status> {
+    let model = match talk.next(store).await? {
+        None => return Ok(()),
+        Some(Asked::Open(open)) => open_model(store, open).await?,
+        Some(_) => return Err(invalid("the first message of a stream opens a model")),
+    };
+    let Some((model, files)) = talk.opened(store, model).await else { return Ok(()) };
+    let model = Arc::new(model);
+    loop {
+        match talk.next(store).await? {
+            None => return Ok(()),
+            Some(Asked::Open(_)) => return Err(invalid("the stream has opened a model already")),
+            Some(Asked::Attach(attach)) => *attached = attach_memory(store, std::mem::take(attached), attach).await?,
+            Some(Asked::Batch(batch)) => move_batch(store, talk, attached, &model, &files, batch).await?,
+        }
+    }
+}
+
+/// The two directions of a stream.
+struct Talk {
+    requests: Streaming<LoadRequest>,
+    events: Events,
+    /// What came while a batch was moved.
+    ahead: Option<Option<LoadRequest>>,
+}
+
+impl Talk {
+    /// The next message; `None` when the client has no more or is gone.
+    async fn next(&mut self, store: &Store) -> Result<Option<Asked>, Status> {
+        let message = match self.ahead.take() {
+            Some(message) => message,
+            None => tokio::select! {
+                message = self.requests.message() => message?,
+                () = self.events.closed() => None,
+                () = store.jobs.closed() => return Err(Why::ShuttingDown.status()),
+            },
+        };
+        match message {
+            None => Ok(None),
+            Some(LoadRequest { kind: Some(kind) }) => Ok(Some(kind)),
+            Some(LoadRequest { kind: None }) => Err(invalid("a message says nothing, or what a later version knows")),
+        }
+    }
+
+    /// Tells the client; `false` where it is gone.
+    async fn tell(&self, event: Event) -> bool {
+        self.events.send(Ok(LoadEvent { kind: Some(event) })).await.is_ok()
+    }
+
+    /// Tells the client how far a batch is, unless it is slow in hearing.
+    fn tell_progress(&self, now: sllm_core::Progress) {
+        let progress = Progress { done: now.done, total: now.total };
+        let _ = self.events.try_send(Ok(LoadEvent { kind: Some(Event::Progress(progress)) }));
+    }
+
+    async fn opened(&self, store: &Store, (model, files): (InUse, Vec<usize>)) -> Option<(InUse, Vec<usize>)> {
+        let opened = Opened { total: model.len, resident: store.pool.resident_len(&model.checkpoint) };
+        self.tell(Event::Opened(opened)).await.then_some((model, files))
+    }
+}
+
+/// Opens a model whose files are those that the client sees. Gives the places of the client's files among ours.
+async fn open_model(store: &Arc<Store>, open: Open) -> Result<(InUse, Vec<usize>), Status> {
+    let model = store.open(&open.model).await?;
+    let differs = |reason: String| refused(Code::FailedPrecondition, format!("{}: {reason}", model.name));
+    let ours = model.checkpoint.files();
+    let by_name: HashMap<&str, usize> = ours.iter().enumerate().map(|(at, file)| (file.name(), at)).collect();
+    let mut places = Vec::with_capacity(open.files.len());
+    for theirs in &open.files {
+        let name = &theirs.name;
+        let Some(&at) = by_name.get(name.as_str()) else {
+            return Err(differs(format!("the server has no data file {name:?}")));
+        };
+        let mine = (ours[at].len(), ours[at].modified());
+        let seen = (theirs.len, (theirs.modified_s, i64::from(theirs.modified_ns)));
+        if mine != seen {
+            return Err(differs(format!(
+                "the server's {name} has {} bytes, last changed at {:?}; the client's has {}, at {:?}",
+                mine.0, mine.1, seen.0, seen.1
+            )));
+        }
+        places.push(at);
+    }
+    Ok((InUse::new(&model), places))
+}
+
+/// Memory of a client, as long as it is its.
+#[derive(Default)]
+struct Attached {
+    blocks: Vec<Block>,
+    mappings: HashMap<Ticket, Arc<Mapping>>,
+    memories: HashMap<(Uuid, [u8; 64]), SharedMemory>,
+    devices: HashMap<Uuid, OpenDevice>,
+}
+
+async fn attach_memory(store: &Arc<Store>, mut attached: Attached, attach: Attach) -> Result<Attached, Status> {
+    if attached.blocks.len() >= MAX_BLOCKS {
+        return Err(invalid(format!("a session has {MAX_BLOCKS} blocks at most")));
+    }
+    let store = Arc::clone(store);
+    let work = move || {
+        let block = match &attach.memory {
+            Some(attach::Memory::Ticket(ticket)) => attached.host_block(&store, ticket, attach.offset, attach.len),
+            Some(attach::Memory::Cuda(cuda)) => {
+                attached.cuda_block(&store, &cuda.device, &cuda.handle, attach.offset, attach.len)
+            }
+            None => Err(invalid("the memory to attach is missing")),
+        };
+        block.map(|block| {
+            attached.blocks.push(block);
+            attached
+        })
+    };
+    crate::store::blocking(work).await?
+}
+
+impl Attached {
+    fn host_block(&mut self, store: &Store, ticket: &[u8], offset: u64, len: u64) -> Result<Block, Status> {
+        let wrong = || invalid("no memory waits under this ticket: pass it first, over the same Unix socket");
+        let ticket = Ticket::try_from(ticket).map_err(|_| wrong())?;
+        let mapping = match self.mappings.get(&ticket) {
+            Some(mapping) => mapping,
+            None => {
+                let mapping = store.tickets.take(&ticket).ok_or_else(wrong)?;
+                self.mappings.entry(ticket).or_insert(mapping)
+            }
+        };
+        let whole = mapping.len();
+        let outside =
+            || invalid(format!("{len} bytes from {offset} are not inside the {whole} bytes that were passed"));
+        mapping.block(offset, len).ok_or_else(outside)
+    }
+
+    fn cuda_block(
+        &mut self,
+        store: &Store,
+        uuid: &[u8],
+        handle: &[u8],
+        offset: u64,
+        len: u64,
+    ) -> Result<Block, Status> {
+        let uuid = Uuid::try_from(uuid).map_err(|_| invalid("a device's UUID has 16 bytes"))?;
+        let handle = <[u8; 64]>::try_from(handle).map_err(|_| invalid("a CUDA IPC handle has 64 bytes"))?;
+        if !self.memories.contains_key(&(uuid, handle)) {
+            let device = match self.devices.get(&uuid) {
+                Some(device) => device.clone(),
+                None => store.devices.open(&uuid)?,
+            };
+            let memory = SharedMemory::open(device.device(), &handle).map_err(|e| attach_fault(&e))?;
+            self.devices.insert(uuid, device);
+            self.memories.insert((uuid, handle), memory);
+        }
+        let memory = self.memories.get(&(uuid, handle)).ok_or_else(|| invalid("the memory is gone"))?;
+        memory.block(offset, len).map_err(|e| attach_fault(&e))
+    }
+}
+
+/// A handle that leads nowhere, or a range outside what it leads to, is the client's mistake.
+pub(super) fn attach_fault(error: &sllm_core::Error) -> Status {
+    use sllm_core::{DeviceError, Error};
+    match error {
+        Error::Device(DeviceError::NotOpened { .. } | DeviceError::OutsideShared { .. }) => invalid(error.chain()),
+        _ => fault::status(error),
+    }
+}
+
+/// Moves a batch, and says so.
+async fn move_batch(
+    store: &Arc<Store>,
+    talk: &mut Talk,
+    attached: &Attached,
+    model: &Arc<InUse>,
+    files: &[usize],
+    batch: Batch,
+) -> Result<(), Status> {
+    let deadline = (batch.timeout_ms > 0).then(|| Instant::now() + Duration::from_millis(batch.timeout_ms.into()));
+    let (segments, blocks) = segments::of_batch(&batch.segments, files, &attached.blocks)?;
+    let mut ids: Vec<String> = blocks.iter().map(|block| block.device().id()).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    let kind = if ids.iter().all(|id| id == "host") { Kind::Host } else { Kind::Cuda };
+    let stop = Stop::new();
+    let job = Job::new(&model.name, ids.join(","), kind, stop.clone());
+    let mut progress = job.progress.subscribe();
+
+    // Whatever becomes of the session, mappings stay until nothing is copied any more. Blocks of GPUs keep their own.
+    let mappings: Vec<Arc<Mapping>> = attached.mappings.values().cloned().collect();
+    let (shared, model) = (Arc::clone(store), Arc::clone(model));
+    let run = store.jobs.run(job, move |control| {
+        let control = deadline.into_iter().fold(control, |control, deadline| control.until(deadline));
+        let loader = shared.loader(&model, control)?.devices(segments::devices(&blocks)).build()?;
+        let report = loader.fill_segments(&model.checkpoint, &segments, blocks)?;
+        drop(mappings);
+        shared.count(&report);
+        Ok(report)
+    });
+    tokio::pin!(run);
+    let report = loop {
+        tokio::select! {
+            biased;
+            result = &mut run => break result?,
+            () = talk.events.closed() => {
+                stop.stop(Why::ClientGone);
+                return run.await.map(drop);
+            }
+            message = talk.requests.message(), if talk.ahead.is_none() => match message {
+                Ok(message) => talk.ahead = Some(message),
+                Err(broken) => {
+                    stop.stop(Why::ClientGone);
+                    let _ = run.await;
+                    return Err(broken);
+                }
+            },
+            Ok(()) = progress.changed() => {
+                let now = *progress.borrow_and_update();
+                talk.tell_progress(now);
+            }
+        }
+    };
+    talk.tell(Event::Done(done(&report))).await;
+    Ok(())
+}
+
+fn done(report: &LoadReport) -> Done {
+    Done {
+        bytes: report.bytes,
+        from_pool: report.cached_bytes,
+        from_files: report.read_bytes.saturating_sub(report.cached_bytes),
+        // A report of plain numbers and strings always has a JSON form.
+        report: serde_json::to_string(report).unwrap_or_default(),
+    }
+}

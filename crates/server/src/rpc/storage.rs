@@ -1,0 +1,208 @@
+//! The original's service.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use sllm_core::{Block, Segment, SharedMemory, parse_uuid};
+use sllm_proto::storage::storage_server::Storage;
+use sllm_proto::storage::{
+    ClearMemRequest, ClearMemResponse, ConfirmModelRequest, ConfirmModelResponse, DeviceType, GetServerConfigRequest,
+    GetServerConfigResponse, LoadModelRequest, LoadModelResponse, MemCopyChunkList, MemCopyHandleList,
+    RegisterModelRequest, RegisterModelResponse, UnloadModelRequest, UnloadModelResponse,
+};
+use tonic::{Code, Request, Response, Status};
+
+use super::segments;
+use super::session::attach_fault;
+use crate::devices::OpenDevice;
+use crate::fault::{invalid, refused};
+use crate::jobs::{Job, Stop, Why};
+use crate::metrics::Kind;
+use crate::models::{InUse, Model};
+use crate::preload;
+use crate::replicas;
+use crate::store::{Store, blocking};
+
+/// `storage.Storage`.
+pub(crate) struct StorageRpc(pub(crate) Arc<Store>);
+
+type Answer<T> = Result<Response<T>, Status>;
+
+/// Where to; what no version of the original has is refused.
+fn target(device_type: i32) -> Result<DeviceType, Status> {
+    match DeviceType::try_from(device_type) {
+        Ok(DeviceType::Disk) => Err(Status::unimplemented("models are not written to the disk")),
+        Ok(target) => Ok(target),
+        Err(_) => Err(invalid(format!("there is no device type {device_type}"))),
+    }
+}
+
+#[tonic::async_trait]
+impl Storage for StorageRpc {
+    async fn load_model_async(&self, request: Request<LoadModelRequest>) -> Answer<LoadModelResponse> {
+        let LoadModelRequest { model_path, replica_uuid, chunks, handles, target_device_type } = request.into_inner();
+        match target(target_device_type)? {
+            DeviceType::Gpu => {
+                replicas::check_name(&replica_uuid)?;
+                let model = self.0.open(&model_path).await?;
+                load_to_gpus(&self.0, &model, &replica_uuid, chunks, handles).await?;
+            }
+            _ => {
+                let model = self.0.open(&model_path).await?;
+                if self.0.jobs.is_closed() {
+                    return Err(Why::ShuttingDown.status());
+                }
+                preload::start(&self.0, &model);
+            }
+        }
+        Ok(Response::new(LoadModelResponse { model_path }))
+    }
+
+    async fn confirm_model(&self, request: Request<ConfirmModelRequest>) -> Answer<ConfirmModelResponse> {
+        let ConfirmModelRequest { model_path, replica_uuid, target_device_type } = request.into_inner();
+        let target = target(target_device_type)?;
+        let unknown = || refused(Code::NotFound, format!("no load of {model_path:?} was asked for"));
+        let model = self.0.known(&model_path).await?.ok_or_else(unknown)?;
+        match target {
+            DeviceType::Gpu => self.0.replicas.ended(&model.name, &replica_uuid).await?,
+            _ => model.preloads.last().ok_or_else(unknown)?.ended().await?,
+        }
+        Ok(Response::new(ConfirmModelResponse { model_path, code: 0 }))
+    }
+
+    async fn unload_model(&self, request: Request<UnloadModelRequest>) -> Answer<UnloadModelResponse> {
+        let UnloadModelRequest { model_path, replica_uuid, target_device_type } = request.into_inner();
+        let target = target(target_device_type)?;
+        let absent = || refused(Code::NotFound, format!("{model_path:?} is not in memory"));
+        let model = self.0.known(&model_path).await?.ok_or_else(absent)?;
+        if target == DeviceType::Gpu {
+            if !self.0.replicas.release(&model.name, &replica_uuid).await {
+                return Err(refused(Code::NotFound, format!("{model_path:?} has no replica {replica_uuid:?}")));
+            }
+        } else {
+            let preload = model.preloads.last();
+            if let Some(preload) = &preload {
+                preload.stop(Why::Unloaded);
+                // How it ended was for those who asked for it.
+                let _ = preload.ended().await;
+                model.preloads.clear();
+            }
+            let store = Arc::clone(&self.0);
+            if blocking(move || store.pool.evict(&model.checkpoint)).await? == 0 && preload.is_none() {
+                return Err(absent());
+            }
+        }
+        Ok(Response::new(UnloadModelResponse { model_path, code: 0 }))
+    }
+
+    async fn clear_mem(&self, _: Request<ClearMemRequest>) -> Answer<ClearMemResponse> {
+        let store = Arc::clone(&self.0);
+        let clear = move || {
+            let bytes = store.pool.made().map_or(0, sllm_core::Cache::clear);
+            store.models.forget();
+            bytes
+        };
+        let bytes = blocking(clear).await?;
+        tracing::info!(bytes, "cleared");
+        Ok(Response::new(ClearMemResponse {}))
+    }
+
+    async fn register_model(&self, request: Request<RegisterModelRequest>) -> Answer<RegisterModelResponse> {
+        let model_path = request.into_inner().model_path;
+        let model = self.0.open_any(&model_path).await?;
+        model.register();
+        let too_long = || Status::internal("the model is longer than the answer can say");
+        let model_size = i64::try_from(model.len).map_err(|_| too_long())?;
+        Ok(Response::new(RegisterModelResponse { model_path, model_size }))
+    }
+
+    async fn get_server_config(&self, _: Request<GetServerConfigRequest>) -> Answer<GetServerConfigResponse> {
+        let signed = |len| i64::try_from(len).unwrap_or(i64::MAX);
+        Ok(Response::new(GetServerConfigResponse {
+            mem_pool_size: signed(self.0.config.pool_len),
+            chunk_size: signed(self.0.config.chunk_len),
+        }))
+    }
+}
+
+/// What a load into GPUs needs, all of it checked.
+struct Planned {
+    segments: Vec<Segment>,
+    blocks: Vec<Block>,
+    devices: Vec<OpenDevice>,
+}
+
+/// Opens handles and checks numbers, then copies in the background.
+async fn load_to_gpus(
+    store: &Arc<Store>,
+    model: &Arc<Model>,
+    replica: &str,
+    chunks: HashMap<String, MemCopyChunkList>,
+    handles: HashMap<String, MemCopyHandleList>,
+) -> Result<(), Status> {
+    if store.jobs.is_closed() {
+        return Err(Why::ShuttingDown.status());
+    }
+    if chunks.is_empty() {
+        return Err(invalid("nothing is to be loaded: the request has no chunks"));
+    }
+    if chunks.len() != handles.len() {
+        return Err(invalid(format!("chunks are for {} devices and handles for {}", chunks.len(), handles.len())));
+    }
+    let (shared, opened) = (Arc::clone(store), Arc::clone(model));
+    let planned = blocking(move || plan(&shared, &opened, &chunks, &handles)).await??;
+
+    let stop = Stop::new();
+    let told = store.replicas.begin(&model.name, replica, stop.clone())?;
+    let mut ids: Vec<String> = planned.blocks.iter().map(|block| block.device().id()).collect();
+    ids.sort_unstable();
+    ids.dedup();
+    let job = Job::new(&model.name, ids.join(","), Kind::Cuda, stop);
+    let (store, model) = (Arc::clone(store), InUse::new(model));
+    tokio::spawn(async move {
+        let shared = Arc::clone(&store);
+        let run = store.jobs.run(job, move |control| {
+            let Planned { segments, blocks, devices } = planned;
+            let loader = shared.loader(&model, control)?.devices(segments::devices(&blocks)).build()?;
+            // The blocks close their handles when the copies are done, on this thread.
+            let report = loader.fill_segments(&model.checkpoint, &segments, blocks)?;
+            drop(devices);
+            shared.count(&report);
+            Ok(())
+        });
+        told.send_replace(Some(run.await));
+    });
+    Ok(())
+}
+
+fn plan(
+    store: &Store,
+    model: &Model,
+    chunks: &HashMap<String, MemCopyChunkList>,
+    handles: &HashMap<String, MemCopyHandleList>,
+) -> Result<Planned, Status> {
+    let files: Vec<u64> = model.checkpoint.files().iter().map(|file| file.len()).collect();
+    let mut planned = Planned { segments: Vec::new(), blocks: Vec::new(), devices: Vec::new() };
+    for (text, list) in chunks {
+        let missing = || invalid(format!("there are chunks for device {text:?}, and no handles"));
+        let handles = &handles.get(text).ok_or_else(missing)?.handles;
+        let uuid = parse_uuid(text).map_err(|e| refused(Code::NotFound, e.chain()))?;
+        let first = planned.blocks.len();
+        planned.segments.extend(segments::of_chunks(&list.chunks, &files, handles.len(), first)?);
+        let device = store.devices.open(&uuid)?;
+        for handle in handles {
+            let bytes = handle.cuda_ipc_handle.as_slice();
+            let wrong = || invalid(format!("a CUDA IPC handle has 64 bytes, not {}", bytes.len()));
+            let handle = <[u8; 64]>::try_from(bytes).map_err(|_| wrong())?;
+            let memory = SharedMemory::open(device.device(), &handle).map_err(|e| attach_fault(&e))?;
+            planned.blocks.push(memory.block(0, memory.len()).map_err(|e| attach_fault(&e))?);
+        }
+        planned.devices.push(device);
+    }
+    let block_end = |segment: &Segment| planned.blocks[segment.block].len();
+    if let Some(outside) = planned.segments.iter().find(|s| s.dst_offset.saturating_add(s.row_len) > block_end(s)) {
+        let len = block_end(outside);
+        return Err(invalid(format!("{outside:?} passes the end of its memory, which has {len} bytes")));
+    }
+    Ok(planned)
+}

@@ -1,0 +1,57 @@
+//! A server as a process: until a signal says stop.
+
+use sllm_core::{Error, Result};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::config::Config;
+use crate::server::Server;
+
+/// Threads that answer requests. Loads have threads of their own.
+const ANSWERING: usize = 4;
+/// Threads that may block at once: opening checkpoints, loads, closing.
+const BLOCKING: usize = 512;
+
+/// Runs a server until SIGTERM or SIGINT; a second signal ends it without waiting for loads.
+pub fn serve(config: Config) -> Result<()> {
+    let broken = |source| Error::Io { what: "start", path: "the server's threads".into(), source };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(ANSWERING);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads)
+        .max_blocking_threads(BLOCKING)
+        .thread_name("sllm-server")
+        .enable_all()
+        .build()
+        .map_err(broken)?;
+    let result = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).map_err(broken)?;
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(broken)?;
+        let mut told = async move || {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        let server = Server::bind(config)?;
+        let addresses = server.addresses();
+        tracing::info!(addresses = %addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "), "listening");
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+        let run = server.run(async move {
+            let _ = stopped.await;
+        });
+        tokio::pin!(run);
+        tokio::select! {
+            result = &mut run => return result,
+            () = told() => drop(stop),
+        }
+        tokio::select! {
+            result = &mut run => result,
+            () = told() => {
+                tracing::warn!("stopped by a second signal");
+                Ok(())
+            }
+        }
+    });
+    // A thread that hangs in the kernel does not keep the process.
+    runtime.shutdown_background();
+    result
+}

@@ -1,0 +1,181 @@
+//! What all services of a server share.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Instant;
+
+use sllm_core::{CacheUsage, Control, Error, LoadReport, Loader, LoaderBuilder, Result};
+use tonic::{Code, Status};
+
+use crate::config::Config;
+use crate::devices::Devices;
+use crate::fault::refused;
+use crate::jobs::Jobs;
+use crate::memory::Tickets;
+use crate::metrics::{Metrics, Moment};
+use crate::models::{Model, Models};
+use crate::pool::Pool;
+use crate::preload;
+use crate::replicas::Replicas;
+
+/// A server's state.
+#[derive(Debug)]
+pub(crate) struct Store {
+    pub(crate) config: Config,
+    /// The storage path without links.
+    pub(crate) root: PathBuf,
+    pub(crate) since: Instant,
+    pub(crate) clients: Arc<AtomicU32>,
+    pub(crate) tickets: Arc<Tickets>,
+    pub(crate) jobs: Arc<Jobs>,
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) models: Models,
+    pub(crate) devices: Devices,
+    pub(crate) replicas: Replicas,
+    metrics: Metrics,
+}
+
+impl Store {
+    pub(crate) fn new(config: Config) -> Result<Store> {
+        let path = &config.storage_path;
+        let root = path.canonicalize().map_err(|source| Error::Io {
+            what: "find the storage path",
+            path: path.clone(),
+            source,
+        })?;
+        if !root.is_dir() {
+            return Err(Error::Invalid(format!("{} is no directory: --storage-path takes one", path.display())));
+        }
+        let metrics = Metrics::new();
+        let pool = Arc::new(Pool::new(config.chunk_len, config.pool_len, config.quotas.clone()));
+        Ok(Store {
+            models: Models::new(root.clone(), Arc::clone(&pool)),
+            pool,
+            devices: Devices::default(),
+            replicas: Replicas::default(),
+            root,
+            since: Instant::now(),
+            clients: Arc::default(),
+            tickets: Arc::default(),
+            jobs: Arc::new(Jobs::new(config.max_loads, metrics.clone())),
+            metrics,
+            config,
+        })
+    }
+
+    /// The model of this name, which loads may use.
+    pub(crate) async fn open(self: &Arc<Self>, name: &str) -> Result<Arc<Model>, Status> {
+        let model = self.open_any(name).await?;
+        if self.config.registration_required && !model.is_registered() {
+            let reason = format!("{} is not registered, and the server loads registered models only", model.name);
+            return Err(refused(Code::FailedPrecondition, reason));
+        }
+        Ok(model)
+    }
+
+    /// The model of this name, registered or not.
+    pub(crate) async fn open_any(self: &Arc<Self>, name: &str) -> Result<Arc<Model>, Status> {
+        let (store, name) = (Arc::clone(self), name.to_owned());
+        blocking(move || store.models.open(&name)).await?
+    }
+
+    /// The model of this name, if something was done with it.
+    pub(crate) async fn known(self: &Arc<Self>, name: &str) -> Result<Option<Arc<Model>>, Status> {
+        let (store, name) = (Arc::clone(self), name.to_owned());
+        blocking(move || store.models.get(&name)).await?
+    }
+
+    /// A loader of a model through the pool. Blocks.
+    pub(crate) fn loader(&self, model: &Model, control: Control) -> Result<LoaderBuilder> {
+        let verify = self.config.verify && model.checkpoint.sums().is_some();
+        let cache = self.pool.cache_for(&model.name, &model.checkpoint)?;
+        Ok(Loader::builder().cache(cache).verify(verify).threads(self.config.threads).control(control))
+    }
+
+    /// Counts what a load read.
+    pub(crate) fn count(&self, report: &LoadReport) {
+        self.metrics.moved(report.cached_bytes, report.read_bytes.saturating_sub(report.cached_bytes));
+    }
+
+    /// Keeps a model in the pool, or lets it be evicted. Blocks.
+    pub(crate) fn set_pinned(&self, model: &Model, pinned: bool) -> Result<()> {
+        if pinned {
+            return self.pool.cache()?.pin(&model.checkpoint);
+        }
+        if let Some(cache) = self.pool.made() {
+            cache.unpin(&model.checkpoint);
+        }
+        Ok(())
+    }
+
+    /// Reads the models into the pool that the configuration names.
+    pub(crate) async fn preload(self: Arc<Self>) {
+        let Config { preload, pin, .. } = &self.config;
+        for (name, pinned) in pin.iter().map(|name| (name, true)).chain(preload.iter().map(|name| (name, false))) {
+            let started = async {
+                let model = self.open_any(name).await?;
+                model.register();
+                if pinned {
+                    let (store, model) = (Arc::clone(&self), Arc::clone(&model));
+                    let pin = move || store.set_pinned(&model, true).map_err(|e| crate::fault::status(&e));
+                    blocking(pin).await??;
+                }
+                Ok::<_, Status>(preload::start(&self, &model))
+            };
+            // A load that fails says so itself.
+            if let Err(error) = started.await {
+                tracing::error!(model = %name, error = error.message(), "cannot be preloaded");
+            }
+        }
+    }
+
+    /// Lets go of what waited or lay idle too long. Blocks.
+    pub(crate) fn sweep(&self) {
+        self.tickets.sweep();
+        self.replicas.sweep();
+        if let (Some(ttl), Some(cache)) = (self.config.ttl, self.pool.made()) {
+            let bytes = cache.evict_idle(ttl);
+            if bytes > 0 {
+                tracing::info!(bytes, "dropped what was not used");
+            }
+        }
+        self.models.sweep();
+        self.devices.sweep(self.config.gpu_idle);
+    }
+
+    /// What the pool holds; before it is made, nothing of its size.
+    pub(crate) fn usage(&self) -> CacheUsage {
+        self.pool.made().map(sllm_core::Cache::usage).unwrap_or_else(|| {
+            let mut usage = CacheUsage::default();
+            usage.capacity = self.config.pool_len / self.config.chunk_len * self.config.chunk_len;
+            usage.chunk_len = self.config.chunk_len;
+            usage
+        })
+    }
+
+    /// What those who watch read.
+    pub(crate) fn metrics_text(&self) -> String {
+        let usage = self.usage();
+        let now = Moment {
+            capacity: usage.capacity,
+            resident: usage.resident,
+            pinned: usage.pinned,
+            page_locked: usage.page_locked,
+            hits: usage.hits,
+            misses: usage.misses,
+            evictions: usage.evictions,
+            queued: self.jobs.queued() as u64,
+            running: self.jobs.running().len() as u64,
+            clients: u64::from(self.clients.load(Ordering::Relaxed)),
+            models: self.models.all().len() as u64,
+        };
+        self.metrics.text(&now)
+    }
+}
+
+/// Runs what may block on a thread that may.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| Status::internal(format!("the request failed by a bug: {e}")))
+}

@@ -1,0 +1,370 @@
+//! Loads into the memory of other processes on GPUs, over the test double of the driver, whose copies are late.
+
+mod common;
+#[path = "common/gpu.rs"]
+mod gpu;
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use common::session::{Loading, all_of, load, open_message};
+use common::{Served, models};
+use cuda::Driver;
+use gpu::{Owner, UNTOUCHED};
+use sllm_proto::storage::{
+    ClearMemRequest, ConfirmModelRequest, DeviceType, LoadModelRequest, MemCopyChunk, MemCopyChunkList, MemCopyHandle,
+    MemCopyHandleList, RegisterModelRequest, UnloadModelRequest,
+};
+use sllm_proto::store::load_request::Kind as Asked;
+use sllm_proto::store::{Attach, CudaMemory, StatusRequest, attach};
+use tonic::{Code, Status};
+
+const LEN: usize = 9_000_123;
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Not a test of its own: the other process.
+#[test]
+fn owner() {
+    gpu::own();
+}
+
+fn fill(models: &std::path::Path) {
+    models::safetensors(models, "plain", 1, LEN);
+    models::store(models, "store", 2, LEN);
+    models::original(models, "vllm/original/rank_0", 3, [5_000_008, 4_000_000]);
+}
+
+fn to(device: DeviceType) -> i32 {
+    device.into()
+}
+
+fn chunk(src_offset: u64, size: u64, dst_offset: u64) -> MemCopyChunk {
+    MemCopyChunk { src_offset, size, dst_offset, handle_idx: 0 }
+}
+
+/// The original's request for one device.
+fn request(model: &str, replica: &str, owner: &Owner, chunks: Vec<MemCopyChunk>) -> LoadModelRequest {
+    let handle = MemCopyHandle { cuda_ipc_handle: owner.handle.clone() };
+    LoadModelRequest {
+        model_path: model.into(),
+        replica_uuid: replica.into(),
+        chunks: HashMap::from([(owner.uuid.clone(), MemCopyChunkList { chunks })]),
+        handles: HashMap::from([(owner.uuid.clone(), MemCopyHandleList { handles: vec![handle] })]),
+        target_device_type: to(DeviceType::Gpu),
+    }
+}
+
+async fn confirm(served: &Served, model: &str, replica: &str, device: DeviceType) -> Result<(), Status> {
+    let (model_path, replica_uuid) = (model.into(), replica.into());
+    let request = ConfirmModelRequest { model_path, replica_uuid, target_device_type: to(device) };
+    served.storage().await.confirm_model(request).await.map(drop)
+}
+
+async fn unload(served: &Served, model: &str, replica: &str, device: DeviceType) -> Result<(), Status> {
+    let (model_path, replica_uuid) = (model.into(), replica.into());
+    let request = UnloadModelRequest { model_path, replica_uuid, target_device_type: to(device) };
+    served.storage().await.unload_model(request).await.map(drop)
+}
+
+async fn into_pool(served: &Served, model: &str) -> Result<(), Status> {
+    let request = LoadModelRequest {
+        model_path: model.into(),
+        target_device_type: to(DeviceType::Cpu),
+        ..LoadModelRequest::default()
+    };
+    served.storage().await.load_model_async(request).await.map(drop)
+}
+
+/// Waits until the server has no memory of others open.
+async fn all_closed(driver: &Driver) {
+    while driver.get("imports") > 0 {
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_originals_client_gets_its_bytes_in_its_order_of_calls() {
+    let driver = Driver::load();
+    driver.set_delay(Duration::from_millis(2));
+    let served = Served::start(fill, |_| ());
+    for (at, model) in ["vllm/original/rank_0", "store", "plain"].into_iter().enumerate() {
+        let source = models::bytes(&served.models().join(model));
+        let len = source.len() as u64;
+        let mut owner = Owner::start(0, len + 100);
+        let register = RegisterModelRequest { model_path: model.into() };
+        let registered = served.storage().await.register_model(register).await.unwrap().into_inner();
+        assert_eq!(registered.model_size, i64::try_from(len).unwrap());
+        into_pool(&served, model).await.unwrap();
+        // Odd places, over the end of the first file, in another order than the files'.
+        let chunks = vec![chunk(4_999_999, len - 4_999_999, 7), chunk(1, 4_000_000, len - 4_999_999 + 7)];
+        let replica = format!("replica-{at}");
+        served.storage().await.load_model_async(request(model, &replica, &owner, chunks)).await.unwrap();
+        confirm(&served, model, &replica, DeviceType::Gpu).await.unwrap();
+        confirm(&served, model, &replica, DeviceType::Gpu).await.unwrap();
+        confirm(&served, model, "", DeviceType::Cpu).await.unwrap();
+        let bytes = owner.bytes(served.dir.path());
+        let mut expected = vec![UNTOUCHED; 7];
+        expected.extend(&source[4_999_999..]);
+        expected.extend(&source[1..4_000_001]);
+        expected.resize(bytes.len(), UNTOUCHED);
+        assert!(bytes == expected, "{model}");
+        all_closed(&driver).await;
+        unload(&served, model, &replica, DeviceType::Gpu).await.unwrap();
+        assert_eq!(confirm(&served, model, &replica, DeviceType::Gpu).await.unwrap_err().code(), Code::NotFound);
+        unload(&served, model, "", DeviceType::Cpu).await.unwrap();
+        assert_eq!(unload(&served, model, "", DeviceType::Cpu).await.unwrap_err().code(), Code::NotFound);
+    }
+    assert_eq!(driver.pageable_copies(), driver.count("cuMemcpyDtoH"), "something was copied out of unpinned memory");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_cannot_be_is_refused_at_once_and_confirming_it_does_not_wait() {
+    let driver = Driver::load();
+    driver.set_devices(2);
+    let served = Served::start(fill, |_| ());
+    let owner = Owner::start(0, 1 << 20);
+    let good = request("plain", "r", &owner, vec![chunk(0, 1000, 0)]);
+    let len = models::bytes(&served.models().join("plain")).len() as u64;
+    let with = |change: &dyn Fn(&mut LoadModelRequest)| {
+        let mut request = good.clone();
+        change(&mut request);
+        request
+    };
+    let copying = |wrong: MemCopyChunk| with(&|r| r.chunks.values_mut().for_each(|list| list.chunks.push(wrong)));
+    let handle = |bytes: Vec<u8>| {
+        with(&|r| r.handles.values_mut().for_each(|list| list.handles[0].cuda_ipc_handle = bytes.clone()))
+    };
+    let device = |uuid: &str| {
+        with(&|r| {
+            r.chunks = r.chunks.drain().map(|(_, list)| (uuid.to_owned(), list)).collect();
+            r.handles = r.handles.drain().map(|(_, list)| (uuid.to_owned(), list)).collect();
+        })
+    };
+    let other = Owner::start(1, 1000).uuid.clone();
+    for (request, code) in [
+        (with(&|r| r.model_path.clear()), Code::InvalidArgument),
+        (with(&|r| r.model_path = "missing".into()), Code::NotFound),
+        (with(&|r| r.replica_uuid.clear()), Code::InvalidArgument),
+        (with(&|r| r.replica_uuid = "x".repeat(1000)), Code::InvalidArgument),
+        (with(&|r| r.target_device_type = 0), Code::Unimplemented),
+        (with(&|r| r.target_device_type = 9), Code::InvalidArgument),
+        (with(&|r| r.chunks.clear()), Code::InvalidArgument),
+        (with(&|r| r.handles.clear()), Code::InvalidArgument),
+        (with(&|r| r.handles.values_mut().for_each(|list| list.handles.clear())), Code::InvalidArgument),
+        (with(&|r| drop(r.handles.insert("x".into(), MemCopyHandleList::default()))), Code::InvalidArgument),
+        (copying(chunk(len, 1, 0)), Code::InvalidArgument),
+        (copying(chunk(u64::MAX, u64::MAX, 0)), Code::InvalidArgument),
+        (copying(chunk(2000, 1, 1 << 20)), Code::InvalidArgument),
+        (copying(chunk(2000, 1, u64::MAX)), Code::InvalidArgument),
+        (copying(MemCopyChunk { handle_idx: 1, ..chunk(2000, 1, 2000) }), Code::InvalidArgument),
+        (handle(vec![0; 64]), Code::InvalidArgument),
+        (handle(vec![0xff; 64]), Code::InvalidArgument),
+        (handle(vec![]), Code::InvalidArgument),
+        (handle(owner.handle[..63].to_vec()), Code::InvalidArgument),
+        (device("abababab-abab-abab-abab-abababababab"), Code::NotFound),
+        (device("no uuid"), Code::NotFound),
+        // Memory of one GPU said to be another's.
+        (device(&other), Code::InvalidArgument),
+    ] {
+        let told = format!("{request:?}");
+        let error = served.storage().await.load_model_async(request).await.unwrap_err();
+        assert_eq!(error.code(), code, "{told}: {error}");
+        assert!(!error.message().is_empty(), "{told}");
+        assert_eq!(confirm(&served, "plain", "r", DeviceType::Gpu).await.unwrap_err().code(), Code::NotFound);
+    }
+    assert_eq!(confirm(&served, "missing", "r", DeviceType::Gpu).await.unwrap_err().code(), Code::NotFound);
+    assert_eq!(unload(&served, "plain", "r", DeviceType::Gpu).await.unwrap_err().code(), Code::NotFound);
+    all_closed(&driver).await;
+    served.storage().await.load_model_async(good).await.unwrap();
+    confirm(&served, "plain", "r", DeviceType::Gpu).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_chunk_that_is_written_twice_is_told_by_confirming() {
+    let _driver = Driver::load();
+    let served = Served::start(fill, |_| ());
+    let mut owner = Owner::start(0, 1 << 20);
+    let twice = request("plain", "r", &owner, vec![chunk(0, 1000, 0), chunk(5000, 1000, 999)]);
+    served.storage().await.load_model_async(twice).await.unwrap();
+    let error = confirm(&served, "plain", "r", DeviceType::Gpu).await.unwrap_err();
+    assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+    assert!(owner.bytes(served.dir.path()).iter().all(|&byte| byte == UNTOUCHED));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn streams_load_into_several_gpus_at_once() {
+    let driver = Driver::load();
+    driver.set_devices(2);
+    driver.set_delay(Duration::from_millis(2));
+    let served = Served::start(fill, |_| ());
+    let path = served.models().join("store");
+    let open = open_message("store", &path);
+    let source = models::bytes(&path);
+    let mut owners: Vec<Owner> = (0..4).map(|at| Owner::start(at % 2, source.len() as u64 + 64)).collect();
+    let mut streams = Vec::new();
+    for owner in &owners {
+        let (mut loading, _) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
+        let cuda = CudaMemory { device: owner.uuid_bytes.clone(), handle: owner.handle.clone() };
+        // Two blocks of one memory.
+        for (len, offset) in [(100, 0), (source.len() as u64, 64)] {
+            loading.ask(Asked::Attach(Attach { len, offset, memory: Some(attach::Memory::Cuda(cuda.clone())) })).await;
+        }
+        let mut segments = all_of(&open);
+        segments.iter_mut().for_each(|segment| segment.block = 1);
+        loading.batch(segments).await;
+        streams.push(loading);
+    }
+    for stream in &mut streams {
+        assert_eq!(stream.done().await.unwrap().bytes, source.len() as u64);
+    }
+    for owner in &mut owners {
+        let bytes = owner.bytes(served.dir.path());
+        assert!(bytes[64..] == source && bytes[..64].iter().all(|&byte| byte == UNTOUCHED));
+    }
+    assert_eq!(driver.get("imports"), 4, "a stream keeps its memory open");
+    drop(streams);
+    all_closed(&driver).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_is_killed_in_the_middle_of_a_copy_hurts_nobody() {
+    let driver = Driver::load();
+    let served = Served::start(fill, |_| ());
+    let source = models::bytes(&served.models().join("plain"));
+    let open = open_message("plain", &served.models().join("plain"));
+    load(&served, "plain").await.unwrap();
+    // Some 90 ms a load.
+    driver.set_bandwidth(100_000_000);
+    for _ in 0..3 {
+        let mut owner = Owner::start(0, source.len() as u64);
+        let (mut loading, _) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
+        let cuda = CudaMemory { device: owner.uuid_bytes.clone(), handle: owner.handle.clone() };
+        let memory = Some(attach::Memory::Cuda(cuda));
+        loading.ask(Asked::Attach(Attach { len: source.len() as u64, offset: 0, memory })).await;
+        for _ in 0..20 {
+            loading.batch(all_of(&open)).await;
+        }
+        while served.store().await.status(StatusRequest {}).await.unwrap().into_inner().jobs.is_empty() {
+            tokio::time::sleep(PAUSE).await;
+        }
+        owner.kill();
+        drop(loading);
+        all_closed(&driver).await;
+
+        // The original's client is not connected while its replica is loaded.
+        let mut owner = Owner::start(0, source.len() as u64);
+        let asked = request("plain", "r", &owner, vec![chunk(0, source.len() as u64, 0)]);
+        served.storage().await.load_model_async(asked).await.unwrap();
+        owner.kill();
+        let _ = unload(&served, "plain", "r", DeviceType::Gpu).await;
+        all_closed(&driver).await;
+    }
+    driver.set_bandwidth(0);
+    let mut owner = Owner::start(0, source.len() as u64);
+    let asked = request("plain", "last", &owner, vec![chunk(0, source.len() as u64, 0)]);
+    served.storage().await.load_model_async(asked).await.unwrap();
+    confirm(&served, "plain", "last", DeviceType::Gpu).await.unwrap();
+    assert!(owner.bytes(served.dir.path()) == source);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_failure_of_the_device_is_told_by_confirming_and_the_next_load_works() {
+    let driver = Driver::load();
+    let served = Served::start(fill, |_| ());
+    load(&served, "plain").await.unwrap();
+    let source = models::bytes(&served.models().join("plain"));
+    let mut owner = Owner::start(0, source.len() as u64);
+    let asked = || request("plain", "r", &owner, vec![chunk(0, source.len() as u64, 0)]);
+    for symbol in ["cuMemcpyHtoDAsync", "cuStreamCreate"] {
+        driver.fail(symbol, 1, 999);
+        served.storage().await.load_model_async(asked()).await.unwrap();
+        let error = confirm(&served, "plain", "r", DeviceType::Gpu).await.unwrap_err();
+        assert_eq!(error.code(), Code::Internal, "{symbol}: {error}");
+        all_closed(&driver).await;
+    }
+    served.storage().await.load_model_async(asked()).await.unwrap();
+    confirm(&served, "plain", "r", DeviceType::Gpu).await.unwrap();
+    assert!(owner.bytes(served.dir.path()) == source);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_cannot_be_pinned_is_used_all_the_same_and_said() {
+    let driver = Driver::load();
+    driver.set_registered_total(4096);
+    let served = Served::start(fill, |_| ());
+    let source = models::bytes(&served.models().join("plain"));
+    let mut owner = Owner::start(0, source.len() as u64);
+    let asked = request("plain", "r", &owner, vec![chunk(0, source.len() as u64, 0)]);
+    served.storage().await.load_model_async(asked).await.unwrap();
+    confirm(&served, "plain", "r", DeviceType::Gpu).await.unwrap();
+    assert!(owner.bytes(served.dir.path()) == source);
+    let pool = served.store().await.status(StatusRequest {}).await.unwrap().into_inner().pool.unwrap();
+    assert!(pool.page_locked < pool.resident && !pool.refusal.is_empty(), "{pool:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_is_cleared_unloaded_and_loaded_in_every_order() {
+    let driver = Driver::load();
+    driver.set_bandwidth(1_000_000_000);
+    let served = Served::start(fill, |config| config.pool_len = 16 << 20);
+    let source = models::bytes(&served.models().join("store"));
+    for round in 0..12 {
+        let mut owner = Owner::start(0, source.len() as u64);
+        let asked = request("store", "r", &owner, vec![chunk(0, source.len() as u64, 0)]);
+        into_pool(&served, "store").await.unwrap();
+        served.storage().await.load_model_async(asked).await.unwrap();
+        if round % 3 != 0 {
+            served.storage().await.clear_mem(ClearMemRequest {}).await.unwrap();
+        }
+        if round % 2 == 0 {
+            let _ = unload(&served, "store", "", DeviceType::Cpu).await;
+        }
+        into_pool(&served, if round % 4 == 0 { "plain" } else { "store" }).await.unwrap();
+        confirm(&served, "store", "r", DeviceType::Gpu).await.unwrap();
+        assert!(owner.bytes(served.dir.path()) == source, "round {round}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_preload_that_fails_is_told_by_confirming_and_unloading_stops_one() {
+    let _driver = Driver::load();
+    let served = Served::start(fill, |_| ());
+    assert_eq!(into_pool(&served, "missing").await.unwrap_err().code(), Code::NotFound);
+    std::fs::create_dir(served.models().join("broken")).unwrap();
+    std::fs::write(served.models().join("broken/model.safetensors"), b"short").unwrap();
+    assert_eq!(into_pool(&served, "broken").await.unwrap_err().code(), Code::InvalidArgument);
+    assert_eq!(confirm(&served, "plain", "", DeviceType::Cpu).await.unwrap_err().code(), Code::NotFound);
+    let data = served.models().join("store/tensor.data_0");
+    let mut bytes = std::fs::read(&data).unwrap();
+    bytes[100] ^= 1;
+    std::fs::write(&data, bytes).unwrap();
+    into_pool(&served, "store").await.unwrap();
+    for _ in 0..2 {
+        assert_eq!(confirm(&served, "store", "", DeviceType::Cpu).await.unwrap_err().code(), Code::DataLoss);
+    }
+    served.storage().await.clear_mem(ClearMemRequest {}).await.unwrap();
+    for _ in 0..5 {
+        into_pool(&served, "plain").await.unwrap();
+        unload(&served, "plain", "", DeviceType::Cpu).await.unwrap();
+        assert_eq!(confirm(&served, "plain", "", DeviceType::Cpu).await.unwrap_err().code(), Code::NotFound);
+        let pool = served.store().await.status(StatusRequest {}).await.unwrap().into_inner().pool.unwrap();
+        assert_eq!(pool.resident, 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_registered_models_are_loaded_where_that_is_asked_for() {
+    let _driver = Driver::load();
+    let served = Served::start(fill, |config| config.registration_required = true);
+    assert_eq!(into_pool(&served, "plain").await.unwrap_err().code(), Code::FailedPrecondition);
+    assert_eq!(load(&served, "plain").await.unwrap_err().code(), Code::FailedPrecondition);
+    let register = || RegisterModelRequest { model_path: "plain".into() };
+    served.storage().await.register_model(register()).await.unwrap();
+    into_pool(&served, "plain").await.unwrap();
+    confirm(&served, "plain", "", DeviceType::Cpu).await.unwrap();
+    load(&served, "plain").await.unwrap();
+    served.storage().await.clear_mem(ClearMemRequest {}).await.unwrap();
+    assert_eq!(into_pool(&served, "plain").await.unwrap_err().code(), Code::FailedPrecondition);
+    let missing = RegisterModelRequest { model_path: "missing".into() };
+    assert_eq!(served.storage().await.register_model(missing).await.unwrap_err().code(), Code::NotFound);
+}
