@@ -36,9 +36,11 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", metavar="WORKDIR")
-    parser.add_argument("--models", default="llama8b", help="llama8b, many:GB, many:GB:TENSORS; several by commas")
+    models = "llama8b, qwen3-30b-a3b, these with :LAYERS for fewer layers, many:GB, many:GB:TENSORS; several by commas"
+    parser.add_argument("--models", default="llama8b", help=models)
     parser.add_argument("--states", default="warm,cold,half")
     parser.add_argument("--repeat", type=int, default=3, help="rounds")
+    parser.add_argument("--limit-rounds", type=int, help="rounds that take the limits too; all, if not given")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--cpus", help="processors that the measured processes may use, as taskset takes them")
     parser.add_argument("--peers", default=",".join(LOADERS), help="of: " + ", ".join(LOADERS))
@@ -113,7 +115,8 @@ def tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
             for number in range(args.repeat):
                 common = {"model": model, "state": state, "cpus": args.cpus, "round": number}
                 common |= {"directory": directory, "device": args.device}
-                for name, spec in limits.limits_of(state, kind == "cuda", threads).items():
+                takes_limits = args.limit_rounds is None or number < args.limit_rounds
+                for name, spec in limits.limits_of(state, kind == "cuda", threads).items() if takes_limits else ():
                     found.append({**common, "name": name, "limit": spec, "most": args.floor_gb * inputs.GB})
                 for name in args.peers:
                     if state in LOADERS[name].states and kind in LOADERS[name].devices:
@@ -132,8 +135,9 @@ def main() -> int:
     began = time.monotonic()
     results = Results(args.out, args.device, args.resume)
     results.data["commands"].append(" ".join(["peers.py", "WORKDIR", *(a for a in sys.argv[1:] if a != args.work)]))
+    with_store = any(LOADERS[peer].kind == "store" for peer in args.peers)
     for model in args.models:
-        inputs.prepare(os.path.join(args.work, model.replace(":", "-")), model, args.device)
+        inputs.prepare(os.path.join(args.work, model.replace(":", "-")), model, with_store)
     env = child_env(args.work)
     env_prefetch = dict(env)
     if args.prefetch_from:

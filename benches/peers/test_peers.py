@@ -33,11 +33,14 @@ def data(*runs: dict[str, Any]) -> dict[str, Any]:
 def test_models_have_the_tensors_that_they_are_named_for() -> None:
     shapes = inputs.shapes_of("llama8b")
     assert len(shapes) == 291 and sum(inputs.length(shape) for _, shape in shapes) == 16_060_522_496
+    shapes = inputs.shapes_of("qwen3-30b-a3b")
+    assert len(dict(shapes)) == 18_867 and sum(inputs.length(shape) for _, shape in shapes) == 61_064_245_248
+    assert len(inputs.shapes_of("qwen3-30b-a3b:6")) == 3 + 6 * (18_867 - 3) // 48
     for model, count in (("many:8:18864", 18_864), ("many:8", 3388)):
         shapes = inputs.shapes_of(model)
         assert len(dict(shapes)) == count
         assert abs(sum(inputs.length(shape) for _, shape in shapes) / 8e9 - 1) < 0.01
-    for bad in ("many", "many:x", "llama"):
+    for bad in ("many", "many:x", "llama", "llama8b:x", "qwen3-30b-a3b:1:1"):
         with pytest.raises(SystemExit):
             inputs.shapes_of(bad)
 
@@ -48,6 +51,26 @@ def test_shards_keep_every_tensor_in_its_order() -> None:
     assert [item for shard in shards for item in shard] == shapes
     assert len(shards) == 4
     assert all(sum(inputs.length(shape) for _, shape in shard) <= inputs.SHARD_LEN for shard in shards)
+
+
+def test_files_are_what_the_library_reads_and_the_same_each_time(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    shapes = inputs.shapes_of("many:0.02:40")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for name in ("a", "b"):
+        inputs.write_source(str(tmp_path / name), shapes)
+    (file,) = inputs.data_files(str(tmp_path / "a"))
+    assert Path(file).read_bytes() == Path(inputs.data_files(str(tmp_path / "b"))[0]).read_bytes()
+    tensors = load_file(file)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == dict(shapes)
+    assert len({tensor.view(torch.int16).numpy().tobytes() for tensor in tensors.values()}) == len(shapes)
+    for tensor in tensors.values():
+        low, high = (1, 1.25) if tensor.dim() == 1 else (1 / 128, 1 / 32)
+        assert bool((low <= tensor.abs()).all()) and bool((tensor.abs() < high).all())
+        assert tensor.dim() == 1 or abs(float(tensor.float().mean())) < 0.001
 
 
 def test_the_page_cache_holds_what_the_state_says(tmp_path: Path) -> None:

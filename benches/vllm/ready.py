@@ -2,10 +2,11 @@
 
     python benches/vllm/ready.py MODEL OUT.json STATE:FORMAT... [--repeat 1] [--limit 600] [-- SERVER FLAGS]
 
-STATE is `warm` (the files were just read) or `cold` (the page cache was dropped; needs root). FORMAT is a load format,
-such as `auto` or `serverless_llm`; `FORMAT,{"key": ...}` gives it an extra config. For each start it writes the seconds
-until the server answers, those of the loader's own line and of vLLM's model loading, the first tokens, and the loader's
-line; then the medians as Markdown. All starts get the same flags; caches of compiled code stay from start to start.
+STATE is `warm` (the files are in the page cache) or `cold` (the page cache was dropped; needs root). FORMAT is a load
+format, such as `auto` or `serverless_llm`; `FORMAT,{"key": ...}` gives it an extra config. For each start it writes the
+seconds until the server answers, those of the loader's own line and of vLLM's model loading, the first tokens, and the
+loader's line; then the medians as Markdown. All starts get the same flags; caches of compiled code stay from start to
+start. make_model.py makes a MODEL.
 """
 
 from __future__ import annotations
@@ -23,20 +24,24 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "peers"))
+import cache  # noqa: E402
+
 PORT = 8123
 SERVE = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
 
 
 def prepare(model: Path, state: str) -> None:
     """Puts the model's files into the page cache, or everything out of it."""
-    if state == "cold":
-        os.sync()
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+    files = [str(file) for file in sorted(model.iterdir())]
+    if state == "warm":
+        cache.set_state(files, "warm")
         return
-    for file in sorted(model.iterdir()):
-        with open(file, "rb", buffering=0) as data:
-            while data.read(16 << 20):
-                pass
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    share = cache.cached_share(files)
+    if share > 0.001:
+        raise RuntimeError(f"{model} should be cold, but {share:.1%} of it is in the page cache")
 
 
 def ask(path: str, body: dict[str, Any] | None = None) -> Any:
@@ -111,7 +116,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             values = [row[name] for row in mine if row[name] is not None]
             return f"{statistics.median(values):.2f}" if values else "-"
 
-        same = "equal" if all(row["tokens"] == first for row in mine) else "DIFFER"
+        same = "none" if first is None else "equal" if all(row["tokens"] == first for row in mine) else "DIFFER"
         cells = (*key, len(mine), median("ready_s"), median("weights_s"), median("model_s"), same)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

@@ -18,11 +18,13 @@ from .errors import (
     NotFoundError,
     ReadWriteError,
     SllmError,
+    StoreServerError,
     TensorNotFoundError,
 )
 from .loading import LoadedDict, iter_tensors, load, load_dict
 from .reports import ConvertReport, ExportReport, LoadReport, PrefetchReport, VerifyReport
 from .store import convert, export, prefetch, save_dict, verify
+from .store_server import StoreClient
 
 __all__ = [
     "AccessError",
@@ -42,6 +44,8 @@ __all__ = [
     "NotFoundError",
     "ReadWriteError",
     "SllmError",
+    "StoreClient",
+    "StoreServerError",
     "TensorInfo",
     "TensorNotFoundError",
     "VerifyReport",

@@ -53,3 +53,7 @@ class InvalidError(SllmError, ValueError):
 
 class CancelledError(SllmError):
     """The work was asked to stop."""
+
+
+class StoreServerError(SllmError, ConnectionError):
+    """No store server answers, or it failed."""

@@ -28,6 +28,18 @@ fn class(error: &Error) -> &'static str {
     }
 }
 
+/// An error that has an exception.
+pub(crate) trait Raise {
+    /// The exception; its message holds every cause.
+    fn raise(&self, py: Python<'_>) -> PyErr;
+}
+
+impl Raise for Error {
+    fn raise(&self, py: Python<'_>) -> PyErr {
+        raise(py, self)
+    }
+}
+
 /// The error as an exception; its message holds every cause.
 pub(crate) fn raise(py: Python<'_>, error: &Error) -> PyErr {
     named(py, class(error), &error.chain())

@@ -8,6 +8,7 @@ mod checkpoint;
 mod error;
 mod load;
 mod memory;
+mod server;
 mod session;
 mod wait;
 mod work;
@@ -22,6 +23,7 @@ mod _native {
     #[pymodule_export]
     use crate::load::{Placement, fill, link_peak, select};
     #[pymodule_export]
+    use crate::server::StoreClient;
     #[pymodule_export]
     use crate::session::{Session, open_files};
     #[pymodule_export]

@@ -10,7 +10,7 @@ use std::time::Duration;
 use pyo3::prelude::*;
 use sllm_core::{Cancel, Control};
 
-use crate::error::raise;
+use crate::error::Raise;
 
 /// How often the progress callback is called and signals are looked for.
 const TICK: Duration = Duration::from_millis(50);
@@ -26,10 +26,10 @@ struct Bytes {
 /// `progress(done, total)` is called in the caller's thread, every 50 ms at most, and once more at the end. If it raises,
 /// or a signal's handler does (KeyboardInterrupt), the work is cancelled, and that exception is raised when it has
 /// stopped.
-pub(crate) fn run<T: Send>(
+pub(crate) fn run<T: Send, E: Raise + Send>(
     py: Python<'_>,
     progress: Option<&Bound<'_, PyAny>>,
-    work: impl FnOnce(Control) -> sllm_core::Result<T> + Send,
+    work: impl FnOnce(Control) -> Result<T, E> + Send,
 ) -> PyResult<T> {
     let bytes = Arc::new(Bytes::default());
     let cancel = Cancel::new();
@@ -73,7 +73,7 @@ pub(crate) fn run<T: Send>(
         let result = py.detach(|| worker.join());
         match (interrupted, result) {
             (Some(e), Ok(_)) => Err(e),
-            (None, Ok(result)) => result.map_err(|e| raise(py, &e)),
+            (None, Ok(result)) => result.map_err(|e| e.raise(py)),
             (_, Err(panic)) => std::panic::resume_unwind(panic),
         }
     })?;

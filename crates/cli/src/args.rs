@@ -8,6 +8,7 @@ use clap_complete::Shell;
 use sllm_core::{Checkpoint, EngineChoice, Error, OpenOptions};
 use sllm_server::{Address, LogFormat, Quota, parse_size};
 
+use crate::client::ClientCommand;
 use crate::size;
 
 const EXIT_CODES: &str = "\
@@ -23,6 +24,7 @@ Exit codes:
     8  no space is left
     9  a device failed or is not there
    10  too little device memory
+   11  no store server answers, or it failed
   130  cancelled";
 
 /// Converts, exports, inspects, verifies, loads and serves checkpoints of large models.
@@ -49,6 +51,8 @@ pub(crate) enum Command {
     Prefetch(PrefetchArgs),
     /// Runs the store server, which keeps checkpoints in pinned memory for the engines of this machine
     Start(Box<StartArgs>),
+    #[command(flatten)]
+    Client(ClientCommand),
     /// Prints a completion script for a shell
     Completions(CompletionsArgs),
 }
@@ -140,6 +144,13 @@ pub(crate) struct LoadArgs {
     /// Staging memory at most, such as 32MB or 4GiB [default: 256MiB]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub(crate) pinned: Option<u64>,
+    /// Have a store server move the bytes; without ADDRESS, the one of SLLM_STORE_ADDRESS or at a default socket. Where
+    /// it fails, files are read, and a note says why
+    #[arg(long, value_name = "ADDRESS", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub(crate) server: Option<String>,
+    /// A file that holds the token that the server wants over TCP [default: the token in SLLM_STORE_TOKEN]
+    #[arg(long, value_name = "FILE", requires = "server", value_hint = ValueHint::FilePath)]
+    pub(crate) token_file: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) tensors: Tensors,
     #[command(flatten)]

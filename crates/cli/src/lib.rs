@@ -1,4 +1,4 @@
-//! The `sllm-store` command: convert, export, inspect, verify, load, prefetch and serve checkpoints.
+//! The `sllm-store` command: convert, export, inspect, verify, load, prefetch and serve checkpoints, and ask a server.
 //!
 //! [`run`] is the whole command, from arguments to exit code. What was typed is parsed in `args`; a module a
 //! subcommand resolves it (opens the checkpoint, names the device), runs it and gives an `Answer`; `output` writes
@@ -9,6 +9,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod client;
 mod completions;
 mod convert;
 mod export;
@@ -27,7 +28,7 @@ use std::ffi::OsString;
 use clap::Parser;
 
 use args::{Cli, Command};
-use output::{Answer, Session};
+use output::{Answer, Fault, Session};
 
 /// Runs the command with these arguments, the first of which is the program's name, and gives its exit code.
 ///
@@ -49,14 +50,15 @@ fn dispatch(command: &Command, typed: &[OsString]) -> u8 {
         Command::Verify(args) => with_session(&args.output, |session| verify::run(args, session)),
         Command::Load(args) => with_session(&args.output, |session| load::run(args, session)),
         Command::Prefetch(args) => with_session(&args.output, |session| prefetch::run(args, typed, session)),
-        Command::Start(args) => output::finish(start::run(args), false),
+        Command::Start(args) => output::finish(start::run(args).map_err(Fault::from), false),
+        Command::Client(command) => with_session(command.output(), |session| command.run(session)),
         Command::Completions(args) => output::finish(Ok(completions::run(args)), false),
     }
 }
 
-fn with_session(typed: &args::Output, work: impl FnOnce(&Session) -> sllm_core::Result<Answer>) -> u8 {
+fn with_session<E: Into<Fault>>(typed: &args::Output, work: impl FnOnce(&Session) -> Result<Answer, E>) -> u8 {
     let session = Session::new(typed, interrupt::watch());
-    let result = work(&session);
+    let result = work(&session).map_err(E::into);
     interrupt::unwatch();
     output::finish(result, typed.json)
 }

@@ -1,10 +1,14 @@
 //! `sllm-store load`.
 
+use std::path::Path;
+
 use serde::Serialize;
+use sllm_client::{Address, RemoteOptions, StoreRemote};
 use sllm_core::{Device, EngineChoice, Error, LoadReport, Loader, LoaderBuilder, Result};
 
 use crate::args::LoadArgs;
-use crate::output::{Answer, Session};
+use crate::client;
+use crate::output::{Answer, Fault, Session};
 
 /// One load's report, with the rate that people compare.
 #[derive(Serialize)]
@@ -28,11 +32,14 @@ struct Median {
     gb_per_s: f64,
 }
 
-pub(crate) fn run(args: &LoadArgs, session: &Session) -> Result<Answer> {
+pub(crate) fn run(args: &LoadArgs, session: &Session) -> Result<Answer, Fault> {
     let checkpoint = args.revision.open(&args.path)?;
     let filter = args.tensors.resolve()?;
     let device = Device::parse(&args.device)?;
-    let builder = builder(args, device.clone())?;
+    let mut builder = builder(args, device.clone())?;
+    if let Some(address) = &args.server {
+        builder = builder.remote(Box::new(remote(address, args.token_file.as_deref())?));
+    }
     let mut runs = Vec::new();
     for _ in 0..args.repeat {
         let progress = session.progress("load");
@@ -47,7 +54,18 @@ pub(crate) fn run(args: &LoadArgs, session: &Session) -> Result<Answer> {
         gb_per_s: median(runs.iter().map(|run| run.gb_per_s)),
     };
     let measured = Measured { runs, median };
-    session.answer(&measured, || measured.text())
+    Ok(session.answer(&measured, || measured.text())?)
+}
+
+/// The server that moves bytes; an empty address is that of the environment or of a default socket.
+fn remote(address: &str, token_file: Option<&Path>) -> Result<StoreRemote, Fault> {
+    let given = Some(address).filter(|address| !address.is_empty());
+    // What is no address is an error of the call, not of the server.
+    if let Some(text) = given {
+        text.parse::<Address>()?;
+    }
+    let options = client::options(given.map(str::to_owned), token_file)?;
+    Ok(StoreRemote::at(options, RemoteOptions::new()))
 }
 
 /// Sets the runs beside the peak of the device's link, which is measured, if it must be, when all loads are over.

@@ -28,6 +28,11 @@ impl Session {
         Shown::new(what, self.quiet, self.cancel.clone())
     }
 
+    /// Whether Ctrl-C was pressed.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancel.is_cancelled()
+    }
+
     /// An answer, in the form that was asked for.
     pub(crate) fn answer(&self, json: &impl Serialize, text: impl FnOnce() -> String) -> Result<Answer> {
         let body = match (self.json, self.quiet) {
@@ -52,14 +57,23 @@ pub(crate) struct Answer {
 /// An error, ready to be told.
 #[derive(Debug, Clone)]
 pub(crate) struct Fault {
-    kind: ErrorKind,
+    kind: Kind,
     message: String,
     causes: Vec<String>,
 }
 
+/// What a fault is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Kind {
+    /// What errors of the core are about.
+    Core(ErrorKind),
+    /// A store server.
+    Server,
+}
+
 impl Fault {
     pub(crate) fn new(kind: ErrorKind, message: String) -> Fault {
-        Fault { kind, message, causes: Vec::new() }
+        Fault { kind: Kind::Core(kind), message, causes: Vec::new() }
     }
 
     /// The fault as an `error` object of JSON.
@@ -69,7 +83,7 @@ impl Fault {
             message.push_str(": ");
             message.push_str(cause);
         }
-        ErrorObject { kind: name(self.kind), message }
+        ErrorObject { kind: self.kind.name(), message }
     }
 
     fn tell(&self) {
@@ -84,12 +98,34 @@ impl Fault {
     }
 }
 
-impl From<&Error> for Fault {
-    fn from(error: &Error) -> Fault {
-        let source = std::error::Error::source(error);
-        let causes = std::iter::successors(source, |cause| cause.source()).map(ToString::to_string).collect();
-        Fault { kind: error.kind(), message: error.to_string(), causes }
+impl From<Error> for Fault {
+    fn from(error: Error) -> Fault {
+        Fault { kind: Kind::Core(error.kind()), message: error.to_string(), causes: causes(&error) }
     }
+}
+
+impl From<sllm_client::Error> for Fault {
+    fn from(error: sllm_client::Error) -> Fault {
+        use sllm_client::{Error as Client, Refusal};
+        let kind = match &error {
+            Client::Core(error) => Kind::Core(error.kind()),
+            Client::Cancelled => Kind::Core(ErrorKind::Cancelled),
+            Client::Address { .. } | Client::Token | Client::MemoryOverTcp { .. } => Kind::Core(ErrorKind::Invalid),
+            Client::Refused { refusal, .. } => match refusal {
+                Refusal::NotFound => Kind::Core(ErrorKind::NotFound),
+                Refusal::Invalid | Refusal::OtherFiles => Kind::Core(ErrorKind::Invalid),
+                Refusal::Denied => Kind::Core(ErrorKind::Permission),
+                Refusal::Corrupt => Kind::Core(ErrorKind::Corrupt),
+                _ => Kind::Server,
+            },
+            _ => Kind::Server,
+        };
+        Fault { kind, message: error.to_string(), causes: causes(&error) }
+    }
+}
+
+fn causes(error: &dyn std::error::Error) -> Vec<String> {
+    std::iter::successors(error.source(), |cause| cause.source()).map(ToString::to_string).collect()
 }
 
 #[derive(Serialize)]
@@ -104,20 +140,17 @@ struct OnlyError {
 }
 
 /// Writes what the command found, and gives the exit code.
-pub(crate) fn finish(result: Result<Answer>, json: bool) -> u8 {
+pub(crate) fn finish(result: Result<Answer, Fault>, json: bool) -> u8 {
     let (body, fault) = match result {
         Ok(Answer { body, fault }) => (body, fault),
-        Err(error) => {
-            let fault = Fault::from(&error);
-            (if json { error_line(&fault) } else { String::new() }, Some(fault))
-        }
+        Err(fault) => (if json { error_line(&fault) } else { String::new() }, Some(fault)),
     };
     let written = write(&body);
     if let Some(fault) = &fault {
         fault.tell();
     }
     match (fault, written) {
-        (Some(fault), _) => exit_code(fault.kind),
+        (Some(fault), _) => fault.kind.exit_code(),
         (None, Ok(())) => 0,
         (None, Err(error)) => {
             let kind = if error.kind() == io::ErrorKind::StorageFull { ErrorKind::NoSpace } else { ErrorKind::Io };
@@ -165,6 +198,22 @@ pub(crate) fn printable(text: &str) -> String {
         }
         out
     })
+}
+
+impl Kind {
+    fn exit_code(self) -> u8 {
+        match self {
+            Kind::Core(kind) => exit_code(kind),
+            Kind::Server => 11,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Kind::Core(kind) => name(kind),
+            Kind::Server => "server",
+        }
+    }
 }
 
 /// The exit code of an error. `docs/cli.md` and the help list them.
@@ -223,15 +272,16 @@ mod tests {
             ErrorKind::Invalid,
             ErrorKind::Cancelled,
         ];
-        assert_eq!(kinds.iter().map(|&kind| exit_code(kind)).collect::<HashSet<_>>().len(), kinds.len());
-        assert_eq!(kinds.iter().map(|&kind| name(kind)).collect::<HashSet<_>>().len(), kinds.len());
-        assert!(kinds.iter().all(|&kind| exit_code(kind) != 0));
+        let kinds: Vec<Kind> = kinds.map(Kind::Core).into_iter().chain([Kind::Server]).collect();
+        assert_eq!(kinds.iter().map(|kind| kind.exit_code()).collect::<HashSet<_>>().len(), kinds.len());
+        assert_eq!(kinds.iter().map(|kind| kind.name()).collect::<HashSet<_>>().len(), kinds.len());
+        assert!(kinds.iter().all(|kind| kind.exit_code() != 0));
     }
 
     #[test]
     fn causes_are_told_in_order() {
         let source = io::Error::other("the disk is on fire");
-        let fault = Fault::from(&Error::Io { what: "open", path: "/m".into(), source });
+        let fault = Fault::from(Error::Io { what: "open", path: "/m".into(), source });
         assert_eq!(fault.causes, ["the disk is on fire"]);
         assert_eq!(fault.object().message, "/m: cannot open: the disk is on fire");
     }

@@ -57,7 +57,9 @@ pub use cache::{Cache, CacheUsage};
 pub use checkpoint::{Checkpoint, ChunkSums, DataFile, Layout, OpenOptions, TensorInfo};
 pub use control::{Cancel, Control, Progress, WorkOptions};
 pub use convert::{ConvertOptions, ConvertReport, MemoryTensor, convert, save};
-pub use device::{Block, Device, DeviceError, LinkPeak, SharedBlock, SharedMemory, format_uuid, parse_uuid};
+pub use device::{
+    Block, Device, DeviceError, LinkPeak, MemoryFile, Mover, SharedBlock, SharedMemory, format_uuid, parse_uuid,
+};
 pub use dtype::Dtype;
 pub use error::{CorruptChunk, Error, ErrorKind, FormatError, Result};
 pub use export::{ExportReport, export};

@@ -383,7 +383,10 @@ unsafe impl Sync for CudaStream {}
 impl BackendStream for CudaStream {
     unsafe fn copy(&self, source: Source, dst: u64, copy: &PieceCopy) -> Result<(), DeviceError> {
         let _current = self.context.enter()?;
-        let (Source::Buffer(src) | Source::FilePages(src)) = source;
+        let (src, src_device) = match source {
+            Source::Buffer(src) | Source::FilePages(src) => (src, None),
+            Source::Device(addr) => (ptr::null(), Some(addr)),
+        };
         let fits = |n: u64| usize::try_from(n).map_err(|_| DeviceError::OutOfBounds);
         let (rows, row_len) = (fits(copy.rows)?, fits(copy.row_len)?);
         let (src_pitch, dst_pitch) = (fits(copy.src_pitch)?, fits(copy.dst_pitch)?);
@@ -391,9 +394,12 @@ impl BackendStream for CudaStream {
             let rectangle = sys::CUDA_MEMCPY2D {
                 srcXInBytes: 0,
                 srcY: 0,
-                srcMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+                srcMemoryType: match src_device {
+                    None => sys::CUmemorytype::CU_MEMORYTYPE_HOST,
+                    Some(_) => sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
+                },
                 srcHost: src.cast(),
-                srcDevice: 0,
+                srcDevice: src_device.unwrap_or(0),
                 srcArray: ptr::null_mut(),
                 srcPitch: src_pitch,
                 dstXInBytes: 0,
@@ -411,10 +417,13 @@ impl BackendStream for CudaStream {
             return self.context.check("copy rows", code);
         }
         for row in 0..rows {
+            let to = dst + (row * dst_pitch) as u64;
             // SAFETY: as above; row `row` begins a pitch after the one before.
             let code = unsafe {
-                let from = src.add(row * src_pitch).cast();
-                sys::cuMemcpyHtoDAsync_v2(dst + (row * dst_pitch) as u64, from, row_len, self.stream)
+                match src_device {
+                    None => sys::cuMemcpyHtoDAsync_v2(to, src.add(row * src_pitch).cast(), row_len, self.stream),
+                    Some(from) => sys::cuMemcpyDtoDAsync_v2(to, from + (row * src_pitch) as u64, row_len, self.stream),
+                }
             };
             self.context.check("copy", code)?;
         }

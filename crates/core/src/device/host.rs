@@ -75,17 +75,20 @@ impl BackendStream for HostStream {
         let fits = |n: u64| usize::try_from(n).map_err(|_| DeviceError::OutOfBounds);
         let (row_len, src_pitch, dst_pitch) = (fits(copy.row_len)?, fits(copy.src_pitch)?, fits(copy.dst_pitch)?);
         let dst = fits(dst)? as *mut u8;
+        let (src, of_file) = match source {
+            Source::Buffer(src) => (src, false),
+            Source::Device(addr) => (fits(addr)? as *const u8, false),
+            Source::FilePages(src) => (src, true),
+        };
         for row in 0..fits(copy.rows)? {
-            match source {
-                // SAFETY: rows lie in live memory by the caller's word; source and destination are different
-                // allocations.
-                Source::Buffer(src) => unsafe {
-                    std::ptr::copy_nonoverlapping(src.add(row * src_pitch), dst.add(row * dst_pitch), row_len);
-                },
+            // SAFETY: rows lie in live memory by the caller's word.
+            let (from, to) = unsafe { (src.add(row * src_pitch), dst.add(row * dst_pitch)) };
+            if of_file {
                 // SAFETY: as above, and the kernel checks the source pages.
-                Source::FilePages(src) => unsafe {
-                    copy_file_pages(src.add(row * src_pitch), dst.add(row * dst_pitch), row_len)?;
-                },
+                unsafe { copy_file_pages(from, to, row_len)? };
+            } else {
+                // SAFETY: as above; source and destination are different allocations.
+                unsafe { std::ptr::copy_nonoverlapping(from, to, row_len) };
             }
         }
         Ok(())

@@ -8,6 +8,8 @@ mod error;
 mod host;
 mod ipc;
 mod link;
+mod memory_file;
+mod mover;
 
 use std::any::Any;
 use std::fmt;
@@ -17,6 +19,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub use error::DeviceError;
 pub use ipc::{SharedBlock, SharedMemory, format_uuid, parse_uuid};
 pub use link::LinkPeak;
+pub use memory_file::MemoryFile;
+pub use mover::Mover;
 
 use crate::error::{Error, Result};
 use crate::plan::PieceCopy;
@@ -80,7 +84,7 @@ pub(crate) trait Memory: Send + Sync + fmt::Debug {
 
 /// A queue of copies.
 pub(crate) trait BackendStream: Send + Sync + fmt::Debug {
-    /// Issues a copy out of host memory.
+    /// Issues a copy out of host memory, or out of the device's own.
     ///
     /// # Safety
     /// Source rows and destination rows lie in live memory, which stays so, the source unchanged, until the work
@@ -105,6 +109,8 @@ pub(crate) enum Source {
     Buffer(*const u8),
     /// Pages of a file. They may be cut off, so that only the device or the kernel may read them.
     FilePages(*const u8),
+    /// Memory of the device that is copied to.
+    Device(u64),
 }
 
 impl Device {
@@ -364,19 +370,23 @@ fn resolve(
     source: &Filled,
     copy: &PieceCopy,
 ) -> Result<(usize, u64), DeviceError> {
+    let block = blocks.get(copy.block).ok_or(DeviceError::OutOfBounds)?;
+    check_rows(copy, source.len() as u64, block.len())?;
+    let at = streams.iter().take(64).position(|s| s.device.same_as(&block.device)).ok_or(DeviceError::OutOfBounds)?;
+    Ok((at, block.addr() + copy.dst_offset))
+}
+
+/// An error where a row lies outside its source or its block, which have these lengths.
+fn check_rows(copy: &PieceCopy, source_len: u64, block_len: u64) -> Result<(), DeviceError> {
     let end = |start: u64, pitch: u64| {
         let rows = copy.rows.checked_sub(1)?.checked_mul(pitch)?;
         start.checked_add(rows)?.checked_add(copy.row_len)
     };
-    let block = blocks.get(copy.block).ok_or(DeviceError::OutOfBounds)?;
     let inside = |end: Option<u64>, len: u64| end.is_some_and(|end| end <= len);
-    if !inside(end(copy.src_offset, copy.src_pitch), source.len() as u64)
-        || !inside(end(copy.dst_offset, copy.dst_pitch), block.len())
-    {
-        return Err(DeviceError::OutOfBounds);
-    }
-    let at = streams.iter().take(64).position(|s| s.device.same_as(&block.device)).ok_or(DeviceError::OutOfBounds)?;
-    Ok((at, block.addr() + copy.dst_offset))
+    let fits = inside(end(copy.src_offset, copy.src_pitch), source_len)
+        && inside(end(copy.dst_offset, copy.dst_pitch), block_len)
+        && copy.rows.checked_mul(copy.row_len).is_some();
+    if fits { Ok(()) } else { Err(DeviceError::OutOfBounds) }
 }
 
 impl Pending {

@@ -63,7 +63,8 @@ impl Segment {
         self.dst_offset.saturating_add(rows).saturating_add(self.row_len)
     }
 
-    pub(crate) fn check(&self, files: &[u64], blocks: &[u64]) -> Result<()> {
+    /// An error where it does not lie inside its file and its block, which have these lengths. It must not be empty.
+    pub fn check(&self, files: &[u64], blocks: &[u64]) -> Result<()> {
         let extent = |start: u64, pitch: u64| -> Option<u64> {
             (self.rows - 1).checked_mul(pitch)?.checked_add(self.row_len)?.checked_add(start)
         };
@@ -325,7 +326,7 @@ fn round_up(offset: u64) -> u64 {
 /// Refuses segments that write a byte twice: which one came last would be chance.
 ///
 /// Rows may interleave with rows of the same pitch in other columns; what is harder to tell apart is refused.
-fn check_destinations(segments: &[Segment]) -> Result<()> {
+pub(crate) fn check_destinations(segments: &[Segment]) -> Result<()> {
     let mut order: Vec<&Segment> = segments.iter().collect();
     order.sort_unstable_by_key(|s| (s.block, s.dst_offset));
     let mut open: Vec<&Segment> = Vec::new();

@@ -1,13 +1,15 @@
 //! Anonymous host memory in huge pages where the system has them.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 use crate::format::PAGE_BYTES;
 
-/// A private anonymous mapping, zeroed, page-aligned. It asks for huge pages, which pin ten times faster.
+/// A mapping of memory that is in no file system, zeroed, page-aligned: a private anonymous one, which asks for huge
+/// pages, since those pin ten times faster, or one of a memory file.
 #[derive(Debug)]
 pub(crate) struct HostMemory {
     ptr: NonNull<u8>,
@@ -35,6 +37,15 @@ impl HostMemory {
             )
         }?;
         ask_for_huge_pages(ptr.addr(), len);
+        let ptr = NonNull::new(ptr.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(HostMemory { ptr, len })
+    }
+
+    /// Maps a memory file of `len` bytes, which other processes may map too.
+    pub(crate) fn map_shared(file: impl AsFd, len: usize) -> io::Result<HostMemory> {
+        let prot = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address that the system chooses touches no memory of others.
+        let ptr = unsafe { mmap(std::ptr::null_mut(), len, prot, MapFlags::SHARED, file, 0) }?;
         let ptr = NonNull::new(ptr.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(HostMemory { ptr, len })
     }

@@ -1,0 +1,203 @@
+//! One stream of the server's `Load`: a checkpoint's session.
+//!
+//! # Memory that the server writes to
+//! The blocks of a load may be somebody else's, who takes them back when the load has failed. So a failure is not told
+//! before the server has stopped writing to them. What stops it:
+//!
+//! - Its own failure: it waits for its copies and then ends the stream with the reason. When that is here, all is over.
+//! - The end of our side of the stream. [`Load::settle`] closes it after a failure of ours or a cancel; the server
+//!   cancels the batch, waits for its copies, and ends its side, for which is waited.
+//! - A batch's deadline, which the server checks before each copy. A deadline that has passed here, and a little more,
+//!   has passed there too, since the server counts from the batch's arrival.
+//! - The end of the server's process, by which the system takes its mappings away. What the device still has of its
+//!   copies is over in milliseconds; after a lost connection [`AFTER_LOSS`] is waited for that.
+//!
+//! A server that is stopped (SIGSTOP) or starved does none of this. For it is waited [`SETTLE`], and then it is given up,
+//! so that nobody waits for minutes: when it wakes, it finds the stream reset, and the only bytes that it may yet write
+//! are those of the copies that it had issued. A loader that goes on from files writes the same bytes to the same places.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use sllm_core::{Block, Control};
+use sllm_proto::store as pb;
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+use tokio_stream::wrappers::UnboundedReceiverStream;
+use tonic::{Request, Response};
+
+use crate::client::StoreClient;
+use crate::error::{Error, Result};
+use crate::events::Events;
+
+const WHAT: &str = "load the model";
+/// How much longer than a batch's deadline its end is waited for: the way there and back, and a copy in flight.
+pub(crate) const LATE: Duration = Duration::from_secs(2);
+/// How long is waited for a server to stop that was asked to.
+const SETTLE: Duration = Duration::from_secs(10);
+/// How long a dead server's copies may still be on their way.
+const AFTER_LOSS: Duration = Duration::from_millis(100);
+
+/// Memory that the server has, which stays ours until it let go of it.
+type Kept = Arc<Mutex<Vec<Block>>>;
+
+/// A stream, opened for one checkpoint.
+#[derive(Debug)]
+pub(crate) struct Load {
+    /// `None` once our side is closed.
+    requests: Option<UnboundedSender<pb::LoadRequest>>,
+    events: Events<pb::LoadEvent>,
+    kept: Kept,
+    /// Blocks attached.
+    blocks: u32,
+    /// Blocks of allocations of GPUs, by handle.
+    allocations: HashMap<Vec<u8>, u32>,
+    /// How long each batch may take that was sent and is not done.
+    under_way: VecDeque<Duration>,
+    /// Until when the first of them must be done.
+    deadline: Instant,
+    lost: bool,
+}
+
+/// How far a batch has come.
+pub(crate) enum Step {
+    /// Bytes done of it.
+    Progress(u64),
+    /// It has arrived.
+    Done(pb::Done),
+}
+
+impl Load {
+    /// Opens a stream for a model whose files, as they are here, are told to the server.
+    pub(crate) fn open(client: &StoreClient, open: pb::Open, control: &Control) -> Result<Load> {
+        let limit = client.call_limit();
+        let until = Instant::now() + limit;
+        let (requests, receiver) = unbounded_channel();
+        let first = pb::LoadRequest { kind: Some(pb::load_request::Kind::Open(open)) };
+        // The receiver is here.
+        let _ = requests.send(first);
+        let mut request = Request::new(UnboundedReceiverStream::new(receiver));
+        client.show_token(&mut request);
+        let mut rpc = client.rpc();
+        let start = async move {
+            rpc.load(request).await.map(Response::into_inner).map_err(|status| Error::of(WHAT, limit, &status))
+        };
+        let stream = client.runtime().run(WHAT, limit, start)?;
+        let kept = Kept::default();
+        let events = Events::read(client.runtime(), stream, Arc::clone(&kept))?;
+        let requests = Some(requests);
+        let (blocks, allocations, under_way, lost) = (0, HashMap::new(), VecDeque::new(), false);
+        let mut load = Load { requests, events, kept, blocks, allocations, under_way, deadline: until, lost };
+        match load.next((limit, until), control)? {
+            pb::load_event::Kind::Opened(_) => Ok(load),
+            other => Err(Error::Protocol(format!("{other:?} before a model was opened"))),
+        }
+    }
+
+    /// The number that the next attached block will have.
+    pub(crate) fn next_block(&self) -> u32 {
+        self.blocks
+    }
+
+    /// Gives the server a block; `memory` is kept until it has let go of it.
+    pub(crate) fn attach(&mut self, attach: pb::Attach, memory: Option<Block>) -> Result<u32> {
+        let number = self.blocks;
+        self.blocks = number.checked_add(1).ok_or_else(|| Error::NotPassed("too many blocks".into()))?;
+        if let Some(memory) = memory {
+            self.kept.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
+        }
+        self.send(pb::load_request::Kind::Attach(attach))?;
+        Ok(number)
+    }
+
+    /// Gives the server an allocation of a GPU once, and tells its number again afterwards.
+    pub(crate) fn attach_once(&mut self, key: Vec<u8>, attach: impl FnOnce() -> Result<pb::Attach>) -> Result<u32> {
+        if let Some(&number) = self.allocations.get(&key) {
+            return Ok(number);
+        }
+        let number = self.attach(attach()?, None)?;
+        self.allocations.insert(key, number);
+        Ok(number)
+    }
+
+    /// Sends a batch, which may take so long once those before it are done.
+    pub(crate) fn batch(&mut self, segments: Vec<pb::Segment>, limit: Duration) -> Result<()> {
+        let timeout_ms = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+        self.send(pb::load_request::Kind::Batch(pb::Batch { segments, timeout_ms }))?;
+        if self.under_way.is_empty() {
+            self.deadline = Instant::now() + limit;
+        }
+        self.under_way.push_back(limit);
+        Ok(())
+    }
+
+    /// Waits for news of the first batch that is under way.
+    pub(crate) fn step(&mut self, control: &Control) -> Result<Step> {
+        let Some(&limit) = self.under_way.front() else {
+            return Err(Error::Protocol("no batch is under way".into()));
+        };
+        match self.next((limit, self.deadline + LATE), control)? {
+            pb::load_event::Kind::Progress(progress) => Ok(Step::Progress(progress.done)),
+            pb::load_event::Kind::Done(done) => {
+                self.under_way.pop_front();
+                if let Some(&next) = self.under_way.front() {
+                    self.deadline = Instant::now() + next;
+                }
+                Ok(Step::Done(done))
+            }
+            other => Err(Error::Protocol(format!("{other:?} in a load"))),
+        }
+    }
+
+    fn send(&mut self, kind: pb::load_request::Kind) -> Result<()> {
+        let sent = self.requests.as_ref().is_some_and(|to| to.send(pb::LoadRequest { kind: Some(kind) }).is_ok());
+        // Where the stream is gone, its events say why.
+        if sent { Ok(()) } else { self.next((LATE, Instant::now() + LATE), &Control::new()).and(Err(self.over())) }
+    }
+
+    fn over(&self) -> Error {
+        Error::Lost { what: WHAT, reason: "the stream is over".into() }
+    }
+
+    fn next(&mut self, limit: (Duration, Instant), control: &Control) -> Result<pb::load_event::Kind> {
+        match self.events.next(WHAT, limit, control) {
+            Ok(Some(pb::LoadEvent { kind: Some(kind) })) => Ok(kind),
+            Ok(Some(pb::LoadEvent { kind: None })) => Err(Error::Protocol("an event of a kind not known".into())),
+            Ok(None) => Err(Error::Lost { what: WHAT, reason: "the server ended the stream".into() }),
+            Err(e) => {
+                self.lost |= matches!(e, Error::Lost { .. });
+                Err(e)
+            }
+        }
+    }
+
+    /// Whether the server still has it, with nothing under way.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.requests.as_ref().is_some_and(|to| !to.is_closed()) && !self.events.ended && self.under_way.is_empty()
+    }
+
+    /// Ends the stream, and waits until the server writes no more; see above.
+    fn settle(&mut self) {
+        self.requests = None;
+        if self.under_way.is_empty() {
+            return;
+        }
+        let until = (Instant::now() + SETTLE).min(self.deadline + LATE);
+        while !self.events.ended && Instant::now() < until {
+            // What the server still says is of no interest but for its end.
+            let _ = self.next((SETTLE, until), &Control::new());
+        }
+        if self.lost {
+            std::thread::sleep(AFTER_LOSS);
+        }
+        if !self.events.ended {
+            self.events.abort();
+        }
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.settle();
+    }
+}
