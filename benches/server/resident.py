@@ -115,7 +115,7 @@ def main() -> None:
     bench = Bench(args)
     model = str(args.model)
     files = [str(file) for file in sorted(args.model.iterdir()) if file.is_file()]
-    server = ["--server", bench.address]
+    server = [f"--server={bench.address}"]
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {"model": model, "device": args.device, "pool": args.pool, "rows": rows}
 

@@ -133,7 +133,6 @@ impl Error {
         }
         let refusal = match status.code() {
             Code::DeadlineExceeded => return Error::TimedOut { what, limit },
-            Code::Cancelled => return Error::Cancelled,
             Code::NotFound => Refusal::NotFound,
             Code::InvalidArgument | Code::OutOfRange => Refusal::Invalid,
             Code::FailedPrecondition => Refusal::OtherFiles,

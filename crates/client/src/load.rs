@@ -5,8 +5,8 @@
 //! before the server has stopped writing to them. What stops it:
 //!
 //! - Its own failure: it waits for its copies and then ends the stream with the reason. When that is here, all is over.
-//! - The end of our side of the stream. [`Load::settle`] closes it after a failure of ours or a cancel; the server
-//!   cancels the batch, waits for its copies, and ends its side, for which is waited.
+//! - A `Cancel`, which [`Load::settle`] sends after a failure of ours or a cancel of the caller's; the server waits for
+//!   its copies and ends the stream, for which is waited.
 //! - A batch's deadline, which the server checks before each copy. A deadline that has passed here, and a little more,
 //!   has passed there too, since the server counts from the batch's arrival.
 //! - The end of the server's process, by which the system takes its mappings away. What the device still has of its
@@ -178,9 +178,14 @@ impl Load {
 
     /// Ends the stream, and waits until the server writes no more; see above.
     fn settle(&mut self) {
-        self.requests = None;
+        let requests = self.requests.take();
         if self.under_way.is_empty() {
             return;
+        }
+        if let Some(requests) = requests {
+            let cancel = pb::load_request::Kind::Cancel(pb::Cancel {});
+            // Where the stream is over, it needs none.
+            let _ = requests.send(pb::LoadRequest { kind: Some(cancel) });
         }
         let until = (Instant::now() + SETTLE).min(self.deadline + LATE);
         while !self.events.ended && Instant::now() < until {

@@ -4,13 +4,16 @@
 mod common;
 
 use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Mutex};
 
 use common::{TestServer, model};
 use cuda::Driver;
 use cudarc::driver::{result, sys};
 use sllm_client::{ClientOptions, Error, Refusal, RemoteOptions, StoreClient, StoreRemote};
-use sllm_core::{Block, Control, Device, Segment};
+use sllm_core::{Block, Control, Device, Loader, Segment};
+use sllm_server::{Address, Config, Server};
 
 /// Set in the servers that these tests start.
 const SERVER: &str = "SLLM_TEST_SERVER";
@@ -24,10 +27,21 @@ struct Other {
 }
 
 impl Other {
+    /// The one that does what a script says.
     fn start() -> Other {
+        Other::of("script", &[])
+    }
+
+    /// The real one, for models below a directory.
+    fn real(models: &Path, settings: &[(&str, &str)]) -> Other {
+        Other::of(models.to_str().unwrap(), settings)
+    }
+
+    fn of(what: &str, settings: &[(&str, &str)]) -> Other {
         let folder = Driver::find().parent().unwrap().to_owned();
         let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "server", "--nocapture", "--test-threads=1"]).env(SERVER, "1");
+        command.args(["--exact", "server", "--nocapture", "--test-threads=1"]).env(SERVER, what);
+        command.envs(settings.iter().copied());
         command.env("LD_LIBRARY_PATH", folder).env("FAKE_CUDA_DEVICES", "2");
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let input = child.stdin.take().unwrap();
@@ -70,8 +84,9 @@ impl Drop for Other {
 /// Not a test of its own: the other process.
 #[test]
 fn server() {
-    if std::env::var(SERVER).is_err() {
-        return;
+    let Ok(what) = std::env::var(SERVER) else { return };
+    if what != "script" {
+        return real_server(Path::new(&what));
     }
     let server = TestServer::start();
     println!("address: {}", server.address);
@@ -79,6 +94,18 @@ fn server() {
         assert_eq!(line.unwrap(), "attached");
         println!("attached: {}", server.log().attached);
     }
+}
+
+fn real_server(models: &Path) {
+    let mut config = Config::new(models);
+    config.listen = vec![Address::Unix(models.join("socket"))];
+    config.pool_len = 64 << 20;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let server = Server::bind(config).unwrap();
+        println!("address: {}", server.addresses()[0]);
+        server.run(std::future::pending()).await.unwrap();
+    });
 }
 
 /// Memory of a device, all zero, and what is in it.
@@ -238,4 +265,49 @@ fn staging_memory_is_as_large_as_there_is_room() {
     let moved = remote.fill(&model.checkpoint, &[segment], std::slice::from_ref(&block), &Control::new()).unwrap();
     assert_eq!(moved.staged, 30 << 20);
     assert!(gpu.bytes(&block) == model.bytes[..30 << 20]);
+}
+
+#[test]
+fn the_real_server_fills_exported_memory_and_memory_that_cannot_be() {
+    let driver = Driver::load();
+    let model = model(12_000_000);
+    let other = Other::real(model.dir.path(), &[]);
+    let (segments, lens) = model.segments();
+    let gpu = Gpu::new(0);
+    let remote = other.remote();
+    for refused in [0, 1, 2] {
+        for nth in 1..=refused {
+            driver.fail("cuIpcGetMemHandle", nth, 1);
+        }
+        let blocks: Vec<Block> = lens.iter().map(|&len| gpu.alloc(len)).collect();
+        let moved = remote.fill(&model.checkpoint, &segments, &blocks, &Control::new()).unwrap();
+        assert_eq!((moved.staged == 0, moved.staged == moved.bytes), (refused == 0, refused == 2));
+        for (block, expected) in blocks.iter().zip(model.expected(&segments, &lens)) {
+            assert!(gpu.bytes(block) == expected);
+        }
+    }
+}
+
+#[test]
+fn a_server_that_is_killed_in_the_middle_is_noted_once_and_the_bytes_are_right() {
+    let _driver = Driver::load();
+    let model = model(40_000_000);
+    // 20 MB a second.
+    let other = Arc::new(Mutex::new(Other::real(model.dir.path(), &[("FAKE_CUDA_BANDWIDTH", "20000000")])));
+    let gpu = Gpu::new(0);
+    let remote = other.lock().unwrap().remote();
+    let victim = Arc::clone(&other);
+    let control = Control::new().on_progress(move |progress| {
+        if progress.done > 0 && progress.done < progress.total {
+            let _ = victim.lock().unwrap().child.kill();
+        }
+    });
+    let loader =
+        Loader::builder().device(gpu.device.clone()).remote(Box::new(remote)).control(control).build().unwrap();
+    let loaded = loader.load(&model.checkpoint).unwrap();
+    let report = loaded.report();
+    assert_ne!(report.engines[0].engine, "server");
+    assert_eq!(report.notes.len(), 1, "{:?}", report.notes);
+    assert!(report.notes[0].contains("the connection to the store server was lost"), "{:?}", report.notes);
+    assert!(model.bytes.ends_with(&loaded.tensor("t").unwrap().to_vec().unwrap()));
 }

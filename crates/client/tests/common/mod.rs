@@ -130,7 +130,7 @@ pub(crate) enum Fault {
     Unopened,
     /// Ends the stream in good order in the middle.
     End,
-    /// Writes rows slowly, until its client goes; then takes its time for one last row.
+    /// Writes rows slowly, until its client cancels; then takes its time for one last row.
     Slow,
 }
 
@@ -436,7 +436,7 @@ async fn load(shared: &Shared, mut requests: Streaming<pb::LoadRequest>, events:
     Ok(())
 }
 
-/// Writes rows until the client ends its side, and one more, late.
+/// Writes rows until the client cancels, and one more, late.
 async fn slow(shared: &Shared, mut requests: Streaming<pb::LoadRequest>, memory: &Memory) -> Result<(), Status> {
     let Memory::File(memory, _) = memory else { panic!("only on the host") };
     shared.writing.store(true, Ordering::SeqCst);
@@ -444,8 +444,10 @@ async fn slow(shared: &Shared, mut requests: Streaming<pb::LoadRequest>, memory:
         let over = tokio::time::timeout(Duration::from_millis(10), requests.message()).await;
         memory.write_all_at(&[1; 64], 0).unwrap();
         shared.rows.fetch_add(1, Ordering::SeqCst);
-        if matches!(over, Ok(Ok(None) | Err(_))) {
-            break;
+        match over {
+            Ok(Ok(Some(pb::LoadRequest { kind: Some(pb::load_request::Kind::Cancel(_)) }))) => break,
+            Ok(Ok(None) | Err(_)) => panic!("the client went without a word"),
+            _ => {}
         }
     }
     tokio::time::sleep(Duration::from_millis(300)).await;

@@ -1,9 +1,10 @@
 //! A client's session: what it opens, attaches and has moved, until its stream ends.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use prost::Message;
 use sllm_core::{Block, LoadReport, SharedMemory};
 use sllm_proto::store::load_event::Kind as Event;
 use sllm_proto::store::load_request::Kind as Asked;
@@ -20,6 +21,9 @@ use crate::metrics::Kind;
 use crate::models::InUse;
 use crate::store::Store;
 
+/// Bytes of messages that are read while a batch is moved: one behind them may be a cancel.
+const MAX_AHEAD: usize = sllm_proto::MAX_MESSAGE_LEN;
+
 /// Blocks of a session at most.
 const MAX_BLOCKS: usize = 1 << 20;
 
@@ -28,7 +32,7 @@ pub(crate) type Events = mpsc::Sender<Result<LoadEvent, Status>>;
 
 /// Talks with a client until one of the two has had enough.
 pub(crate) async fn serve(store: Arc<Store>, requests: Streaming<LoadRequest>, events: Events) {
-    let mut talk = Talk { requests, events, ahead: None };
+    let mut talk = Talk { requests, events, ahead: VecDeque::new(), ahead_len: 0 };
     let mut attached = Attached::default();
     if let Err(status) = run(&store, &mut talk, &mut attached).await {
         // A client that is gone is not told.
@@ -52,6 +56,7 @@ async fn run(store: &Arc<Store>, talk: &mut Talk, attached: &mut Attached) -> Re
             None => return Ok(()),
             Some(Asked::Open(_)) => return Err(invalid("the stream has opened a model already")),
             Some(Asked::Attach(attach)) => *attached = attach_memory(store, std::mem::take(attached), attach).await?,
+            Some(Asked::Cancel(_)) => return Err(cancelled()),
             Some(Asked::Batch(batch)) => {
                 let Some(report) = move_batch(store, talk, attached, &model, &files, batch).await? else {
                     return Ok(());
@@ -94,15 +99,28 @@ impl Drop for Moved {
 struct Talk {
     requests: Streaming<LoadRequest>,
     events: Events,
-    /// What came while a batch was moved.
-    ahead: Option<Option<LoadRequest>>,
+    /// What came while a batch was moved, and its bytes; `None` is the end.
+    ahead: VecDeque<Option<LoadRequest>>,
+    ahead_len: usize,
+}
+
+/// Bytes that a message takes, about; empty ones take room too.
+fn weight(message: Option<&LoadRequest>) -> usize {
+    size_of::<LoadRequest>() + message.map_or(0, Message::encoded_len)
+}
+
+fn cancelled() -> Status {
+    Status::cancelled("the client cancelled the load")
 }
 
 impl Talk {
     /// The next message; `None` when the client has no more or is gone.
     async fn next(&mut self, store: &Store) -> Result<Option<Asked>, Status> {
-        let message = match self.ahead.take() {
-            Some(message) => message,
+        let message = match self.ahead.pop_front() {
+            Some(message) => {
+                self.ahead_len -= weight(message.as_ref());
+                message
+            }
             None => tokio::select! {
                 message = self.requests.message() => message?,
                 () = self.events.closed() => None,
@@ -114,6 +132,17 @@ impl Talk {
             Some(LoadRequest { kind: Some(kind) }) => Ok(Some(kind)),
             Some(LoadRequest { kind: None }) => Err(invalid("a message says nothing, or what a later version knows")),
         }
+    }
+
+    /// Whether a message that comes while a batch is moved has room.
+    fn listens(&self) -> bool {
+        self.ahead_len < MAX_AHEAD && !matches!(self.ahead.back(), Some(None))
+    }
+
+    /// Keeps a message for later.
+    fn put_off(&mut self, message: Option<LoadRequest>) {
+        self.ahead_len += weight(message.as_ref());
+        self.ahead.push_back(message);
     }
 
     /// Tells the client; `false` where it is gone.
@@ -277,8 +306,13 @@ async fn move_batch(
                 stop.stop(Why::ClientGone);
                 return run.await.map(|_| None);
             }
-            message = talk.requests.message(), if talk.ahead.is_none() => match message {
-                Ok(message) => talk.ahead = Some(message),
+            message = talk.requests.message(), if talk.listens() => match message {
+                Ok(Some(LoadRequest { kind: Some(Asked::Cancel(_)) })) => {
+                    stop.stop(Why::ClientGone);
+                    let _ = run.await;
+                    return Err(cancelled());
+                }
+                Ok(message) => talk.put_off(message),
                 Err(broken) => {
                     stop.stop(Why::ClientGone);
                     let _ = run.await;
