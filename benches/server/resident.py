@@ -33,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--pool", default="32GB")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--no-cold", action="store_true", help="leave out loads with nothing resident, which take long")
     parser.add_argument("--start-flags", default="", help="further flags of `start`")
     return parser.parse_args()
 
@@ -90,22 +91,40 @@ class Bench:
             self.server.wait(60)
 
 
+def link_peak(bench: Bench) -> float | None:
+    """The best of five measurements of the device's link, in GB/s; the command remembers one."""
+    with tempfile.TemporaryDirectory() as directory:
+        header = b'{"w":{"dtype":"U8","shape":[4096],"data_offsets":[0,4096]}}'
+        small = Path(directory, "small.safetensors")
+        small.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4096))
+        peaks = []
+        for i in range(5):
+            os.environ["XDG_CACHE_HOME"] = str(Path(directory, str(i)))
+            run = bench.ask("load", str(small), "--device", bench.args.device)["runs"][0]
+            peaks.append(run.get("link_gb_per_s"))
+        os.environ.pop("XDG_CACHE_HOME")
+    known = [peak for peak in peaks if peak is not None]
+    return max(known) if known else None
+
+
 def drop() -> None:
     """Empties the page cache."""
     os.sync()
     Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
-def row(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians of loads."""
+def row(name: str, runs: list[dict[str, Any]], peak: float | None) -> dict[str, Any]:
+    """Medians of loads. Allocating the destination is part of their seconds."""
     seconds = statistics.median(run["seconds"] for run in runs)
     return {
         "name": name,
         "seconds": round(seconds, 4),
         "all_s": [round(run["seconds"], 4) for run in runs],
         "gb_per_s": round(runs[0]["bytes"] / 1e9 / seconds, 2),
-        "of_link": round(statistics.median(run["of_link"] for run in runs), 3) if "of_link" in runs[0] else None,
+        "of_link": round(runs[0]["bytes"] / 1e9 / seconds / peak, 3) if peak else None,
         "engines": sorted({engine["engine"] for run in runs for engine in run["engines"]}),
+        "stages": {key: round(statistics.median(run[key] for run in runs), 4) for key in ("plan_s", "alloc_s", "move_s")},
+        "moved_s": [round(sum(engine["seconds"] for engine in run["engines"]), 4) for run in runs],
         "notes": sorted({note for run in runs for note in run["notes"]}),
     }
 
@@ -120,12 +139,13 @@ def main() -> None:
     result: dict[str, Any] = {"model": model, "device": args.device, "pool": args.pool, "rows": rows}
 
     def add(name: str, runs: list[dict[str, Any]]) -> None:
-        rows.append(row(name, runs))
+        rows.append(row(name, runs, result["link_gb_per_s"]))
         print(rows[-1], flush=True)
         args.out.write_text(json.dumps(result, indent=1))
 
     cache.set_state(files, "warm")
-    bench.load()  # measures the link, once a machine
+    bench.load()
+    result["link_gb_per_s"] = link_peak(bench)
     add("from files, page cache warm", [bench.load() for _ in range(args.repeat)])
     result["answers_ms"] = round(bench.start(), 1)
     try:
@@ -135,14 +155,15 @@ def main() -> None:
         drop()
         add("by the server, resident, page cache dropped", [bench.load(*server) for _ in range(args.repeat)])
         cold, files_cold = [], []
-        for _ in range(args.repeat):
+        for _ in range(0 if args.no_cold else args.repeat):
             bench.ask("evict", "--all", "--address", bench.address)
             drop()
             cold.append(bench.load(*server))
             drop()
             files_cold.append(bench.load())
-        add("by the server, nothing resident, page cache dropped", cold)
-        add("from files, page cache dropped", files_cold)
+        if cold:
+            add("by the server, nothing resident, page cache dropped", cold)
+            add("from files, page cache dropped", files_cold)
         result["status_after"] = bench.ask("status", "--address", bench.address)
     finally:
         bench.stop()

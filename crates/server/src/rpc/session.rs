@@ -50,7 +50,15 @@ async fn run(store: &Arc<Store>, talk: &mut Talk, attached: &mut Attached) -> Re
     };
     let Some((model, files)) = talk.opened(store, model).await else { return Ok(()) };
     let model = Arc::new(model);
-    let mut moved = Moved { started: Instant::now(), model: Arc::clone(&model), batches: 0, bytes: 0, from_pool: 0 };
+    let mut moved = Moved {
+        started: Instant::now(),
+        model: Arc::clone(&model),
+        batches: 0,
+        bytes: 0,
+        from_pool: 0,
+        moving: 0.0,
+        opening: Duration::ZERO,
+    };
     loop {
         match talk.next(store).await? {
             None => return Ok(()),
@@ -62,6 +70,7 @@ async fn run(store: &Arc<Store>, talk: &mut Talk, attached: &mut Attached) -> Re
                     return Ok(());
                 };
                 moved.add(&report);
+                moved.opening = attached.opening;
                 if !talk.tell(Event::Done(done(&report))).await {
                     return Ok(());
                 }
@@ -77,10 +86,15 @@ struct Moved {
     batches: u64,
     bytes: u64,
     from_pool: u64,
+    /// Seconds in which batches were moved.
+    moving: f64,
+    /// Time that the driver took to open memory of GPUs.
+    opening: Duration,
 }
 
 impl Moved {
     fn add(&mut self, report: &LoadReport) {
+        self.moving += report.seconds;
         self.batches += 1;
         self.bytes += report.bytes;
         self.from_pool += report.cached_bytes;
@@ -89,9 +103,10 @@ impl Moved {
 
 impl Drop for Moved {
     fn drop(&mut self) {
-        let Moved { batches, bytes, from_pool, .. } = *self;
+        let Moved { batches, bytes, from_pool, moving, .. } = *self;
+        let opening = self.opening.as_secs_f64();
         let (model, seconds) = (&self.model.name, self.started.elapsed().as_secs_f64());
-        tracing::info!(%model, batches, bytes, from_pool, seconds, "a session ended");
+        tracing::info!(%model, batches, bytes, from_pool, opening, moving, seconds, "a session ended");
     }
 }
 
@@ -194,6 +209,8 @@ struct Attached {
     mappings: HashMap<Ticket, Arc<Mapping>>,
     memories: HashMap<(Uuid, [u8; 64]), SharedMemory>,
     devices: HashMap<Uuid, OpenDevice>,
+    /// Time that the driver took to open memory of GPUs.
+    opening: Duration,
 }
 
 async fn attach_memory(store: &Arc<Store>, mut attached: Attached, attach: Attach) -> Result<Attached, Status> {
@@ -249,7 +266,9 @@ impl Attached {
                 Some(device) => device.clone(),
                 None => store.devices.open(&uuid)?,
             };
+            let opening = Instant::now();
             let memory = SharedMemory::open(device.device(), &handle).map_err(|e| attach_fault(&e))?;
+            self.opening += opening.elapsed();
             self.devices.insert(uuid, device);
             self.memories.insert((uuid, handle), memory);
         }
