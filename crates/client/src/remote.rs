@@ -84,7 +84,7 @@ pub struct StoreRemote {
 }
 
 /// What a server moved.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Moved {
     /// Bytes that were wanted.
@@ -99,6 +99,8 @@ pub struct Moved {
     pub batches: u64,
     /// Those of which the server says that it compared the checksums of what it read.
     pub verified: u64,
+    /// Seconds in which the server moved them, by its clock.
+    pub seconds: f64,
 }
 
 impl Remote for StoreRemote {
@@ -118,6 +120,7 @@ impl Remote for StoreRemote {
             from_memory: moved.from_pool,
             from_files: moved.from_files,
             verified: moved.verified == moved.batches,
+            seconds: moved.seconds,
             notes: Vec::new(),
         })
     }
@@ -263,13 +266,11 @@ fn path_of(path: &Path) -> Result<String> {
     Ok(text.to_owned())
 }
 
-/// Whether a load's report, as JSON, says that checksums were compared.
-fn is_verified(report: &str) -> bool {
-    #[derive(serde::Deserialize)]
-    struct Report {
-        verified: bool,
-    }
-    serde_json::from_str::<Report>(report).is_ok_and(|report| report.verified)
+/// What is of interest here of a load's report.
+#[derive(Default, serde::Deserialize)]
+struct Told {
+    verified: bool,
+    seconds: f64,
 }
 
 /// How long a batch of so many bytes may take.
@@ -435,7 +436,10 @@ impl Session {
                     moved.from_pool += done.from_pool;
                     moved.from_files += done.from_files;
                     moved.batches += 1;
-                    moved.verified += u64::from(is_verified(&done.report));
+                    // A report of another version may say less.
+                    let told: Told = serde_json::from_str(&done.report).unwrap_or_default();
+                    moved.verified += u64::from(told.verified);
+                    moved.seconds += told.seconds;
                     return Ok(());
                 }
                 Step::Done(done) => {

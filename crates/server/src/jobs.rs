@@ -177,7 +177,8 @@ impl Jobs {
         match error {
             None => {
                 self.done.fetch_add(1, Ordering::Relaxed);
-                tracing::info!(%model, %target, seconds, "loaded");
+                // A client may have a model moved in hundreds of batches: whoever asked for the whole tells of it.
+                tracing::debug!(%model, %target, seconds, "a load ended");
             }
             Some(error) => {
                 self.failed.fetch_add(1, Ordering::Relaxed);

@@ -97,7 +97,7 @@ async fn fill(store: &Arc<Store>, model: &Arc<Model>, job: Job) -> Result<LoadRe
     let run = store.jobs.run(job, move |control| {
         let loader = shared.loader(&model, control)?.build()?;
         let report = loader.fill_cache(&model.checkpoint)?;
-        shared.count(&report);
+        shared.tell(&model, &report);
         Ok(report)
     });
     run.await

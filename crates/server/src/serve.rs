@@ -1,5 +1,6 @@
 //! A server as a process: until a signal says stop.
 
+use rustix::process::{Resource, getrlimit, setrlimit};
 use sllm_core::{Error, Result};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -13,6 +14,7 @@ const BLOCKING: usize = 512;
 
 /// Runs a server until SIGTERM or SIGINT; a second signal ends it without waiting for loads.
 pub fn serve(config: Config) -> Result<()> {
+    raise_descriptor_limit();
     let broken = |source| Error::Io { what: "start", path: "the server's threads".into(), source };
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(ANSWERING);
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -54,4 +56,13 @@ pub fn serve(config: Config) -> Result<()> {
     // A thread that hangs in the kernel does not keep the process.
     runtime.shutdown_background();
     result
+}
+
+/// Takes all descriptors that the system allows: every client has some, and every model keeps its files open.
+fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
 }

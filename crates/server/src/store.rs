@@ -98,6 +98,17 @@ impl Store {
         self.metrics.moved(report.cached_bytes, report.read_bytes.saturating_sub(report.cached_bytes));
     }
 
+    /// Counts what a load read, and logs it.
+    pub(crate) fn tell(&self, model: &Model, report: &LoadReport) {
+        self.count(report);
+        let (model, target) = (&model.name, report.devices.join(","));
+        let (bytes, from_pool, seconds) = (report.read_bytes, report.cached_bytes, report.seconds);
+        tracing::info!(%model, %target, bytes, from_pool, seconds, "loaded");
+        for note in &report.notes {
+            tracing::warn!(%model, %note, "a load found another way");
+        }
+    }
+
     /// Keeps a model in the pool, or lets it be evicted. Blocks.
     pub(crate) fn set_pinned(&self, model: &Model, pinned: bool) -> Result<()> {
         if pinned {

@@ -221,6 +221,7 @@ async fn streams_load_into_several_gpus_at_once() {
         let bytes = owner.bytes(served.dir.path());
         assert!(bytes[64..] == source && bytes[..64].iter().all(|&byte| byte == UNTOUCHED));
     }
+    assert_eq!(driver.pageable_copies(), 0, "the pool is pinned for one GPU only");
     assert_eq!(driver.get("imports"), 4, "a stream keeps its memory open");
     drop(streams);
     all_closed(&driver).await;
@@ -350,6 +351,32 @@ async fn a_preload_that_fails_is_told_by_confirming_and_unloading_stops_one() {
         let pool = served.store().await.status(StatusRequest {}).await.unwrap().into_inner().pool.unwrap();
         assert_eq!(pool.resident, 0);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn loads_that_do_not_end_in_time_are_stopped_with_the_server() {
+    let driver = Driver::load();
+    let mut served = Served::start(fill, |config| config.drain = Duration::ZERO);
+    load(&served, "plain").await.unwrap();
+    driver.set_bandwidth(20_000_000);
+    let open = open_message("plain", &served.models().join("plain"));
+    let owner = Owner::start(0, LEN as u64 + 1000);
+    let mut client = served.store().await;
+    let (mut loading, opened) = Loading::open(&mut client, open.clone()).await.unwrap();
+    let cuda = CudaMemory { device: owner.uuid_bytes.clone(), handle: owner.handle.clone() };
+    let memory = Some(attach::Memory::Cuda(cuda));
+    loading.ask(Asked::Attach(Attach { len: opened.total, offset: 0, memory })).await;
+    for _ in 0..100 {
+        loading.batch(all_of(&open)).await;
+    }
+    while client.status(StatusRequest {}).await.unwrap().into_inner().jobs.is_empty() {
+        tokio::time::sleep(PAUSE).await;
+    }
+    served.signal();
+    assert_eq!(loading.error().await.code(), Code::Unavailable);
+    drop((loading, client));
+    served.ended().await;
+    all_closed(&driver).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

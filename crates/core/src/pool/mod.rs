@@ -48,6 +48,9 @@ struct State {
     claimed_steps: usize,
     /// Of those, steps that are not ready yet.
     preparing: usize,
+    /// Calls of `prepare_all` that run. Who needs a buffer waits for their next step instead of taking one on: one
+    /// that has to be pinned keeps a reader from reading.
+    preparers: usize,
     /// First buffer and length of the registrations, for their release.
     registered: Vec<usize>,
     /// Why memory is not pinned, once the driver refused.
@@ -93,11 +96,12 @@ impl BufferPool {
             if let Some(index) = state.free.pop() {
                 return Some(shared.buffer(index, self));
             }
-            if state.claimed_steps * shared.buffers_per_step < shared.buffers {
+            let is_left = state.claimed_steps * shared.buffers_per_step < shared.buffers;
+            if is_left && state.preparers == 0 {
                 drop(state);
                 shared.prepare_next();
                 state = shared.lock();
-            } else if state.preparing > 0 {
+            } else if is_left || state.preparing > 0 {
                 state = shared.prepared.wait(state).unwrap_or_else(PoisonError::into_inner);
             } else {
                 return None;
@@ -107,6 +111,7 @@ impl BufferPool {
 
     /// Prepares every step, by this many threads.
     pub fn prepare_all(&self, threads: usize) {
+        self.shared.lock().preparers += 1;
         std::thread::scope(|scope| {
             for _ in 1..threads {
                 let work = || while self.shared.prepare_next() {};
@@ -115,6 +120,8 @@ impl BufferPool {
             }
             while self.shared.prepare_next() {}
         });
+        self.shared.lock().preparers -= 1;
+        self.shared.prepared.notify_all();
     }
 
     /// Bytes of one buffer.
@@ -316,6 +323,22 @@ mod tests {
                 let held: Vec<_> = (0..8).map(|_| scope.spawn(take)).collect();
                 held.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
             });
+        }
+    }
+
+    #[test]
+    fn buffers_are_there_while_the_pool_is_prepared() {
+        for _ in 0..50 {
+            let pool = BufferPool::new(4096, 64, 8192, None).unwrap();
+            std::thread::scope(|scope| {
+                scope.spawn(|| pool.prepare_all(3));
+                let take = || std::iter::from_fn(|| pool.try_acquire()).collect::<Vec<_>>();
+                let held: Vec<_> = (0..4).map(|_| scope.spawn(take)).collect();
+                let held: usize = held.into_iter().map(|thread| thread.join().unwrap().len()).sum();
+                // A thread that ends gives its buffers back, so that another may have had them too.
+                assert!(held >= 64, "{held}");
+            });
+            assert_eq!(std::iter::from_fn(|| pool.try_acquire()).collect::<Vec<_>>().len(), 64);
         }
     }
 

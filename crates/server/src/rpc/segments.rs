@@ -7,6 +7,9 @@ use tonic::Status;
 
 use crate::fault::invalid;
 
+/// Segments of a batch at most.
+const MAX_SEGMENTS: usize = 1 << 21;
+
 /// The segments of a batch, and the blocks that they name. `files` has the places of the client's files.
 ///
 /// That segments lie inside their files and blocks, and write no byte twice, is checked by the plan.
@@ -15,6 +18,9 @@ pub(super) fn of_batch(
     files: &[usize],
     blocks: &[Block],
 ) -> Result<(Vec<Segment>, Vec<Block>), Status> {
+    if segments.len() > MAX_SEGMENTS {
+        return Err(invalid(format!("a batch has {MAX_SEGMENTS} segments at most: send several")));
+    }
     // Only the blocks of this batch are loaded into: a session may have many.
     let mut used = Vec::new();
     let mut places = vec![None; blocks.len()];
@@ -55,6 +61,9 @@ pub(super) fn of_chunks(
     handles: usize,
     first_block: usize,
 ) -> Result<Vec<Segment>, Status> {
+    if chunks.len() > MAX_SEGMENTS {
+        return Err(invalid(format!("a load has {MAX_SEGMENTS} chunks at most")));
+    }
     let mut starts = Vec::with_capacity(files.len());
     let mut total = 0u64;
     for len in files {

@@ -50,14 +50,63 @@ async fn run(store: &Arc<Store>, talk: &mut Talk, attached: &mut Attached) -> Re
     };
     let Some((model, files)) = talk.opened(store, model).await else { return Ok(()) };
     let model = Arc::new(model);
+    let mut moved = Moved {
+        started: Instant::now(),
+        model: Arc::clone(&model),
+        batches: 0,
+        bytes: 0,
+        from_pool: 0,
+        moving: 0.0,
+        opening: Duration::ZERO,
+    };
     loop {
         match talk.next(store).await? {
             None => return Ok(()),
             Some(Asked::Open(_)) => return Err(invalid("the stream has opened a model already")),
             Some(Asked::Attach(attach)) => *attached = attach_memory(store, std::mem::take(attached), attach).await?,
             Some(Asked::Cancel(_)) => return Err(cancelled()),
-            Some(Asked::Batch(batch)) => move_batch(store, talk, attached, &model, &files, batch).await?,
+            Some(Asked::Batch(batch)) => {
+                let Some(report) = move_batch(store, talk, attached, &model, &files, batch).await? else {
+                    return Ok(());
+                };
+                moved.add(&report);
+                moved.opening = attached.opening;
+                if !talk.tell(Event::Done(done(&report))).await {
+                    return Ok(());
+                }
+            }
         }
+    }
+}
+
+/// What a session has moved, logged at its end.
+struct Moved {
+    started: Instant,
+    model: Arc<InUse>,
+    batches: u64,
+    bytes: u64,
+    from_pool: u64,
+    /// Seconds in which batches were moved.
+    moving: f64,
+    /// Time that the driver took to open memory of GPUs.
+    opening: Duration,
+}
+
+impl Moved {
+    fn add(&mut self, report: &LoadReport) {
+        self.moving += report.seconds;
+        self.batches += 1;
+        self.bytes += report.bytes;
+        self.from_pool += report.cached_bytes;
+    }
+}
+
+impl Drop for Moved {
+    fn drop(&mut self) {
+        let Moved { batches, bytes, from_pool, moving, .. } = *self;
+        let opening = self.opening.as_secs_f64();
+        let (model, seconds) = (&self.model.name, self.started.elapsed().as_secs_f64());
+        tracing::info!(%model, batches, bytes, from_pool, opening, moving, seconds, "a session ended");
     }
 }
 
@@ -160,6 +209,8 @@ struct Attached {
     mappings: HashMap<Ticket, Arc<Mapping>>,
     memories: HashMap<(Uuid, [u8; 64]), SharedMemory>,
     devices: HashMap<Uuid, OpenDevice>,
+    /// Time that the driver took to open memory of GPUs.
+    opening: Duration,
 }
 
 async fn attach_memory(store: &Arc<Store>, mut attached: Attached, attach: Attach) -> Result<Attached, Status> {
@@ -215,7 +266,9 @@ impl Attached {
                 Some(device) => device.clone(),
                 None => store.devices.open(&uuid)?,
             };
+            let opening = Instant::now();
             let memory = SharedMemory::open(device.device(), &handle).map_err(|e| attach_fault(&e))?;
+            self.opening += opening.elapsed();
             self.devices.insert(uuid, device);
             self.memories.insert((uuid, handle), memory);
         }
@@ -233,7 +286,7 @@ pub(super) fn attach_fault(error: &sllm_core::Error) -> Status {
     }
 }
 
-/// Moves a batch, and says so.
+/// Moves a batch; `None` where its client is gone.
 async fn move_batch(
     store: &Arc<Store>,
     talk: &mut Talk,
@@ -241,7 +294,7 @@ async fn move_batch(
     model: &Arc<InUse>,
     files: &[usize],
     batch: Batch,
-) -> Result<(), Status> {
+) -> Result<Option<LoadReport>, Status> {
     let deadline = (batch.timeout_ms > 0).then(|| Instant::now() + Duration::from_millis(batch.timeout_ms.into()));
     let (segments, blocks) = segments::of_batch(&batch.segments, files, &attached.blocks)?;
     let mut ids: Vec<String> = blocks.iter().map(|block| block.device().id()).collect();
@@ -264,13 +317,13 @@ async fn move_batch(
         Ok(report)
     });
     tokio::pin!(run);
-    let report = loop {
+    loop {
         tokio::select! {
             biased;
-            result = &mut run => break result?,
+            result = &mut run => return result.map(Some),
             () = talk.events.closed() => {
                 stop.stop(Why::ClientGone);
-                return run.await.map(drop);
+                return run.await.map(|_| None);
             }
             message = talk.requests.message(), if talk.listens() => match message {
                 Ok(Some(LoadRequest { kind: Some(Asked::Cancel(_)) })) => {
@@ -290,9 +343,7 @@ async fn move_batch(
                 talk.tell_progress(now);
             }
         }
-    };
-    talk.tell(Event::Done(done(&report))).await;
-    Ok(())
+    }
 }
 
 fn done(report: &LoadReport) -> Done {

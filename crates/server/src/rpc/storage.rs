@@ -167,7 +167,7 @@ async fn load_to_gpus(
             // The blocks close their handles when the copies are done, on this thread.
             let report = loader.fill_segments(&model.checkpoint, &segments, blocks)?;
             drop(devices);
-            shared.count(&report);
+            shared.tell(&model, &report);
             Ok(())
         });
         told.send_replace(Some(run.await));
