@@ -29,6 +29,7 @@ mod load;
 mod pass;
 mod remote;
 mod runtime;
+mod session;
 mod staging;
 mod types;
 

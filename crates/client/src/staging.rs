@@ -1,4 +1,4 @@
-//! Memory of ours that the server fills, in two halves: while it fills one, the other is copied out.
+//! Memory of ours that the server fills, and out of which the bytes are copied to their places.
 
 use sllm_core::{Block, Device, MemoryFile, Mover};
 use sllm_proto::store as pb;
@@ -8,10 +8,10 @@ use crate::cut::Part;
 use crate::error::{Error, Result};
 use crate::pass::pass;
 
-/// Bytes of a half at least: a row that is not cut fits.
-const MIN_HALF: u64 = 2 << 20;
+/// Its bytes at least: a row that is not cut fits.
+const MIN_LEN: u64 = 2 << 20;
 
-/// Staging memory for the blocks of one device that the server cannot write to itself.
+/// Staging memory for blocks of one device that the server does not write to itself.
 #[derive(Debug)]
 pub(crate) struct Staging {
     /// All of it.
@@ -19,7 +19,9 @@ pub(crate) struct Staging {
     mover: Mover,
     /// Its number among the server's blocks.
     pub(crate) block: u32,
-    pub(crate) half_len: u64,
+    pub(crate) len: u64,
+    /// Bytes that it was to have.
+    pub(crate) asked: u64,
 }
 
 /// Staging memory, and how the server gets at it.
@@ -31,19 +33,17 @@ pub(crate) struct Made {
 }
 
 impl Staging {
-    /// Makes staging memory for `wanted` bytes, `most` at most; it will be the server's block `block`.
-    pub(crate) fn make(client: &StoreClient, device: &Device, block: u32, wanted: u64, most: u64) -> Result<Made> {
-        // More than one half is of use only where there is something to overlap.
-        let half_len = wanted.min(most / 2).clamp(MIN_HALF, (most / 2).max(MIN_HALF)).next_multiple_of(MIN_HALF);
-        let (memory, attach, half_len) =
-            if device.is_host() { of_host(client, half_len)? } else { of_device(device, half_len)? };
-        let staging = Staging { memory: memory.clone(), mover: Mover::new(device)?, block, half_len };
-        Ok(Made { staging, attach, memory })
+    /// Bytes of each of `lanes` memories that have `all` together.
+    pub(crate) fn most(all: u64, lanes: usize) -> u64 {
+        (all / lanes as u64 / MIN_LEN * MIN_LEN).max(MIN_LEN)
     }
 
-    /// Where a half begins.
-    pub(crate) fn base(&self, half: u8) -> u64 {
-        u64::from(half) * self.half_len
+    /// Makes staging memory for `wanted` bytes, `most` at most; it will be the server's block `block`.
+    pub(crate) fn make(client: &StoreClient, device: &Device, block: u32, wanted: u64, most: u64) -> Result<Made> {
+        let asked = wanted.clamp(MIN_LEN, most).next_multiple_of(MIN_LEN);
+        let (memory, attach, len) = if device.is_host() { of_host(client, asked)? } else { of_device(device, asked)? };
+        let staging = Staging { memory: memory.clone(), mover: Mover::new(device)?, block, len, asked };
+        Ok(Made { staging, attach, memory })
     }
 
     /// Copies a part that has arrived to where it belongs.
@@ -52,26 +52,26 @@ impl Staging {
     }
 }
 
-fn of_host(client: &StoreClient, half_len: u64) -> Result<(Block, pb::Attach, u64)> {
-    let len = 2 * half_len;
+fn of_host(client: &StoreClient, len: u64) -> Result<(Block, pb::Attach, u64)> {
     let memory = MemoryFile::new(len)?;
     let ticket = pass(client, &memory)?;
     let attach = pb::Attach { len, offset: 0, memory: Some(pb::attach::Memory::Ticket(ticket.to_vec())) };
-    Ok((memory.block(0, len)?, attach, half_len))
+    Ok((memory.block(0, len)?, attach, len))
 }
 
-fn of_device(device: &Device, mut half_len: u64) -> Result<(Block, pb::Attach, u64)> {
+fn of_device(device: &Device, mut len: u64) -> Result<(Block, pb::Attach, u64)> {
     let memory = loop {
-        match Block::alloc(device, 2 * half_len) {
+        match Block::alloc(device, len) {
             // An engine leaves little room; half as much does with more round trips.
-            Err(sllm_core::Error::Device(e)) if e.is_out_of_memory() && half_len > MIN_HALF => half_len /= 2,
+            Err(sllm_core::Error::Device(e)) if e.is_out_of_memory() && len > MIN_LEN => {
+                len = (len / 2).next_multiple_of(MIN_LEN);
+            }
             result => break result?,
         }
     };
-    let half_len = half_len / MIN_HALF * MIN_HALF;
     let shared = memory.export()?;
     let attach = attach_device(device, &shared.handle, shared.offset, shared.len)?;
-    Ok((memory, attach, half_len))
+    Ok((memory, attach, len))
 }
 
 /// How the server gets at memory of a device.

@@ -38,8 +38,6 @@ pub struct RemoteReport {
     pub from_memory: u64,
     /// Bytes that it read from files.
     pub from_files: u64,
-    /// Seconds in which it moved them, by its own clock.
-    pub seconds: f64,
     /// Whether checksums were compared when the bytes came from files.
     pub verified: bool,
     /// What did not work and was done in another way.
@@ -93,6 +91,9 @@ impl Helper {
                 let mut report = LoadReport::of_remote(loader, checkpoint, report, wanted, segments.len());
                 (report.plan_s, report.seconds) = (plan_s, started.elapsed().as_secs_f64());
                 report.move_s = report.seconds - plan_s;
+                if let Some(engine) = report.engines.first_mut() {
+                    engine.seconds = report.move_s;
+                }
                 Ok(Some(report))
             }
             Err(error) => {

@@ -222,7 +222,7 @@ impl LoadReport {
             reason: remote.by,
             bytes: report.read_bytes,
             threads: 1,
-            seconds: remote.seconds,
+            seconds: 0.0,
             reading: 0.0,
             waiting: 1.0,
             copying: 0.0,

@@ -19,6 +19,8 @@ use crate::plan::{Segment, destinations_meet};
 
 /// Bytes that a batch should have: fewer are not worth starting the readers for.
 const BATCH_LEN: u64 = 128 << 20;
+/// The same where a remote moves it: it is asked once a batch.
+const REMOTE_BATCH_LEN: u64 = 512 << 20;
 
 /// A load to which segments are added while it runs. Make one by [`Loader::session`].
 ///
@@ -38,6 +40,7 @@ pub struct Session {
 struct Shared {
     state: Mutex<State>,
     changed: Condvar,
+    batch_len: u64,
     /// Bytes read by the batches that are done, and by the one that moves.
     read_before: AtomicU64,
     read_now: AtomicU64,
@@ -100,9 +103,9 @@ impl Batch {
 
 impl State {
     /// Whether the first batch is to be moved now.
-    fn is_ready(&self) -> bool {
+    fn is_ready(&self, batch_len: u64) -> bool {
         let first = self.batches.front();
-        first.is_some_and(|batch| self.flush || self.closed || self.batches.len() > 1 || batch.len >= BATCH_LEN)
+        first.is_some_and(|batch| self.flush || self.closed || self.batches.len() > 1 || batch.len >= batch_len)
     }
 }
 
@@ -115,7 +118,7 @@ impl Shared {
     fn next(&self) -> Option<Batch> {
         let mut state = self.lock();
         loop {
-            if state.is_ready() {
+            if state.is_ready(self.batch_len) {
                 state.moving = true;
                 return state.batches.pop_front();
             }
@@ -160,6 +163,7 @@ impl Session {
         let shared = Arc::new(Shared {
             state: Mutex::default(),
             changed: Condvar::new(),
+            batch_len: if loader.helper.is_some() { REMOTE_BATCH_LEN } else { BATCH_LEN },
             read_before: AtomicU64::new(0),
             read_now: AtomicU64::new(0),
         });
@@ -199,7 +203,7 @@ impl Session {
                 state.batches.push_back(batch);
             }
         }
-        if state.is_ready() && !state.moving {
+        if state.is_ready(self.shared.batch_len) && !state.moving {
             self.shared.changed.notify_all();
         }
         Ok(())
