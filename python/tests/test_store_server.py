@@ -15,6 +15,7 @@ import pytest
 from conftest import content, python, raw
 
 import serverless_llm as sllm
+from serverless_llm.vllm import _prefetch
 
 COMMAND = "import sys; from serverless_llm._cli import main; sys.exit(main())"
 
@@ -139,3 +140,13 @@ def test_a_server_that_is_killed_is_missed_by_nobody(server: Server) -> None:
     loaded = sllm.load(checkpoint, device="cpu", framework="numpy", tensors="large", server=server.address)
     assert np.asarray(loaded["large"]).tobytes() == content("large")
     assert len(loaded.report.notes) == 1 and loaded.report.notes[0].endswith("files are read")
+
+
+def test_vllm_has_the_server_read_ahead_and_reads_itself_where_there_is_none(server: Server) -> None:
+    path = str(server.models / "m")
+    assert _prefetch._preload(path, None, server.address)
+    (model,) = sllm.StoreClient(server.address).list()
+    assert model.resident >= model.len
+    assert not _prefetch._preload(str(server.models / "none"), None, server.address)
+    server.kill()
+    assert not _prefetch._preload(path, None, server.address)

@@ -2,7 +2,44 @@
 
 mod common;
 
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
 use common::{Ran, model, sllm};
+
+/// A server of a directory, killed when this is dropped.
+struct Server(Child, String);
+
+impl Server {
+    fn start(models: &Path) -> Server {
+        let socket = models.join("socket");
+        let address = format!("unix:{}", socket.display());
+        let mut command = Command::new(assert_cmd::cargo::cargo_bin("sllm-store"));
+        command.args(["start", "--mem-pool-size", "64MB", "--listen", &address, "--storage-path"]).arg(models);
+        let mut server = Server(command.stderr(Stdio::null()).spawn().unwrap(), address);
+        while UnixStream::connect(&socket).is_err() {
+            assert!(server.0.try_wait().unwrap().is_none(), "the server ended");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        server
+    }
+
+    /// What a command says of it, which must succeed.
+    fn asked(&self, args: &[&str]) -> Ran {
+        let ran = ran(&[args, &["--address", &self.1]].concat());
+        assert_eq!(ran.code, 0, "{args:?}: {}", ran.stderr);
+        ran
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
 
 fn ran(args: &[&str]) -> Ran {
     let mut command = sllm(args);
@@ -62,4 +99,51 @@ fn a_load_goes_on_from_files_where_no_server_is_and_notes_it() {
         assert!(note.contains("no store server answers") && note.ends_with("files are read"), "{note}");
     }
     assert_eq!(ran(&["load", path, "--server=nothing"]).code, 2);
+}
+
+#[test]
+fn a_server_is_asked_and_told() {
+    let fixture = model();
+    let server = Server::start(fixture.dir.path());
+    let preloaded = server.asked(&["preload", "model", "--pin", "--json"]).json();
+    let len = preloaded["models"][0]["bytes"].as_u64().unwrap();
+    assert!(len > 70_000 && preloaded["models"][0]["pinned"] == true);
+    let listed = server.asked(&["list", "--json"]).json();
+    assert_eq!((&listed["models"][0]["name"], &listed["models"][0]["pinned"]), (&"model".into(), &true.into()));
+    let text = server.asked(&["list"]).stdout;
+    let row: Vec<&str> = text.lines().nth(1).unwrap().split_whitespace().collect();
+    assert!(row.contains(&"yes") && row.contains(&"100") && row.ends_with(&["safetensors", "model"]), "{text}");
+    let status = server.asked(&["status", "--json"]).json();
+    assert!(status["pool"]["pinned"].as_u64().unwrap() >= len && status["models"][0]["name"] == "model");
+    let text = server.asked(&["status"]).stdout;
+    assert!(text.contains(&server.1) && text.contains("of it pinned") && text.contains("safetensors"), "{text}");
+    assert_eq!(server.asked(&["unpin", "model", "--json"]).json()["pinned"], false);
+    assert!(server.asked(&["pin", "model"]).stdout.starts_with("model: pinned, "));
+    server.asked(&["unpin", "model"]);
+    assert!(server.asked(&["evict", "model", "--json"]).json()["bytes"].as_u64().unwrap() >= len);
+    assert_eq!(server.asked(&["evict", "--all"]).stdout, "0 B evicted\n");
+    let error = ran(&["pin", "none", "--address", &server.1]);
+    assert_eq!(error.code, 3, "{}", error.stderr);
+    let (path, server_at) = (fixture.model.to_str().unwrap(), format!("--server={}", server.1));
+    let loaded = ran(&["load", path, "--device", "host", "--repeat", "2", "--json", &server_at]).json();
+    for run in loaded["runs"].as_array().unwrap() {
+        assert_eq!((&run["engines"][0]["engine"], run["notes"].as_array().unwrap().len()), (&"server".into(), 0));
+    }
+}
+
+#[test]
+fn a_watched_status_is_shown_until_ctrl_c() {
+    use std::io::{BufRead, BufReader};
+    let fixture = model();
+    let server = Server::start(fixture.dir.path());
+    let mut command = Command::new(assert_cmd::cargo::cargo_bin("sllm-store"));
+    let mut child = command.args(["status", "--watch", "--address", &server.1]).stdout(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    // Twice, and once without its server.
+    assert_eq!(lines.by_ref().filter(|line| line.as_ref().unwrap().starts_with("server ")).take(2).count(), 2);
+    drop(server);
+    assert!(lines.any(|line| line.unwrap().contains("store server")));
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-s", "INT", &pid]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(0));
 }
