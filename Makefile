@@ -103,7 +103,8 @@ test-vllm: wheel .venv-vllm/ready $(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf
 ORIGINAL_TESTS = python/original_tests
 .venv-original/ready: $(ORIGINAL_TESTS)/requirements.txt | $(TOOLS)/bin/maturin
 	$(call venv,3.10)
-	$(TOOLS)/bin/uv pip install --quiet --python .venv-original/bin/python --requirements $(ORIGINAL_TESTS)/requirements.txt
+	$(TOOLS)/bin/uv pip install --quiet --python .venv-original/bin/python \
+		--requirements $(ORIGINAL_TESTS)/requirements.txt
 	$(TOOLS)/bin/uv pip install --quiet --python .venv-original/bin/python --no-deps serverless-llm-store==0.8.0
 	touch $@
 

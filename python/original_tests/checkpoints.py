@@ -59,7 +59,7 @@ def write_safetensors(path: Path, content: dict[str, Tensor]) -> None:
 
 
 def write_original(directory: Path, content: dict[str, Tensor], tied: dict[str, str]) -> None:
-    """Tensors in their order at multiples of 8, in several files; tied ones have the offset of what they are tied to."""
+    """Tensors in their order at multiples of 8, in several files; tied ones have the offset of the one they share."""
     directory.mkdir(parents=True)
     parts, index, total = [bytearray()], {}, 0
     for name, tensor in content.items():
