@@ -180,6 +180,7 @@ pub(crate) struct PrefetchArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(args_override_self = true)]
 pub(crate) struct StartArgs {
     /// Directory below which the models lie [default: ~/models]
     #[arg(long, env = "STORAGE_PATH", value_hint = ValueHint::DirPath)]

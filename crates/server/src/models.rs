@@ -139,13 +139,17 @@ impl Models {
 
     /// The model of this name, if it is open.
     pub(crate) fn get(&self, name: &str) -> Result<Option<Arc<Model>>, Status> {
-        // A model that is gone from the disk may be resident: what was typed is its name then.
-        let name = match self.find(name) {
-            Ok((name, _)) => name,
-            Err(status) if status.code() == Code::NotFound => name.trim_matches('/').to_owned(),
-            Err(status) => return Err(status),
-        };
-        Ok(self.known(&name))
+        self.name(name).map(|name| self.known(&name))
+    }
+
+    /// What a model is called that is asked for so. One that is gone from the disk may be resident: what was typed is
+    /// its name then.
+    pub(crate) fn name(&self, asked: &str) -> Result<String, Status> {
+        match self.find(asked) {
+            Ok((name, _)) => Ok(name),
+            Err(status) if status.code() == Code::NotFound => Ok(asked.trim_matches('/').to_owned()),
+            Err(status) => Err(status),
+        }
     }
 
     /// All that are open, by name.

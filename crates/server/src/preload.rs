@@ -20,6 +20,18 @@ pub(crate) struct Preload {
     stop: Stop,
     outcome: watch::Receiver<Outcome>,
     progress: Arc<watch::Sender<Progress>>,
+    wanted: Arc<Mutex<Wanted>>,
+}
+
+/// Who wants a preload to go on.
+#[derive(Debug, Default)]
+struct Wanted {
+    /// Clients that listen to it.
+    listeners: usize,
+    /// Somebody wants it who does not listen.
+    kept: bool,
+    /// All are gone, and it was stopped.
+    abandoned: bool,
 }
 
 impl Preload {
@@ -42,9 +54,42 @@ impl Preload {
         self.stop.stop(why);
     }
 
+    /// A client that listened is gone; the last one stops it, unless it is wanted by others.
+    pub(crate) fn leave(&self) {
+        let mut wanted = self.wanted();
+        wanted.listeners = wanted.listeners.saturating_sub(1);
+        if wanted.listeners == 0 && !wanted.kept {
+            wanted.abandoned = true;
+            self.stop(Why::ClientGone);
+        }
+    }
+
+    /// Joins it; `false` where it was stopped already.
+    fn join(&self, want: Want) -> bool {
+        let mut wanted = self.wanted();
+        match want {
+            Want::Listen => wanted.listeners += 1,
+            Want::Keep => wanted.kept = true,
+        }
+        !wanted.abandoned
+    }
+
     fn is_running(&self) -> bool {
         self.outcome.borrow().is_none() && self.outcome.has_changed().is_ok()
     }
+
+    fn wanted(&self) -> MutexGuard<'_, Wanted> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How a preload is wanted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Want {
+    /// As long as the caller listens, who then says that it leaves.
+    Listen,
+    /// Whoever goes.
+    Keep,
 }
 
 /// A model's preloads.
@@ -71,16 +116,17 @@ impl Preloads {
     }
 }
 
-/// Starts to read a model into the pool, or joins whoever does. `true` where it was started.
-pub(crate) fn start(store: &Arc<Store>, model: &Arc<Model>) -> (Preload, bool) {
+/// Starts to read a model into the pool, or joins whoever does.
+pub(crate) fn start(store: &Arc<Store>, model: &Arc<Model>, want: Want) -> Preload {
     let mut last = model.preloads.lock();
-    if let Some(running) = last.as_ref().filter(|preload| preload.is_running()) {
-        return (running.clone(), false);
+    if let Some(running) = last.as_ref().filter(|preload| preload.is_running() && preload.join(want)) {
+        return running.clone();
     }
     let stop = Stop::new();
     let job = Job::new(&model.name, "pool".into(), Kind::Pool, stop.clone());
     let (told, outcome) = watch::channel(None);
-    let preload = Preload { stop, outcome, progress: Arc::clone(&job.progress) };
+    let preload = Preload { stop, outcome, progress: Arc::clone(&job.progress), wanted: Arc::default() };
+    preload.join(want);
     *last = Some(preload.clone());
     drop(last);
     let (store, model) = (Arc::clone(store), Arc::clone(model));
@@ -89,7 +135,7 @@ pub(crate) fn start(store: &Arc<Store>, model: &Arc<Model>) -> (Preload, bool) {
         // Whoever asked for it may be gone; the model keeps the outcome.
         told.send_replace(Some(result.map(drop)));
     });
-    (preload, true)
+    preload
 }
 
 async fn fill(store: &Arc<Store>, model: &Arc<Model>, job: Job) -> Result<LoadReport, Status> {
@@ -101,4 +147,29 @@ async fn fill(store: &Arc<Store>, model: &Arc<Model>, job: Job) -> Result<LoadRe
         Ok(report)
     });
     run.await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_preload_goes_on_while_anybody_wants_it() {
+        let preload = || {
+            let (told, outcome) = watch::channel(None);
+            let progress = Arc::new(watch::Sender::new(Progress { done: 0, total: 0 }));
+            (told, Preload { stop: Stop::new(), outcome, progress, wanted: Arc::default() })
+        };
+        let (_told, listened) = preload();
+        assert!(listened.join(Want::Listen) && listened.join(Want::Listen));
+        listened.leave();
+        assert!(listened.join(Want::Listen), "the first one left, and another listens");
+        listened.leave();
+        listened.leave();
+        assert!(!listened.join(Want::Keep), "the last one stopped it");
+        let (_told, kept) = preload();
+        assert!(kept.join(Want::Listen) && kept.join(Want::Keep));
+        kept.leave();
+        assert!(kept.join(Want::Listen), "whoever does not listen still wants it");
+    }
 }

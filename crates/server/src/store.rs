@@ -16,7 +16,7 @@ use crate::memory::Tickets;
 use crate::metrics::{Metrics, Moment};
 use crate::models::{Model, Models};
 use crate::pool::Pool;
-use crate::preload;
+use crate::preload::{self, Want};
 use crate::replicas::Replicas;
 
 /// A server's state.
@@ -80,6 +80,12 @@ impl Store {
         blocking(move || store.models.open(&name)).await?
     }
 
+    /// What a model is called that is asked for so, open or not.
+    pub(crate) async fn name(self: &Arc<Self>, asked: &str) -> Result<String, Status> {
+        let (store, asked) = (Arc::clone(self), asked.to_owned());
+        blocking(move || store.models.name(&asked)).await?
+    }
+
     /// The model of this name, if something was done with it.
     pub(crate) async fn known(self: &Arc<Self>, name: &str) -> Result<Option<Arc<Model>>, Status> {
         let (store, name) = (Arc::clone(self), name.to_owned());
@@ -132,7 +138,7 @@ impl Store {
                     let pin = move || store.set_pinned(&model, true).map_err(|e| crate::fault::status(&e));
                     blocking(pin).await??;
                 }
-                Ok::<_, Status>(preload::start(&self, &model))
+                Ok::<_, Status>(preload::start(&self, &model, Want::Keep))
             };
             // A load that fails says so itself.
             if let Err(error) = started.await {

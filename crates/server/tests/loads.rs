@@ -388,7 +388,7 @@ async fn models_larger_than_the_pool_stream_through_it_and_pinned_ones_stay() {
     assert!(pool.resident <= pool.capacity && pool.capacity == 32 << 20 && pool.evictions > 0, "{pool:?}");
     assert_eq!(resident(&served, "plain").await, last.total);
     let error = client.pin(PinRequest { model: "large".into() }).await.unwrap_err();
-    assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+    assert_eq!(error.code(), Code::ResourceExhausted, "{error}");
 
     let model = client.unpin(UnpinRequest { model: "plain".into() }).await.unwrap().into_inner();
     assert!(!model.pinned);

@@ -14,7 +14,6 @@ mod world;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use common::session::{Loading, all_of, contents, open_message, ticket};
@@ -393,10 +392,7 @@ async fn housekeeping(world: &World, random: &mut Random, choice: u64, model: &M
         }
         82..86 => known(store.evict(EvictRequest { model: name }).await.map(drop)),
         86..88 => store.evict(EvictRequest::default()).await.map(drop),
-        88..90 => {
-            world.clears.fetch_add(1, Ordering::SeqCst);
-            world.served.storage().await.clear_mem(ClearMemRequest {}).await.map(drop)
-        }
+        88..90 => world.served.storage().await.clear_mem(ClearMemRequest {}).await.map(drop),
         90..93 => match store.pin(PinRequest { model: name }).await {
             // Something must be left for others.
             Err(status) if status.message().contains("cannot be pinned") => Ok(()),
@@ -512,12 +508,7 @@ async fn gpu_session(
 
 /// A load as the original's client makes it.
 async fn replica(world: &World, random: &mut Random, model: &Model, gpu: &mut Gpu, shift: u64) -> Result<(), Status> {
-    let (version, clears) = (model.version(), world.clears.load(Ordering::SeqCst));
-    // Who clears all forgets how loads ended that had ended.
-    let unless_cleared = |result: Result<(), Status>| match result {
-        Err(status) if status.code() == Code::NotFound && world.clears.load(Ordering::SeqCst) > clears => Ok(None),
-        result => model.unless_replaced(version, result),
-    };
+    let version = model.version();
     let mut storage = world.served.storage().await;
     let (model_path, replica_uuid) = (model.name.to_owned(), format!("{:x}", random.below(u64::MAX)));
     let registered = storage.register_model(RegisterModelRequest { model_path: model_path.clone() }).await?;
@@ -551,7 +542,8 @@ async fn replica(world: &World, random: &mut Random, model: &Model, gpu: &mut Gp
         UnloadModelRequest { model_path: model_path.clone(), replica_uuid: replica_uuid.clone(), target_device_type };
     if random.below(8) == 0 {
         // It is stopped, and nothing is written when the answer is here.
-        if unless_cleared(storage.unload_model(unload).await.map(drop))?.is_none() {
+        let stopped = storage.unload_model(unload).await;
+        if model.unless_replaced(version, stopped)?.is_none() {
             return Ok(());
         }
         let then = gpu.bytes();
@@ -560,9 +552,11 @@ async fn replica(world: &World, random: &mut Random, model: &Model, gpu: &mut Gp
         return if gpu.bytes() == then { Ok(()) } else { Err(Status::internal("memory was written to after the end")) };
     }
     let confirm = ConfirmModelRequest { model_path, replica_uuid, target_device_type };
-    if unless_cleared(storage.confirm_model(confirm).await.map(drop))?.is_some() {
+    let confirmed = storage.confirm_model(confirm).await;
+    if model.unless_replaced(version, confirmed)?.is_some() {
         let at = shift as usize;
         world.compare(model, version, &gpu.bytes()[at..at + len as usize], 0)?;
     }
-    unless_cleared(storage.unload_model(unload).await.map(drop)).map(drop)
+    let released = storage.unload_model(unload).await;
+    model.unless_replaced(version, released).map(drop)
 }

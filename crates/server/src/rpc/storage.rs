@@ -19,7 +19,7 @@ use crate::fault::{invalid, refused};
 use crate::jobs::{Job, Stop, Why};
 use crate::metrics::Kind;
 use crate::models::{InUse, Model};
-use crate::preload;
+use crate::preload::{self, Want};
 use crate::replicas;
 use crate::store::{Store, blocking};
 
@@ -52,7 +52,7 @@ impl Storage for StorageRpc {
                 if self.0.jobs.is_closed() {
                     return Err(Why::ShuttingDown.status());
                 }
-                preload::start(&self.0, &model);
+                preload::start(&self.0, &model, Want::Keep);
             }
         }
         Ok(Response::new(LoadModelResponse { model_path }))
@@ -62,10 +62,12 @@ impl Storage for StorageRpc {
         let ConfirmModelRequest { model_path, replica_uuid, target_device_type } = request.into_inner();
         let target = target(target_device_type)?;
         let unknown = || refused(Code::NotFound, format!("no load of {model_path:?} was asked for"));
-        let model = self.0.known(&model_path).await?.ok_or_else(unknown)?;
-        match target {
-            DeviceType::Gpu => self.0.replicas.ended(&model.name, &replica_uuid).await?,
-            _ => model.preloads.last().ok_or_else(unknown)?.ended().await?,
+        if target == DeviceType::Gpu {
+            // What became of a replica is known also when its model was forgotten.
+            self.0.replicas.ended(&self.0.name(&model_path).await?, &replica_uuid).await?;
+        } else {
+            let model = self.0.known(&model_path).await?.ok_or_else(unknown)?;
+            model.preloads.last().ok_or_else(unknown)?.ended().await?;
         }
         Ok(Response::new(ConfirmModelResponse { model_path, code: 0 }))
     }
@@ -74,12 +76,12 @@ impl Storage for StorageRpc {
         let UnloadModelRequest { model_path, replica_uuid, target_device_type } = request.into_inner();
         let target = target(target_device_type)?;
         let absent = || refused(Code::NotFound, format!("{model_path:?} is not in memory"));
-        let model = self.0.known(&model_path).await?.ok_or_else(absent)?;
         if target == DeviceType::Gpu {
-            if !self.0.replicas.release(&model.name, &replica_uuid).await {
+            if !self.0.replicas.release(&self.0.name(&model_path).await?, &replica_uuid).await {
                 return Err(refused(Code::NotFound, format!("{model_path:?} has no replica {replica_uuid:?}")));
             }
         } else {
+            let model = self.0.known(&model_path).await?.ok_or_else(absent)?;
             let preload = model.preloads.last();
             if let Some(preload) = &preload {
                 preload.stop(Why::Unloaded);

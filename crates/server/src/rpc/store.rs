@@ -17,7 +17,7 @@ use super::session;
 use crate::fault::{self, refused};
 use crate::jobs::Why;
 use crate::models::Model as OpenModel;
-use crate::preload;
+use crate::preload::{self, Want};
 use crate::store::{Store, blocking};
 
 /// Events that wait for a slow client. Progress that finds no room is not told.
@@ -48,7 +48,7 @@ impl StoreService for StoreRpc {
         if pin {
             self.set_pinned(&model, true).await?;
         }
-        let (preload, started) = preload::start(&self.0, &model);
+        let preload = preload::start(&self.0, &model, Want::Listen);
         let (events, stream) = mpsc::channel(EVENTS);
         tokio::spawn(async move {
             let mut progress = preload.progress();
@@ -60,10 +60,7 @@ impl StoreService for StoreRpc {
                     biased;
                     result = &mut ended => break result,
                     () = events.closed() => {
-                        // Whoever joined a preload does not stop it for the others.
-                        if started {
-                            preload.stop(Why::ClientGone);
-                        }
+                        preload.leave();
                         return;
                     }
                     Ok(()) = progress.changed() => {
@@ -138,7 +135,11 @@ impl StoreRpc {
     async fn set_pinned(&self, model: &Arc<OpenModel>, pinned: bool) -> Result<Model, Status> {
         let (store, model) = (Arc::clone(&self.0), Arc::clone(model));
         let work = move || {
-            store.set_pinned(&model, pinned).map_err(|e| fault::status(&e))?;
+            store.set_pinned(&model, pinned).map_err(|e| match &e {
+                // The request is good; the pool has no room for it now.
+                sllm_core::Error::Invalid(_) => refused(Code::ResourceExhausted, e.chain()),
+                _ => fault::status(&e),
+            })?;
             Ok(describe(&store, &model))
         };
         blocking(work).await?

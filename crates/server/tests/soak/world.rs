@@ -4,7 +4,6 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -149,7 +148,6 @@ pub(crate) struct World {
     pub(crate) served: Served,
     pub(crate) models: HashMap<&'static str, Model>,
     /// How often somebody has begun to clear all.
-    pub(crate) clears: AtomicU64,
     end: Option<Instant>,
     counts: Mutex<BTreeMap<&'static str, u64>>,
 }
@@ -157,7 +155,7 @@ pub(crate) struct World {
 impl World {
     pub(crate) fn new(served: Served, end: Option<Instant>) -> World {
         let models = MODELS.into_iter().map(|name| (name, Model::new(&served.models(), name))).collect();
-        World { served, models, clears: AtomicU64::new(0), end, counts: Mutex::default() }
+        World { served, models, end, counts: Mutex::default() }
     }
 
     pub(crate) fn is_time_left(&self) -> bool {
