@@ -33,6 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--pool", default="32GB")
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--staging", nargs="*", default=[], help="sizes of staging memory to try, such as 128MiB")
     parser.add_argument("--no-cold", action="store_true", help="leave out loads with nothing resident, which take long")
     parser.add_argument("--start-flags", default="", help="further flags of `start`")
     return parser.parse_args()
@@ -152,6 +153,9 @@ def main() -> None:
         add("by the server, first load, page cache warm", [bench.load(*server)])
         result["status"] = bench.ask("status", "--address", bench.address)
         add("by the server, resident", [bench.load(*server) for _ in range(args.repeat)])
+        for size in args.staging:
+            runs = [bench.load(*server, "--pinned", size) for _ in range(args.repeat)]
+            add(f"by the server, resident, {size} of staging memory", runs)
         drop()
         add("by the server, resident, page cache dropped", [bench.load(*server) for _ in range(args.repeat)])
         cold, files_cold = [], []

@@ -141,7 +141,7 @@ pub(crate) struct LoadArgs {
     /// Reader threads, 1 to 256 [default: as the engine needs]
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
-    /// Staging memory at most, such as 32MB or 4GiB [default: 256MiB]
+    /// Staging memory at most, such as 32MB or 4GiB: pinned, or on the device where a server loads [default: 256MiB]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     pub(crate) pinned: Option<u64>,
     /// Have a store server move the bytes; without ADDRESS, the one of SLLM_STORE_ADDRESS or at a default socket. Where

@@ -38,7 +38,7 @@ pub(crate) fn run(args: &LoadArgs, session: &Session) -> Result<Answer, Fault> {
     let device = Device::parse(&args.device)?;
     let mut builder = builder(args, device.clone())?;
     if let Some(address) = &args.server {
-        builder = builder.remote(Box::new(remote(address, args.token_file.as_deref())?));
+        builder = builder.remote(Box::new(remote(address, args.token_file.as_deref(), args.pinned)?));
     }
     let mut runs = Vec::new();
     for _ in 0..args.repeat {
@@ -58,14 +58,18 @@ pub(crate) fn run(args: &LoadArgs, session: &Session) -> Result<Answer, Fault> {
 }
 
 /// The server that moves bytes; an empty address is that of the environment or of a default socket.
-fn remote(address: &str, token_file: Option<&Path>) -> Result<StoreRemote, Fault> {
+fn remote(address: &str, token_file: Option<&Path>, staging: Option<u64>) -> Result<StoreRemote, Fault> {
     let given = Some(address).filter(|address| !address.is_empty());
     // What is no address is an error of the call, not of the server.
     if let Some(text) = given {
         text.parse::<Address>()?;
     }
     let options = client::options(given.map(str::to_owned), token_file)?;
-    Ok(StoreRemote::at(options, RemoteOptions::new()))
+    let mut remote = RemoteOptions::new();
+    if let Some(len) = staging {
+        remote = remote.staging_bytes(len);
+    }
+    Ok(StoreRemote::at(options, remote))
 }
 
 /// Sets the runs beside the peak of the device's link, which is measured, if it must be, when all loads are over.

@@ -161,42 +161,38 @@ impl Session {
         }
     }
 
-    /// The place of a device's staging memories, each with its stream; made where they are missing or too small for
-    /// `wanted` bytes.
-    fn staging_for(
-        &mut self,
-        client: &StoreClient,
-        options: &RemoteOptions,
-        device: &Device,
-        wanted: u64,
-        control: &Control,
-    ) -> Result<usize> {
+    /// The place of a device among those that have staging memory.
+    fn place_of(&mut self, device: &Device) -> usize {
         let place = self.staging.iter().position(|(of, _)| of.id() == device.id());
-        let place = place.unwrap_or_else(|| {
+        place.unwrap_or_else(|| {
             self.staging.push((device.clone(), Vec::new()));
             self.staging.len() - 1
-        });
-        let most = Staging::most(options.staging_len, LANES);
-        // More than one is of use only where there is something to overlap.
-        let lanes = usize::try_from(wanted.div_ceil(most)).unwrap_or(LANES).clamp(1, LANES);
-        let lanes = if options.staging_len < most * LANES as u64 { 1 } else { lanes };
-        for lane in 0..lanes {
-            if self.loads.len() <= lane {
-                self.loads.push(Load::open(client, self.open.clone(), control)?);
-            }
-            let made = &self.staging[place].1;
-            if made.get(lane).is_some_and(|made| made.asked >= wanted.min(most) || lane > 0) {
-                continue;
-            }
-            let number = self.loads[lane].next_block();
-            let Made { staging, attach, memory } = Staging::make(client, device, number, wanted, most)?;
-            self.loads[lane].attach(attach, Some(memory))?;
-            match self.staging[place].1.get_mut(lane) {
-                Some(old) => *old = staging,
-                None => self.staging[place].1.push(staging),
-            }
+        })
+    }
+
+    /// Sees to a device's staging memory number `lane`, and to its stream.
+    fn make_lane(
+        &mut self,
+        client: &StoreClient,
+        place: usize,
+        lane: usize,
+        len: u64,
+        control: &Control,
+    ) -> Result<()> {
+        let (device, made) = &self.staging[place];
+        if made.get(lane).is_some_and(|made| made.asked >= len) {
+            return Ok(());
         }
-        Ok(place)
+        if self.loads.len() <= lane {
+            self.loads.push(Load::open(client, self.open.clone(), control)?);
+        }
+        let Made { staging, attach, memory } = Staging::make(client, device, self.loads[lane].next_block(), len)?;
+        self.loads[lane].attach(attach, Some(memory))?;
+        match self.staging[place].1.get_mut(lane) {
+            Some(old) => *old = staging,
+            None => self.staging[place].1.push(staging),
+        }
+        Ok(())
     }
 
     /// Moves segments part by part: while the server fills some staging memories, another is copied out.
@@ -213,13 +209,15 @@ impl Session {
         direct: &mut VecDeque<u64>,
     ) -> Result<()> {
         let wanted: u64 = segments.iter().map(Segment::len).sum();
-        let place = self.staging_for(client, options, device, wanted, meter.control)?;
-        let lanes = self.staging[place].1.len();
+        let place = self.place_of(device);
+        let (lanes, len) = Staging::lanes(wanted, options.staging_len, LANES);
         let mut cutter = Cutter::new(segments);
         let mut sent: VecDeque<(usize, Part)> = VecDeque::new();
         let (mut next, mut cut) = (0, 0);
         loop {
-            while sent.len() < lanes {
+            while sent.len() < lanes && cut < wanted {
+                // Made when its turn comes, while the server fills those before it.
+                self.make_lane(client, place, next, len, meter.control)?;
                 let staging = &self.staging[place].1[next];
                 let Some(mut part) = cutter.part(staging.block, 0, staging.len) else { break };
                 self.loads[next].batch(std::mem::take(&mut part.segments), limit(options.patience, part.len))?;

@@ -33,14 +33,19 @@ pub(crate) struct Made {
 }
 
 impl Staging {
-    /// Bytes of each of `lanes` memories that have `all` together.
-    pub(crate) fn most(all: u64, lanes: usize) -> u64 {
-        (all / lanes as u64 / MIN_LEN * MIN_LEN).max(MIN_LEN)
+    /// How many memories to make for `wanted` bytes, and the length of each, where `all` bytes may be taken and `most`
+    /// memories. More than one is of use only where there is something to overlap.
+    pub(crate) fn lanes(wanted: u64, all: u64, most: usize) -> (usize, u64) {
+        let len = all / most as u64 / MIN_LEN * MIN_LEN;
+        if len == 0 {
+            return (1, MIN_LEN);
+        }
+        let lanes = usize::try_from(wanted.div_ceil(len)).unwrap_or(most).clamp(1, most);
+        (lanes, wanted.clamp(MIN_LEN, len).next_multiple_of(MIN_LEN))
     }
 
-    /// Makes staging memory for `wanted` bytes, `most` at most; it will be the server's block `block`.
-    pub(crate) fn make(client: &StoreClient, device: &Device, block: u32, wanted: u64, most: u64) -> Result<Made> {
-        let asked = wanted.clamp(MIN_LEN, most).next_multiple_of(MIN_LEN);
+    /// Makes staging memory of `asked` bytes; it will be the server's block `block`.
+    pub(crate) fn make(client: &StoreClient, device: &Device, block: u32, asked: u64) -> Result<Made> {
         let (memory, attach, len) = if device.is_host() { of_host(client, asked)? } else { of_device(device, asked)? };
         let staging = Staging { memory: memory.clone(), mover: Mover::new(device)?, block, len, asked };
         Ok(Made { staging, attach, memory })
@@ -80,4 +85,20 @@ pub(crate) fn attach_device(device: &Device, handle: &[u8], offset: u64, len: u6
     let uuid = device.uuid()?.ok_or_else(no_uuid)?;
     let memory = pb::CudaMemory { device: uuid.to_vec(), handle: handle.to_vec() };
     Ok(pb::Attach { len, offset, memory: Some(pb::attach::Memory::Cuda(memory)) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memories_are_as_many_and_as_long_as_is_of_use() {
+        let lanes = |wanted: u64, all: u64| Staging::lanes(wanted, all, 4);
+        assert_eq!(lanes(1, 256 << 20), (1, MIN_LEN));
+        assert_eq!(lanes(5 << 20, 256 << 20), (1, 6 << 20));
+        assert_eq!(lanes(65 << 20, 256 << 20), (2, 64 << 20));
+        assert_eq!(lanes(16 << 30, 256 << 20), (4, 64 << 20));
+        assert_eq!(lanes(u64::MAX, 9 << 20), (4, 2 << 20));
+        assert_eq!((lanes(16 << 30, 0), lanes(16 << 30, 4 << 20)), ((1, MIN_LEN), (1, MIN_LEN)));
+    }
 }
