@@ -56,6 +56,8 @@ pub(crate) struct Load {
     under_way: VecDeque<Duration>,
     /// Until when the first of them must be done.
     deadline: Instant,
+    /// When our side was closed.
+    stopped: Option<Instant>,
     lost: bool,
 }
 
@@ -87,7 +89,8 @@ impl Load {
         let events = Events::read(client.runtime(), stream, Arc::clone(&kept))?;
         let requests = Some(requests);
         let (blocks, allocations, under_way, lost) = (0, HashMap::new(), VecDeque::new(), false);
-        let mut load = Load { requests, events, kept, blocks, allocations, under_way, deadline: until, lost };
+        let (deadline, stopped) = (until, None);
+        let mut load = Load { requests, events, kept, blocks, allocations, under_way, deadline, stopped, lost };
         match load.next((limit, until), control)? {
             pb::load_event::Kind::Opened(_) => Ok(load),
             other => Err(Error::Protocol(format!("{other:?} before a model was opened"))),
@@ -176,18 +179,22 @@ impl Load {
         self.requests.as_ref().is_some_and(|to| !to.is_closed()) && !self.events.ended && self.under_way.is_empty()
     }
 
-    /// Ends the stream, and waits until the server writes no more; see above.
-    fn settle(&mut self) {
-        let requests = self.requests.take();
-        if self.under_way.is_empty() {
-            return;
-        }
-        if let Some(requests) = requests {
+    /// Closes our side, and asks the server to stop what is under way; does not wait.
+    pub(crate) fn stop(&mut self) {
+        let Some(requests) = self.requests.take() else { return };
+        self.stopped = Some(Instant::now());
+        if !self.under_way.is_empty() {
             let cancel = pb::load_request::Kind::Cancel(pb::Cancel {});
             // Where the stream is over, it needs none.
             let _ = requests.send(pb::LoadRequest { kind: Some(cancel) });
         }
-        let until = (Instant::now() + SETTLE).min(self.deadline + LATE);
+    }
+
+    /// Ends the stream, and waits until the server writes no more; see above.
+    fn settle(&mut self) {
+        self.stop();
+        let Some(stopped) = self.stopped.filter(|_| !self.under_way.is_empty()) else { return };
+        let until = (stopped + SETTLE).min(self.deadline + LATE);
         while !self.events.ended && Instant::now() < until {
             // What the server still says is of no interest but for its end.
             let _ = self.next((SETTLE, until), &Control::new());

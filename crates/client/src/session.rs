@@ -64,6 +64,13 @@ impl Meter<'_> {
     }
 }
 
+impl Drop for Session {
+    fn drop(&mut self) {
+        // All at once, so that waiting for their ends is not longer than for one.
+        self.loads.iter_mut().for_each(Load::stop);
+    }
+}
+
 impl Session {
     pub(crate) fn open(client: &StoreClient, open: pb::Open, control: &Control) -> Result<Session> {
         let load = Load::open(client, open.clone(), control)?;
@@ -170,7 +177,8 @@ impl Session {
         })
     }
 
-    /// Sees to a device's staging memory number `lane`, and to its stream.
+    /// Sees to a device's staging memory number `lane`, and to its stream. `false` where the device has no room for
+    /// another one.
     fn make_lane(
         &mut self,
         client: &StoreClient,
@@ -178,21 +186,26 @@ impl Session {
         lane: usize,
         len: u64,
         control: &Control,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         let (device, made) = &self.staging[place];
         if made.get(lane).is_some_and(|made| made.asked >= len) {
-            return Ok(());
+            return Ok(true);
         }
         if self.loads.len() <= lane {
             self.loads.push(Load::open(client, self.open.clone(), control)?);
         }
-        let Made { staging, attach, memory } = Staging::make(client, device, self.loads[lane].next_block(), len)?;
+        let first = lane == 0;
+        let made = Staging::make(client, device, self.loads[lane].next_block(), len, first);
+        let Made { staging, attach, memory } = match made {
+            Err(Error::Core(sllm_core::Error::Device(e))) if e.is_out_of_memory() && !first => return Ok(false),
+            made => made?,
+        };
         self.loads[lane].attach(attach, Some(memory))?;
         match self.staging[place].1.get_mut(lane) {
             Some(old) => *old = staging,
             None => self.staging[place].1.push(staging),
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Moves segments part by part: while the server fills some staging memories, another is copied out.
@@ -210,14 +223,17 @@ impl Session {
     ) -> Result<()> {
         let wanted: u64 = segments.iter().map(Segment::len).sum();
         let place = self.place_of(device);
-        let (lanes, len) = Staging::lanes(wanted, options.staging_len, LANES);
+        let (mut lanes, len) = Staging::lanes(wanted, options.staging_len, LANES);
         let mut cutter = Cutter::new(segments);
         let mut sent: VecDeque<(usize, Part)> = VecDeque::new();
         let (mut next, mut cut) = (0, 0);
         loop {
             while sent.len() < lanes && cut < wanted {
                 // Made when its turn comes, while the server fills those before it.
-                self.make_lane(client, place, next, len, meter.control)?;
+                if !self.make_lane(client, place, next, len, meter.control)? {
+                    (lanes, next) = (next, 0);
+                    continue;
+                }
                 let staging = &self.staging[place].1[next];
                 let Some(mut part) = cutter.part(staging.block, 0, staging.len) else { break };
                 self.loads[next].batch(std::mem::take(&mut part.segments), limit(options.patience, part.len))?;

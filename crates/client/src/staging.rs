@@ -41,12 +41,15 @@ impl Staging {
             return (1, MIN_LEN);
         }
         let lanes = usize::try_from(wanted.div_ceil(len)).unwrap_or(most).clamp(1, most);
-        (lanes, wanted.clamp(MIN_LEN, len).next_multiple_of(MIN_LEN))
+        // Powers of two, so that those that were too short have together no more than the last one.
+        (lanes, wanted.clamp(MIN_LEN, len).next_power_of_two().min(len))
     }
 
-    /// Makes staging memory of `asked` bytes; it will be the server's block `block`.
-    pub(crate) fn make(client: &StoreClient, device: &Device, block: u32, asked: u64) -> Result<Made> {
-        let (memory, attach, len) = if device.is_host() { of_host(client, asked)? } else { of_device(device, asked)? };
+    /// Makes staging memory of `asked` bytes, or of fewer where the device has less and `shorter` does; it will be the
+    /// server's block `block`.
+    pub(crate) fn make(client: &StoreClient, device: &Device, block: u32, asked: u64, shorter: bool) -> Result<Made> {
+        let (memory, attach, len) =
+            if device.is_host() { of_host(client, asked)? } else { of_device(device, asked, shorter)? };
         let staging = Staging { memory: memory.clone(), mover: Mover::new(device)?, block, len, asked };
         Ok(Made { staging, attach, memory })
     }
@@ -64,11 +67,11 @@ fn of_host(client: &StoreClient, len: u64) -> Result<(Block, pb::Attach, u64)> {
     Ok((memory.block(0, len)?, attach, len))
 }
 
-fn of_device(device: &Device, mut len: u64) -> Result<(Block, pb::Attach, u64)> {
+fn of_device(device: &Device, mut len: u64, shorter: bool) -> Result<(Block, pb::Attach, u64)> {
     let memory = loop {
         match Block::alloc(device, len) {
             // An engine leaves little room; half as much does with more round trips.
-            Err(sllm_core::Error::Device(e)) if e.is_out_of_memory() && len > MIN_LEN => {
+            Err(sllm_core::Error::Device(e)) if e.is_out_of_memory() && shorter && len > MIN_LEN => {
                 len = (len / 2).next_multiple_of(MIN_LEN);
             }
             result => break result?,
@@ -95,7 +98,7 @@ mod tests {
     fn memories_are_as_many_and_as_long_as_is_of_use() {
         let lanes = |wanted: u64, all: u64| Staging::lanes(wanted, all, 4);
         assert_eq!(lanes(1, 256 << 20), (1, MIN_LEN));
-        assert_eq!(lanes(5 << 20, 256 << 20), (1, 6 << 20));
+        assert_eq!(lanes(5 << 20, 256 << 20), (1, 8 << 20));
         assert_eq!(lanes(65 << 20, 256 << 20), (2, 64 << 20));
         assert_eq!(lanes(16 << 30, 256 << 20), (4, 64 << 20));
         assert_eq!(lanes(u64::MAX, 9 << 20), (4, 2 << 20));

@@ -55,6 +55,15 @@ impl Model {
         self.used.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
     }
 
+    /// Whether two are of the same files, unchanged.
+    fn has_files_of(&self, other: &Model) -> bool {
+        let files = |model: &Model| -> Vec<_> {
+            let file = |file: &sllm_core::DataFile| (file.name().to_owned(), file.len(), file.modified());
+            model.checkpoint.files().iter().map(file).collect()
+        };
+        files(self) == files(other)
+    }
+
     fn touch(&self) {
         *self.used.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
     }
@@ -133,7 +142,15 @@ impl Models {
         {
             tracing::warn!(model = %model.name, error = %error.chain(), "the changed model is not pinned any more");
         }
-        self.lock().insert(model.name.clone(), Arc::clone(&model));
+        let mut open = self.lock();
+        // Of several that open it at once the first one's stays.
+        if let Some(now) = open.get(&model.name).filter(|now| now.has_files_of(&model)) {
+            if registered {
+                now.register();
+            }
+            return Ok(Arc::clone(now));
+        }
+        open.insert(model.name.clone(), Arc::clone(&model));
         Ok(model)
     }
 
@@ -147,7 +164,10 @@ impl Models {
     pub(crate) fn name(&self, asked: &str) -> Result<String, Status> {
         match self.find(asked) {
             Ok((name, _)) => Ok(name),
-            Err(status) if status.code() == Code::NotFound => Ok(asked.trim_matches('/').to_owned()),
+            Err(status) if status.code() == Code::NotFound => {
+                let below = Path::new(asked).strip_prefix(&self.root).ok().and_then(Path::to_str);
+                Ok(below.unwrap_or(asked).trim_matches('/').to_owned())
+            }
             Err(status) => Err(status),
         }
     }
@@ -157,9 +177,9 @@ impl Models {
         self.lock().values().cloned().collect()
     }
 
-    /// Forgets those of which nothing runs, and that any of them was registered.
+    /// Forgets those of which nothing runs and that are not pinned, and that any of them was registered.
     pub(crate) fn forget(&self) {
-        self.forget_if(|_| true);
+        self.forget_if(|model| !self.pool.is_pinned(&model.checkpoint));
         self.lock().values().for_each(|model| model.registered.store(false, Ordering::Relaxed));
     }
 
@@ -245,5 +265,45 @@ impl Models {
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Arc<Model>>> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn those_who_open_a_model_at_once_get_the_same_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let header = br#"{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}"#;
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header);
+        bytes.extend_from_slice(&[1, 2]);
+        std::fs::create_dir(dir.path().join("m")).unwrap();
+        std::fs::write(dir.path().join("m/model.safetensors"), bytes).unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        for _ in 0..50 {
+            let models = Models::new(root.clone(), Arc::new(Pool::new(4 << 20, 8 << 20, Vec::new())));
+            let opened: Vec<_> = std::thread::scope(|scope| {
+                let open = || {
+                    let model = models.open("m").unwrap();
+                    model.register();
+                    model
+                };
+                let threads: Vec<_> = (0..4).map(|_| scope.spawn(open)).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert!(opened.iter().all(|model| Arc::ptr_eq(model, &opened[0])));
+        }
+    }
+
+    #[test]
+    fn a_model_that_is_gone_has_the_name_that_it_had() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().canonicalize().unwrap();
+        let models = Models::new(root.clone(), Arc::new(Pool::new(4 << 20, 8 << 20, Vec::new())));
+        for asked in ["a/b".to_owned(), "a/b/".to_owned(), format!("{}/a/b", root.display())] {
+            assert_eq!(models.name(&asked).unwrap(), "a/b");
+        }
     }
 }

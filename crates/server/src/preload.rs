@@ -50,7 +50,9 @@ impl Preload {
         }
     }
 
+    /// Stops it, whoever wants it; nobody joins it any more.
     pub(crate) fn stop(&self, why: Why) {
+        self.wanted().abandoned = true;
         self.stop.stop(why);
     }
 
@@ -60,7 +62,7 @@ impl Preload {
         wanted.listeners = wanted.listeners.saturating_sub(1);
         if wanted.listeners == 0 && !wanted.kept {
             wanted.abandoned = true;
-            self.stop(Why::ClientGone);
+            self.stop.stop(Why::ClientGone);
         }
     }
 
@@ -106,9 +108,12 @@ impl Preloads {
         self.lock().as_ref().is_some_and(Preload::is_running)
     }
 
-    /// Forgets the last one.
-    pub(crate) fn clear(&self) {
-        *self.lock() = None;
+    /// Forgets this one, if it is the last one.
+    pub(crate) fn clear(&self, gone: &Preload) {
+        let mut last = self.lock();
+        if last.as_ref().is_some_and(|last| Arc::ptr_eq(&last.wanted, &gone.wanted)) {
+            *last = None;
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Preload>> {

@@ -27,6 +27,7 @@ type Key = (String, String);
 struct Replica {
     stop: Stop,
     outcome: watch::Receiver<Outcome>,
+    /// When it was last seen to run.
     since: Instant,
 }
 
@@ -87,7 +88,12 @@ impl Replicas {
 
     /// Forgets loads that ended long ago.
     pub(crate) fn sweep(&self) {
-        self.lock().retain(|_, replica| replica.is_running() || replica.since.elapsed() < REMEMBERED);
+        self.lock().retain(|_, replica| {
+            if replica.is_running() {
+                replica.since = Instant::now();
+            }
+            replica.since.elapsed() < REMEMBERED
+        });
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Key, Replica>> {

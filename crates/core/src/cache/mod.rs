@@ -184,7 +184,10 @@ impl Cache {
     pub fn unpin(&self, checkpoint: &Checkpoint) {
         let files = self.files(checkpoint);
         let mut state = self.lock();
-        files.iter().for_each(|file| state.unpin(&file.stamp));
+        let dropped: Vec<_> = files.iter().flat_map(|file| state.unpin(&file.stamp)).collect();
+        drop(state);
+        drop(dropped);
+        self.tell();
     }
 
     /// Drops what is resident of a checkpoint, pinned or not; gives the bytes. Memory that a copy reads is free after it.

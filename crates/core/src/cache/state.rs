@@ -37,12 +37,19 @@ struct Entry {
     group: Option<String>,
 }
 
-/// Checkpoints that share a limit.
+/// Checkpoints that share a limit. Pinned files do not count.
 #[derive(Debug, Default)]
 struct Group {
     /// Chunks that may be present.
     limit: usize,
     present: usize,
+}
+
+impl Entry {
+    /// Chunks that count for its group.
+    fn counted(&self) -> usize {
+        if self.pinned { 0 } else { self.present }
+    }
 }
 
 /// All files of a cache.
@@ -166,7 +173,8 @@ impl State {
     /// Puts a chunk that was read in its place. Where its group's limit leaves no room, others of the group go, or this
     /// one does not stay; what went is returned, to be dropped by the caller.
     pub(super) fn put(&mut self, file: &FileRef, place: usize, chunk: &Arc<Chunk>) -> Vec<Arc<Chunk>> {
-        let group = self.entry(file).group.clone();
+        let entry = self.entry(file);
+        let group = entry.group.clone().filter(|_| !entry.pinned);
         let mut dropped = Vec::new();
         if let Some(name) = &group
             && !self.shrink(name, 1, &mut dropped)
@@ -240,7 +248,8 @@ impl State {
         entry.len -= len;
         self.present -= 1;
         self.len -= len;
-        if let Some(group) = entry.group.as_ref().and_then(|name| self.groups.get_mut(name)) {
+        let counts = entry.group.as_ref().filter(|_| !entry.pinned);
+        if let Some(group) = counts.and_then(|name| self.groups.get_mut(name)) {
             group.present = group.present.saturating_sub(1);
         }
         Some(chunk)
@@ -291,20 +300,33 @@ impl State {
     }
 
     pub(super) fn pin(&mut self, file: &FileRef) {
-        self.entry(file).pinned = true;
+        let entry = self.entry(file);
+        let (counted, group) = (entry.counted(), entry.group.clone());
+        entry.pinned = true;
+        if let Some(group) = group.and_then(|name| self.groups.get_mut(&name)) {
+            group.present = group.present.saturating_sub(counted);
+        }
     }
 
-    pub(super) fn unpin(&mut self, stamp: &Stamp) {
-        if let Some(entry) = self.files.get_mut(stamp) {
+    /// Lets a file be evicted again. Gives what its group's limit does not allow now.
+    pub(super) fn unpin(&mut self, stamp: &Stamp) -> Vec<Arc<Chunk>> {
+        let mut dropped = Vec::new();
+        if let Some(entry) = self.files.get_mut(stamp).filter(|entry| entry.pinned) {
             entry.pinned = false;
+            let (counted, name) = (entry.counted(), entry.group.clone());
+            if let Some(name) = name {
+                self.groups.entry(name.clone()).or_default().present += counted;
+                self.shrink(&name, 0, &mut dropped);
+            }
         }
         self.forget_if_empty(stamp);
+        dropped
     }
 
     /// Puts a file in a group of which `limit` chunks may be present.
     pub(super) fn limit(&mut self, file: &FileRef, name: &str, limit: usize) {
         let entry = self.entry(file);
-        let present = entry.present;
+        let present = entry.counted();
         let before = entry.group.replace(name.to_owned());
         if let Some(group) = before.and_then(|name| self.groups.get_mut(&name)) {
             group.present = group.present.saturating_sub(present);
@@ -323,7 +345,7 @@ impl State {
     #[cfg(test)]
     pub(super) fn check(&self) {
         let mut sum = 0;
-        let mut groups: HashMap<&str, (usize, usize)> = HashMap::new();
+        let mut groups: HashMap<&str, usize> = HashMap::new();
         for entry in self.files.values() {
             let present = |slot: &Slot| matches!(slot, Slot::Present(_));
             let count = entry.slots.iter().filter(|slot| present(slot)).count();
@@ -331,16 +353,13 @@ impl State {
             assert!(!entry.slots[entry.end.min(entry.slots.len())..].iter().any(present));
             sum += count;
             if let Some(name) = &entry.group {
-                let group = groups.entry(name).or_default();
-                group.0 += count;
-                group.1 += if entry.pinned { count } else { 0 };
+                *groups.entry(name).or_default() += if entry.pinned { 0 } else { count };
             }
         }
         assert_eq!(sum, self.present);
         for (name, group) in &self.groups {
-            let (present, pinned) = groups.get(name.as_str()).copied().unwrap_or_default();
-            assert_eq!(present, group.present);
-            assert!(present <= group.limit || present == pinned, "{present} chunks in a group of {}", group.limit);
+            assert_eq!(groups.get(name.as_str()).copied().unwrap_or_default(), group.present);
+            assert!(group.present <= group.limit, "{} chunks in a group of {}", group.present, group.limit);
         }
     }
 }

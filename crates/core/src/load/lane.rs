@@ -235,13 +235,21 @@ impl Sink for Lane<'_> {
     }
 
     fn has_room(&mut self) -> bool {
-        if !self.spare.is_empty() || self.in_flight.front().is_some_and(Pending::is_done) {
+        if !self.spare.is_empty() {
             return true;
         }
+        let is_done = |lane: &Self| lane.in_flight.front().is_some_and(Pending::is_done);
         match self.shared.buffers {
-            Buffers::Ring(_) => self.quota > 0,
-            // Others take buffers too: only one that the lane has is sure.
+            Buffers::Ring(_) => self.quota > 0 || is_done(self),
+            // Others take buffers too, and the chunk of a copy that is done may stay: only a buffer that the lane has is
+            // sure. One that waited for a buffer would keep those of its reads from everybody.
             Buffers::Cache(_) => {
+                while is_done(self) {
+                    if self.retire().is_err() {
+                        // The device failed: asking for room says so.
+                        return true;
+                    }
+                }
                 let buffer = self.try_buffer();
                 self.spare.extend(buffer);
                 !self.spare.is_empty()

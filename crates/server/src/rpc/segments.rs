@@ -88,6 +88,9 @@ pub(super) fn of_chunks(
             let stop = end.min(starts[file] + files[file]);
             if at < stop {
                 let to = chunk.dst_offset + (at - chunk.src_offset);
+                if out.len() == MAX_SEGMENTS {
+                    return Err(invalid(format!("the chunks are of more than {MAX_SEGMENTS} ranges of files")));
+                }
                 out.push(Segment::contiguous(file, at - starts[file], stop - at, first_block + handle, to));
             }
             at = stop;

@@ -34,12 +34,13 @@ pub(crate) type Events = mpsc::Sender<Result<LoadEvent, Status>>;
 pub(crate) async fn serve(store: Arc<Store>, requests: Streaming<LoadRequest>, events: Events) {
     let mut talk = Talk { requests, events, ahead: VecDeque::new(), ahead_len: 0 };
     let mut attached = Attached::default();
-    if let Err(status) = run(&store, &mut talk, &mut attached).await {
+    let result = run(&store, &mut talk, &mut attached).await;
+    // Closing a handle asks the driver, and unmapping the kernel. The client may free its memory once it is told.
+    let _ = tokio::task::spawn_blocking(move || drop(attached)).await;
+    if let Err(status) = result {
         // A client that is gone is not told.
         let _ = talk.events.send(Err(status)).await;
     }
-    // Closing a handle asks the driver, and unmapping the kernel.
-    let _ = tokio::task::spawn_blocking(move || drop(attached)).await;
 }
 
 async fn run(store: &Arc<Store>, talk: &mut Talk, attached: &mut Attached) -> Result<(), Status> {

@@ -87,7 +87,7 @@ impl Storage for StorageRpc {
                 preload.stop(Why::Unloaded);
                 // How it ended was for those who asked for it.
                 let _ = preload.ended().await;
-                model.preloads.clear();
+                model.preloads.clear(preload);
             }
             let store = Arc::clone(&self.0);
             if blocking(move || store.pool.evict(&model.checkpoint)).await? == 0 && preload.is_none() {
