@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import content, python, raw
 
 import serverless_llm as sllm
+from serverless_llm.deferred import Deferred
 from serverless_llm.vllm import _prefetch
 
 COMMAND = "import sys; from serverless_llm._cli import main; sys.exit(main())"
@@ -150,3 +152,37 @@ def test_vllm_has_the_server_read_ahead_and_reads_itself_where_there_is_none(ser
     assert not _prefetch._preload(str(server.models / "none"), None, server.address)
     server.kill()
     assert not _prefetch._preload(path, None, server.address)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_larger_than_staging_memory_and_the_pool_come_whole_and_in_columns(tmp_path: Path, device: str) -> None:
+    random = np.random.default_rng(1)
+    arrays = {
+        name: random.integers(0, 256, shape, np.uint8)
+        for name, shape in {"large": (9001, 9003), "wide": (70, 300_001), "tall": (50_257, 33), "odd": (3, 5)}.items()
+    }
+    (tmp_path / "models").mkdir()
+    sllm.save_dict(arrays, tmp_path / "models" / "m")
+    server = Server(tmp_path)
+    try:
+        loaded = sllm.load(server.models / "m", device=device, server=server.address)
+        assert [engine["engine"] for engine in loaded.report.engines] == ["server"] and not loaded.report.notes
+        columns = {}
+        options = {"engine": "auto", "direct": None, "verify": False, "threads": None, "pinned_bytes": None}
+        with Deferred(torch.device(device), {**options, "server": server.address}) as mode:
+            for name, tensor in mode.tensors(sllm.open(server.models / "m")):
+                half = tensor.shape[1] // 2
+                columns[name] = torch.zeros(tensor.shape[0], half + 3, dtype=tensor.dtype, device=device)
+                columns[name][:, 3:].copy_(tensor[:, :half])
+            (report,) = mode.finish()
+        assert "server" in {engine["engine"] for engine in report.engines} and not report.notes
+        for name, array in arrays.items():
+            assert np.array_equal(loaded[name].cpu().numpy(), array), name
+            half = array.shape[1] // 2
+            assert np.array_equal(columns[name].cpu().numpy()[:, 3:], array[:, :half]), name
+            assert not columns[name][:, :3].any(), name
+    finally:
+        server.kill()
