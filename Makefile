@@ -109,7 +109,8 @@ ORIGINAL_TESTS = python/original_tests
 	touch $@
 
 test-original: .venv-original/ready
-	$(CARGO) build -p sllm-cli -p fake-cuda
+	$(CARGO) build --quiet -p fake-cuda
+	$(CARGO) test --quiet --workspace --no-run # what rust-test built; the command alone would be built anew
 	SLLM_STORE=$(CARGO_TARGET_DIR)/debug/sllm-store SLLM_FAKE_CUDA=$(CARGO_TARGET_DIR)/debug/libcuda.so \
 		.venv-original/bin/python -m pytest -c python/pyproject.toml $(ORIGINAL_TESTS) --show-capture=no
 
