@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -51,8 +52,6 @@ class Bench:
 
     def start(self) -> float:
         """Starts the server; milliseconds until its socket takes a connection."""
-        import socket
-
         flags = ["--storage-path", str(self.args.model.parent), "--mem-pool-size", self.args.pool]
         began = time.perf_counter()
         self.server = subprocess.Popen(
