@@ -1,17 +1,15 @@
 //! `sllm-store start`.
 
 use sllm_core::Result;
-use sllm_server::{Settings, Size, log_to_stderr, serve};
+use sllm_server::{Settings, Size, TOKEN_VARIABLE, log_to_stderr, serve};
 
 use crate::args::StartArgs;
 use crate::output::Answer;
 
-/// The environment's token: a secret has no place in a command line, which all users of a machine can read.
-const TOKEN: &str = "SLLM_STORE_TOKEN";
-
 pub(crate) fn run(args: &StartArgs) -> Result<Answer> {
     let file = args.config.as_deref().map(Settings::from_file).transpose()?.unwrap_or_default();
-    let token = std::env::var(TOKEN).ok().filter(|token| !token.is_empty());
+    // A secret has no place in a command line, which all users of a machine can read.
+    let token = std::env::var(TOKEN_VARIABLE).ok().filter(|token| !token.is_empty());
     let config = settings(args).or(file).resolve(token)?;
     log_to_stderr(args.log_format)?;
     if args.disk_size.is_some() {

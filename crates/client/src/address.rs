@@ -1,6 +1,5 @@
 //! Where a store server listens.
 
-use std::ffi::OsString;
 use std::fmt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -10,8 +9,6 @@ use crate::error::{Error, Result};
 
 /// The environment's address.
 const VARIABLE: &str = "SLLM_STORE_ADDRESS";
-/// A default socket's name.
-const SOCKET: &str = "sllm-store.sock";
 
 /// The address of a store server.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,13 +46,7 @@ impl Address {
 
 /// Where a server listens that was not told where, best first.
 fn default_sockets() -> Vec<PathBuf> {
-    sockets(std::env::var_os("XDG_RUNTIME_DIR"), rustix::process::getuid().as_raw())
-}
-
-fn sockets(runtime: Option<OsString>, user: u32) -> Vec<PathBuf> {
-    let runtime = runtime.map(PathBuf::from).filter(|dir| dir.is_absolute());
-    let dirs = runtime.into_iter().chain([PathBuf::from("/run")]).map(|dir| dir.join(SOCKET));
-    dirs.chain([PathBuf::from(format!("/tmp/sllm-store-{user}.sock"))]).collect()
+    sllm_proto::default_sockets(std::env::var_os("XDG_RUNTIME_DIR"), rustix::process::getuid().as_raw())
 }
 
 fn is_socket_of(path: &Path, user: u32) -> bool {
@@ -139,6 +130,7 @@ mod tests {
 
     #[test]
     fn default_sockets_are_those_of_the_server_in_its_order() {
+        let sockets = sllm_proto::default_sockets;
         let user = "/tmp/sllm-store-1000.sock";
         let with = sockets(Some("/run/user/1000".into()), 1000);
         assert_eq!(with, ["/run/user/1000/sllm-store.sock", "/run/sllm-store.sock", user].map(PathBuf::from));

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sllm_core::{Control, Progress};
-use sllm_proto::MAX_MESSAGE_LEN;
 use sllm_proto::store as pb;
 use sllm_proto::store::store_client::StoreClient as Rpc;
+use sllm_proto::{MAX_MESSAGE_LEN, TOKEN_VARIABLE};
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Response};
@@ -21,8 +21,6 @@ use crate::events::Events;
 use crate::runtime::Runtime;
 use crate::types::{Model, Status};
 
-/// The environment's token.
-const TOKEN_VARIABLE: &str = "SLLM_STORE_TOKEN";
 /// How long the server may take to be there, unless asked otherwise.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
 /// How long a short call may take, unless asked otherwise.

@@ -52,8 +52,8 @@ pub(crate) struct Load {
     blocks: u32,
     /// Blocks of allocations of GPUs, by handle.
     allocations: HashMap<Vec<u8>, u32>,
-    /// How long each batch may take that was sent and is not done.
-    under_way: VecDeque<Duration>,
+    /// How long each batch may take that was sent and is not done, and its bytes.
+    under_way: VecDeque<(Duration, u64)>,
     /// Until when the first of them must be done.
     deadline: Instant,
     /// When our side was closed.
@@ -123,27 +123,30 @@ impl Load {
         Ok(number)
     }
 
-    /// Sends a batch, which may take so long once those before it are done.
-    pub(crate) fn batch(&mut self, segments: Vec<pb::Segment>, limit: Duration) -> Result<()> {
+    /// Sends a batch of `len` bytes, which may take so long once those before it are done.
+    pub(crate) fn batch(&mut self, segments: Vec<pb::Segment>, len: u64, limit: Duration) -> Result<()> {
         let timeout_ms = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
         self.send(pb::load_request::Kind::Batch(pb::Batch { segments, timeout_ms }))?;
         if self.under_way.is_empty() {
             self.deadline = Instant::now() + limit;
         }
-        self.under_way.push_back(limit);
+        self.under_way.push_back((limit, len));
         Ok(())
     }
 
     /// Waits for news of the first batch that is under way.
     pub(crate) fn step(&mut self, control: &Control) -> Result<Step> {
-        let Some(&limit) = self.under_way.front() else {
+        let Some(&(limit, len)) = self.under_way.front() else {
             return Err(Error::Protocol("no batch is under way".into()));
         };
         match self.next((limit, self.deadline + LATE), control)? {
-            pb::load_event::Kind::Progress(progress) => Ok(Step::Progress(progress.done)),
+            pb::load_event::Kind::Progress(progress) => Ok(Step::Progress(progress.done.min(len))),
             pb::load_event::Kind::Done(done) => {
                 self.under_way.pop_front();
-                if let Some(&next) = self.under_way.front() {
+                if done.bytes != len {
+                    return Err(Error::Protocol(format!("{} bytes of a batch of {len} arrived", done.bytes)));
+                }
+                if let Some(&(next, _)) = self.under_way.front() {
                     self.deadline = Instant::now() + next;
                 }
                 Ok(Step::Done(done))
@@ -174,9 +177,14 @@ impl Load {
         }
     }
 
+    /// Whether every batch that was sent has arrived.
+    pub(crate) fn is_done(&self) -> bool {
+        self.under_way.is_empty()
+    }
+
     /// Whether the server still has it, with nothing under way.
     pub(crate) fn is_idle(&self) -> bool {
-        self.requests.as_ref().is_some_and(|to| !to.is_closed()) && !self.events.ended && self.under_way.is_empty()
+        self.requests.as_ref().is_some_and(|to| !to.is_closed()) && !self.events.ended && self.is_done()
     }
 
     /// Closes our side, and asks the server to stop what is under way; does not wait.

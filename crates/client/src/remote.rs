@@ -125,7 +125,6 @@ impl Remote for StoreRemote {
             from_memory: moved.from_pool,
             from_files: moved.from_files,
             verified: moved.verified == moved.batches,
-            notes: Vec::new(),
         })
     }
 }

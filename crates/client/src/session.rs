@@ -46,21 +46,27 @@ fn is_verified(report: &str) -> bool {
     serde_json::from_str::<Report>(report).is_ok_and(|report| report.verified)
 }
 
-/// How long a batch of so many bytes may take.
-fn limit(patience: Duration, len: u64) -> Duration {
-    patience.saturating_add(Duration::from_millis(len / SLOWEST))
-}
-
-/// Bytes done, of all.
-struct Meter<'a> {
+/// What one fill is about, and how far it is.
+struct Fill<'a> {
+    client: &'a StoreClient,
+    options: &'a RemoteOptions,
+    blocks: &'a [Block],
     control: &'a Control,
-    done: u64,
+    /// Bytes wanted.
     total: u64,
+    moved: Moved,
 }
 
-impl Meter<'_> {
+impl Fill<'_> {
+    /// Tells how far it is, `more` bytes of the batch that is under way included.
     fn tell(&self, more: u64) {
-        self.control.tell(Progress { done: (self.done + more).min(self.total), total: self.total });
+        let done = self.moved.bytes.saturating_add(more).min(self.total);
+        self.control.tell(Progress { done, total: self.total });
+    }
+
+    /// How long a batch of so many bytes may take.
+    fn limit(&self, len: u64) -> Duration {
+        self.options.patience.saturating_add(Duration::from_millis(len / SLOWEST))
     }
 }
 
@@ -96,28 +102,22 @@ impl Session {
         blocks: &[Block],
         control: &Control,
     ) -> Result<Moved> {
-        let patience = options.patience;
         let total = segments.iter().map(Segment::len).sum();
-        let mut meter = Meter { control, done: 0, total };
-        let mut moved = Moved::default();
+        let mut fill = Fill { client, options, blocks, control, total, moved: Moved::default() };
         let (direct, staged) = self.split(segments, blocks, options.direct_len)?;
 
         // All at once: the server goes from one to the next without a round trip.
-        let mut sent = VecDeque::new();
         let mut direct = direct.into_iter().peekable();
         while direct.peek().is_some() {
             let batch: Vec<pb::Segment> = direct.by_ref().take(MESSAGE_SEGMENTS).collect();
             let len = batch.iter().map(|segment| segment.rows * segment.row_len).sum();
-            self.loads[0].batch(batch, limit(patience, len))?;
-            sent.push_back(len);
+            self.loads[0].batch(batch, len, fill.limit(len))?;
         }
         for (device, segments) in staged {
-            self.fill_staged(client, options, &device, segments, blocks, &mut meter, &mut moved, &mut sent)?;
+            self.fill_staged(&mut fill, &device, segments)?;
         }
-        while let Some(len) = sent.pop_front() {
-            self.wait(0, len, &mut meter, &mut moved)?;
-        }
-        Ok(moved)
+        self.wait(0, &mut fill)?;
+        Ok(fill.moved)
     }
 
     /// Segments that the server can move to their places, and by device the others.
@@ -179,23 +179,16 @@ impl Session {
 
     /// Sees to a device's staging memory number `lane`, and to its stream. `false` where the device has no room for
     /// another one.
-    fn make_lane(
-        &mut self,
-        client: &StoreClient,
-        place: usize,
-        lane: usize,
-        len: u64,
-        control: &Control,
-    ) -> Result<bool> {
+    fn make_lane(&mut self, fill: &Fill<'_>, place: usize, lane: usize, len: u64) -> Result<bool> {
         let (device, made) = &self.staging[place];
         if made.get(lane).is_some_and(|made| made.asked >= len) {
             return Ok(true);
         }
         if self.loads.len() <= lane {
-            self.loads.push(Load::open(client, self.open.clone(), control)?);
+            self.loads.push(Load::open(fill.client, self.open.clone(), fill.control)?);
         }
         let first = lane == 0;
-        let made = Staging::make(client, device, self.loads[lane].next_block(), len, first);
+        let made = Staging::make(fill.client, device, self.loads[lane].next_block(), len, first);
         let Made { staging, attach, memory } = match made {
             Err(Error::Core(sllm_core::Error::Device(e))) if e.is_out_of_memory() && !first => return Ok(false),
             made => made?,
@@ -209,48 +202,32 @@ impl Session {
     }
 
     /// Moves segments part by part: while the server fills some staging memories, another is copied out.
-    #[allow(clippy::too_many_arguments, reason = "what one fill carries along")]
-    fn fill_staged(
-        &mut self,
-        client: &StoreClient,
-        options: &RemoteOptions,
-        device: &Device,
-        segments: Vec<Segment>,
-        blocks: &[Block],
-        meter: &mut Meter<'_>,
-        moved: &mut Moved,
-        direct: &mut VecDeque<u64>,
-    ) -> Result<()> {
+    fn fill_staged(&mut self, fill: &mut Fill<'_>, device: &Device, segments: Vec<Segment>) -> Result<()> {
         let wanted: u64 = segments.iter().map(Segment::len).sum();
         let place = self.place_of(device);
-        let (mut lanes, len) = Staging::lanes(wanted, options.staging_len, LANES);
+        let (mut lanes, len) = Staging::lanes(wanted, fill.options.staging_len, LANES);
         let mut cutter = Cutter::new(segments);
         let mut sent: VecDeque<(usize, Part)> = VecDeque::new();
         let (mut next, mut cut) = (0, 0);
         loop {
             while sent.len() < lanes && cut < wanted {
                 // Made when its turn comes, while the server fills those before it.
-                if !self.make_lane(client, place, next, len, meter.control)? {
+                if !self.make_lane(fill, place, next, len)? {
                     (lanes, next) = (next, 0);
                     continue;
                 }
                 let staging = &self.staging[place].1[next];
                 let Some(mut part) = cutter.part(staging.block, 0, staging.len) else { break };
-                self.loads[next].batch(std::mem::take(&mut part.segments), limit(options.patience, part.len))?;
+                let segments = std::mem::take(&mut part.segments);
+                self.loads[next].batch(segments, part.len, fill.limit(part.len))?;
                 cut += part.len;
                 sent.push_back((next, part));
                 next = (next + 1) % lanes;
             }
             let Some((lane, part)) = sent.pop_front() else { break };
-            if lane == 0 {
-                // What the first stream was given before comes first.
-                while let Some(len) = direct.pop_front() {
-                    self.wait(0, len, meter, moved)?;
-                }
-            }
-            self.wait(lane, part.len, meter, moved)?;
-            self.staging[place].1[lane].move_out(&part, blocks)?;
-            moved.staged += part.len;
+            self.wait(lane, fill)?;
+            self.staging[place].1[lane].move_out(&part, fill.blocks)?;
+            fill.moved.staged += part.len;
         }
         if cut != wanted {
             return Err(Error::NotPassed(format!("{cut} of {wanted} bytes fit the staging memory")));
@@ -258,25 +235,22 @@ impl Session {
         Ok(())
     }
 
-    /// Waits for the first batch that a stream has under way, of `len` bytes.
-    fn wait(&mut self, load: usize, len: u64, meter: &mut Meter<'_>, moved: &mut Moved) -> Result<()> {
-        loop {
-            match self.loads[load].step(meter.control)? {
-                Step::Progress(done) => meter.tell(done.min(len)),
-                Step::Done(done) if done.bytes == len => {
-                    meter.done += len;
-                    meter.tell(0);
-                    moved.bytes += len;
-                    moved.from_pool += done.from_pool;
-                    moved.from_files += done.from_files;
-                    moved.batches += 1;
-                    moved.verified += u64::from(is_verified(&done.report));
-                    return Ok(());
-                }
+    /// Waits until all that a stream was given has arrived.
+    fn wait(&mut self, load: usize, fill: &mut Fill<'_>) -> Result<()> {
+        let load = &mut self.loads[load];
+        while !load.is_done() {
+            match load.step(fill.control)? {
+                Step::Progress(done) => fill.tell(done),
                 Step::Done(done) => {
-                    return Err(Error::Protocol(format!("{} bytes of a batch of {len} arrived", done.bytes)));
+                    fill.moved.bytes += done.bytes;
+                    fill.moved.from_pool += done.from_pool;
+                    fill.moved.from_files += done.from_files;
+                    fill.moved.batches += 1;
+                    fill.moved.verified += u64::from(is_verified(&done.report));
+                    fill.tell(0);
                 }
             }
         }
+        Ok(())
     }
 }

@@ -12,6 +12,21 @@ pub mod store {
     tonic::include_proto!("sllm.v1");
 }
 
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// The environment's token, which a server wants of its TCP clients.
+pub const TOKEN_VARIABLE: &str = "SLLM_STORE_TOKEN";
+
+/// Where a server of `user` listens that was not told where, best first; `runtime` is `XDG_RUNTIME_DIR`. The server
+/// takes the first whose directory it may write to, a client the first that is there.
+pub fn default_sockets(runtime: Option<OsString>, user: u32) -> Vec<PathBuf> {
+    const NAME: &str = "sllm-store.sock";
+    let runtime = runtime.map(PathBuf::from).filter(|dir| dir.is_absolute());
+    let dirs = runtime.into_iter().chain([PathBuf::from("/run")]).map(|dir| dir.join(NAME));
+    dirs.chain([PathBuf::from(format!("/tmp/sllm-store-{user}.sock"))]).collect()
+}
+
 /// Bytes of a message at most: room for the segments of 200,000 tensors.
 pub const MAX_MESSAGE_LEN: usize = 64 << 20;
 

@@ -33,4 +33,5 @@ pub use listen::{Address, default_socket};
 pub use log::{LogFormat, log_to_stderr};
 pub use serve::serve;
 pub use server::Server;
+pub use sllm_proto::TOKEN_VARIABLE;
 pub use token::Token;

@@ -62,14 +62,12 @@ impl std::fmt::Display for Address {
 
 /// The socket where nothing else is asked for: in the user's runtime directory, else in `/run`, else in `/tmp`.
 pub fn default_socket() -> PathBuf {
-    let writable =
-        |dir: &PathBuf| dir.is_absolute() && rustix::fs::access(dir, Access::WRITE_OK | Access::EXEC_OK).is_ok();
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    let dir = runtime.into_iter().chain([PathBuf::from("/run")]).find(writable);
-    match dir {
-        Some(dir) => dir.join("sllm-store.sock"),
-        None => PathBuf::from(format!("/tmp/sllm-store-{}.sock", rustix::process::getuid().as_raw())),
-    }
+    let writable = |dir: &Path| rustix::fs::access(dir, Access::WRITE_OK | Access::EXEC_OK).is_ok();
+    let user = rustix::process::getuid().as_raw();
+    let mut sockets = sllm_proto::default_sockets(std::env::var_os("XDG_RUNTIME_DIR"), user);
+    // The last one is for when none is known to do.
+    let place = sockets.iter().position(|path| path.parent().is_some_and(writable)).unwrap_or(sockets.len() - 1);
+    sockets.swap_remove(place)
 }
 
 /// Sockets that listen.

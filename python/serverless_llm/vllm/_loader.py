@@ -177,9 +177,9 @@ class ServerlessLLMLoader(DefaultModelLoader):
             through = json.dumps(road.read_through)
             logger.debug("moved %d bytes straight, read through the mapped files: %s", road.moved, through)
         # Of several checkpoints, one after the other, the first that the server failed at.
-        for note in dict.fromkeys(note for report in reports for note in report.notes if note.endswith(_FELL_BACK)):
+        notes = (note for report in reports for note in report.notes if note.endswith(_FELL_BACK))
+        if (note := next(notes, None)) is not None:
             logger.warning("serverless_llm: %s", note)
-            break
         for report in reports:
             logger.debug("%s", report)
 

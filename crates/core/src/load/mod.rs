@@ -203,7 +203,7 @@ impl Loader {
         let cache = self.cache.as_ref().ok_or_else(|| Error::Invalid("the loader has no cache to fill".into()))?;
         let files: Vec<u64> = checkpoint.files().iter().map(|file| file.len()).collect();
         let _lock = checkpoint.lock_for_load();
-        let plan = LoadPlan::whole(&files, cache.chunk_len());
+        let plan = |_: &PlanOptions| Ok(LoadPlan::whole(&files, cache.chunk_len()));
         self.execute(checkpoint, plan, Vec::new(), &mut Staging::default(), Instant::now())
     }
 
@@ -229,8 +229,7 @@ impl Loader {
         }
         let files: Vec<u64> = checkpoint.files().iter().map(|file| file.len()).collect();
         let lens: Vec<u64> = blocks.iter().map(Block::len).collect();
-        let options = self.cut(self.sums(checkpoint)?);
-        let plan = LoadPlan::build(&files, &lens, segments, &options)?;
+        let plan = |options: &PlanOptions| LoadPlan::build(&files, &lens, segments, options);
         self.execute(checkpoint, plan, blocks, staging, started)
     }
 
@@ -266,17 +265,19 @@ impl Loader {
         PlanOptions { piece_len, chunk_len, ..PlanOptions::default() }
     }
 
-    /// Moves a plan that was cut by `cut`.
+    /// Moves what `plan` makes of how plans are cut.
     fn execute(
         &self,
         checkpoint: &Checkpoint,
-        plan: LoadPlan,
+        plan: impl FnOnce(&PlanOptions) -> Result<LoadPlan>,
         blocks: Vec<Block>,
         staging: &mut Staging,
         started: Instant,
     ) -> Result<LoadReport> {
         let sums = self.sums(checkpoint)?;
-        let PlanOptions { piece_len, chunk_len, .. } = self.cut(sums);
+        let options = self.cut(sums);
+        let plan = plan(&options)?;
+        let PlanOptions { piece_len, chunk_len, .. } = options;
         let is_used = |device: &&Device| blocks.iter().any(|block| block.device().same_as(device));
         let devices: Vec<Device> = self.devices.iter().filter(is_used).cloned().collect();
         let cache = self.cache.as_ref().map(|cache| cache.begin(checkpoint));

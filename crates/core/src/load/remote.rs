@@ -40,8 +40,6 @@ pub struct RemoteReport {
     pub from_files: u64,
     /// Whether checksums were compared when the bytes came from files.
     pub verified: bool,
-    /// What did not work and was done in another way.
-    pub notes: Vec<String>,
 }
 
 /// A loader's remote, until it fails.

@@ -213,7 +213,6 @@ impl LoadReport {
         report.cached_bytes = remote.from_memory;
         report.copies = segments as u64;
         report.verified = remote.verified;
-        report.notes = remote.notes;
         let from_files = remote.from_files > 0;
         report.engines = vec![EngineReport {
             engine: "server",

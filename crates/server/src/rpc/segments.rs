@@ -111,6 +111,13 @@ pub(super) fn devices(blocks: &[Block]) -> Vec<Device> {
     if devices.is_empty() { vec![Device::host()] } else { devices }
 }
 
+/// What devices are called together.
+pub(super) fn names(devices: &[Device]) -> String {
+    let mut ids: Vec<String> = devices.iter().map(Device::id).collect();
+    ids.sort_unstable();
+    ids.join(",")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

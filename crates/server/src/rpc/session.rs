@@ -298,12 +298,10 @@ async fn move_batch(
 ) -> Result<Option<LoadReport>, Status> {
     let deadline = (batch.timeout_ms > 0).then(|| Instant::now() + Duration::from_millis(batch.timeout_ms.into()));
     let (segments, blocks) = segments::of_batch(&batch.segments, files, &attached.blocks)?;
-    let mut ids: Vec<String> = blocks.iter().map(|block| block.device().id()).collect();
-    ids.sort_unstable();
-    ids.dedup();
-    let kind = if ids.iter().all(|id| id == "host") { Kind::Host } else { Kind::Cuda };
+    let devices = segments::devices(&blocks);
+    let kind = if devices.iter().all(sllm_core::Device::is_host) { Kind::Host } else { Kind::Cuda };
     let stop = Stop::new();
-    let job = Job::new(&model.name, ids.join(","), kind, stop.clone());
+    let job = Job::new(&model.name, segments::names(&devices), kind, stop.clone());
     let mut progress = job.progress.subscribe();
 
     // Whatever becomes of the session, mappings stay until nothing is copied any more. Blocks of GPUs keep their own.
@@ -311,7 +309,7 @@ async fn move_batch(
     let (shared, model) = (Arc::clone(store), Arc::clone(model));
     let run = store.jobs.run(job, move |control| {
         let control = deadline.into_iter().fold(control, |control, deadline| control.until(deadline));
-        let loader = shared.loader(&model, control)?.devices(segments::devices(&blocks)).build()?;
+        let loader = shared.loader(&model, control)?.devices(devices).build()?;
         let report = loader.fill_segments(&model.checkpoint, &segments, blocks)?;
         drop(mappings);
         shared.count(&report);

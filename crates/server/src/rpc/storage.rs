@@ -156,19 +156,17 @@ async fn load_to_gpus(
 
     let stop = Stop::new();
     let told = store.replicas.begin(&model.name, replica, stop.clone())?;
-    let mut ids: Vec<String> = planned.blocks.iter().map(|block| block.device().id()).collect();
-    ids.sort_unstable();
-    ids.dedup();
-    let job = Job::new(&model.name, ids.join(","), Kind::Cuda, stop);
+    let devices = segments::devices(&planned.blocks);
+    let job = Job::new(&model.name, segments::names(&devices), Kind::Cuda, stop);
     let (store, model) = (Arc::clone(store), InUse::new(model));
     tokio::spawn(async move {
         let shared = Arc::clone(&store);
         let run = store.jobs.run(job, move |control| {
-            let Planned { segments, blocks, devices } = planned;
-            let loader = shared.loader(&model, control)?.devices(segments::devices(&blocks)).build()?;
+            let Planned { segments, blocks, devices: open } = planned;
+            let loader = shared.loader(&model, control)?.devices(devices).build()?;
             // The blocks close their handles when the copies are done, on this thread.
             let report = loader.fill_segments(&model.checkpoint, &segments, blocks)?;
-            drop(devices);
+            drop(open);
             shared.tell(&model, &report);
             Ok(())
         });
