@@ -104,8 +104,10 @@ fn a_flipped_bit_stops_a_verified_load_and_names_its_tensor() {
     let large = good.tensor("large").unwrap().offset;
     let bytes = std::fs::read(store.join("tensor.data_0")).unwrap();
     let chunk_len = 4 << 20;
-    // In the first and the last piece of a chunk, and in a file's last chunk.
-    for at in [chunk_len, chunk_len + 1, 2 * chunk_len - 1, 2 * chunk_len + 700_000] {
+    // In the first and the last piece of a chunk, at the steps in which a piece is read, and in a file's last chunk.
+    let step = 256 << 10;
+    let places = [0, 1, step - 1, step, 2 * step + 1, chunk_len - 1, chunk_len + 700_000];
+    for at in places.map(|place| chunk_len + place) {
         assert!(at > large && at < large + 10_000_000);
         let other = dir.path().join(at.to_string());
         std::fs::create_dir(&other).unwrap();
@@ -117,10 +119,11 @@ fn a_flipped_bit_stops_a_verified_load_and_names_its_tensor() {
         bytes[at as usize] ^= 4;
         std::fs::write(&data, bytes).unwrap();
         let bad = Checkpoint::open(&other).unwrap();
-        for engine in [EngineChoice::Pread, EngineChoice::Uring] {
+        for (engine, direct) in [(EngineChoice::Pread, false), (EngineChoice::Pread, true), (EngineChoice::Uring, true)]
+        {
             // With little staging memory a chunk comes in many pieces.
             for (pinned, pieces) in [(None, 5..=7), (Some(64 << 10), 300..=400)] {
-                let builder = Loader::builder().engine(engine).pinned_bytes(pinned).verify(true);
+                let builder = Loader::builder().engine(engine).direct(Some(direct)).pinned_bytes(pinned).verify(true);
                 let loaded = builder.clone().build().unwrap().load(&good).unwrap();
                 assert!(pieces.contains(&loaded.report().pieces), "{}", loaded.report().pieces);
                 let error = builder.clone().build().unwrap().load(&bad).unwrap_err();

@@ -6,8 +6,6 @@
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use crc_fast::crc64_nvme;
-
 use crate::format::PAGE;
 use crate::plan::Piece;
 
@@ -61,12 +59,12 @@ impl Chunks {
     }
 
     /// Takes a piece's checksum, which comes once; its chunk's where no other piece is missing.
-    pub(super) fn take(&self, piece: &Piece, bytes: &[u8]) -> Option<Arrived> {
+    pub(super) fn take(&self, piece: &Piece, sum: u64) -> Option<Arrived> {
         let (file, number) = (piece.file, piece.offset / self.chunk_len);
         let place = self.chunks.binary_search_by_key(&(file, number), |chunk| (chunk.file, chunk.number)).ok()?;
         let chunk = &self.chunks[place];
         let part = usize::try_from(piece.offset % self.chunk_len / self.piece_len).ok()?;
-        chunk.sums.get(part)?.store(crc64_nvme(bytes), Ordering::Relaxed);
+        chunk.sums.get(part)?.store(sum, Ordering::Relaxed);
         // Who takes the last piece sees the checksums of all, which were stored before their pieces were counted.
         (chunk.left.fetch_sub(1, Ordering::AcqRel) == 1).then(|| Arrived {
             file,
@@ -125,6 +123,8 @@ fn multiply(a: u64, mut b: u64) -> u64 {
 #[cfg(test)]
 #[allow(clippy::cast_possible_truncation, reason = "made sizes are small")]
 mod tests {
+    use crc_fast::crc64_nvme;
+
     use super::*;
     use crate::plan::{LoadPlan, PlanOptions, Segment};
 
@@ -151,7 +151,10 @@ mod tests {
                 assert!(!chunks.all_arrived());
                 let mut arrived: Vec<Arrived> = (0..pieces.len())
                     .map(|i| &pieces[i * stride % pieces.len()])
-                    .filter_map(|piece| chunks.take(piece, bytes(piece.file, piece.offset, piece.offset + piece.len)))
+                    .filter_map(|piece| {
+                        let bytes = bytes(piece.file, piece.offset, piece.offset + piece.len);
+                        chunks.take(piece, crc64_nvme(bytes))
+                    })
                     .collect();
                 assert!(chunks.all_arrived());
                 arrived.sort_unstable_by_key(|chunk| (chunk.file, chunk.number));

@@ -20,24 +20,36 @@ struct Collect {
     pool: BufferPool,
     streams: [Stream; 1],
     got: BTreeMap<(usize, u64), Vec<u8>>,
+    beginning: Vec<u8>,
     notes: std::cell::RefCell<Vec<String>>,
 }
 
 impl Collect {
     fn new(buffers: usize) -> Collect {
         let pool = BufferPool::new(PIECE as usize, buffers, 1 << 20, None).unwrap();
-        Collect { pool, streams: [Device::host().stream().unwrap()], got: BTreeMap::new(), notes: Default::default() }
+        let streams = [Device::host().stream().unwrap()];
+        Collect { pool, streams, got: BTreeMap::new(), beginning: Vec::new(), notes: Default::default() }
     }
 }
 
 impl Sink for Collect {
     fn room(&mut self, piece: &Piece) -> Result<Room> {
         let buffer = self.pool.try_acquire().expect("the engine holds more buffers than it gave back");
+        self.beginning.clear();
         Ok(Room { buffer, offset: piece.offset, len: piece.len as usize })
     }
 
     fn has_room(&mut self) -> bool {
         self.pool.try_acquire().is_some()
+    }
+
+    fn step(&self) -> usize {
+        5000
+    }
+
+    fn arrived(&mut self, beginning: &[u8]) {
+        assert!(beginning.starts_with(&self.beginning));
+        self.beginning = beginning.to_vec();
     }
 
     fn filled(&mut self, piece: &Piece, filled: Filled) -> Result<()> {
@@ -54,6 +66,7 @@ impl Sink for Collect {
         device::copy(&self.streams, &vec![block.clone()].into(), filled, &[copy])?.wait()?;
         let mut bytes = vec![0; piece.len as usize];
         block.read(0, &mut bytes)?;
+        assert!(bytes.starts_with(&self.beginning), "bytes changed after they were shown");
         assert!(self.got.insert((piece.file, piece.offset), bytes).is_none(), "a piece came twice");
         Ok(())
     }

@@ -154,6 +154,12 @@ pub(crate) trait Sink {
     fn cached(&mut self, _piece: &Piece) -> Result<Option<CachedChunk>> {
         Ok(None)
     }
+    /// Bytes after which the sink wants to see what has come (`arrived`), for engines that read a piece in order.
+    fn step(&self) -> usize {
+        usize::MAX
+    }
+    /// Sees the beginning of the piece that `room` was asked for last, while it is in the processor's cache.
+    fn arrived(&mut self, _beginning: &[u8]) {}
     /// Takes a filled piece: verifies it, issues its copies.
     fn filled(&mut self, piece: &Piece, filled: Filled) -> Result<()>;
     /// An error when the load was stopped.

@@ -30,11 +30,14 @@ impl Pread {
         sink.filled(piece, Filled::Buffer(room.buffer))
     }
 
-    fn fill(&self, file: &DataFile, buf: &mut [u8], offset: u64, len: usize, sink: &dyn Sink) -> Result<()> {
+    fn fill(&self, file: &DataFile, buf: &mut [u8], offset: u64, len: usize, sink: &mut dyn Sink) -> Result<()> {
         let direct = reads_direct(self.direct, file, sink);
         let mut transfer = Transfer::new(offset, len, direct, buf.as_ptr().addr(), buf.len());
         loop {
-            let request = transfer.request();
+            let mut request = transfer.request();
+            if !request.direct {
+                request.len = request.len.min(sink.step());
+            }
             let from = file.descriptor(request.direct);
             let answer = rustix::io::pread(from, &mut buf[request.at..request.at + request.len], request.offset);
             let answer = inject(self.faults.as_ref(), file, request.offset, answer);
@@ -42,6 +45,10 @@ impl Pread {
                 return Ok(());
             }
             sink.check()?;
+            // A direct read may bring bytes again that were there already.
+            if !request.direct {
+                sink.arrived(&buf[..transfer.done()]);
+            }
         }
     }
 }

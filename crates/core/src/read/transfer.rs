@@ -52,6 +52,11 @@ impl Transfer {
         Request { offset: self.offset + at as u64, at, len: end - at, direct: self.direct }
     }
 
+    /// Bytes that are there.
+    pub(crate) fn done(&self) -> usize {
+        self.done
+    }
+
     /// Takes the answer to [`Transfer::request`]; `true` when every byte is there.
     pub(crate) fn answer(&mut self, file: &DataFile, answer: Result<usize, Errno>) -> Result<bool> {
         match answer {
