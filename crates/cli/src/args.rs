@@ -191,7 +191,7 @@ pub(crate) struct StartArgs {
     /// Threads that read for one load, 1 to 256 [default: as the engine needs]
     #[arg(long, value_name = "N")]
     pub(crate) num_thread: Option<usize>,
-    /// A chunk of the pool: a multiple of 4MB up to 1GB [default: 4MB]
+    /// A chunk of the pool: a multiple of 4MB up to 1GB [default: 16MB; 4MB in a pool below 1GB]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) chunk_size: Option<u64>,
     /// Taken as the original takes it, and not used

@@ -100,6 +100,7 @@ fn real_server(models: &Path) {
     let mut config = Config::new(models);
     config.listen = vec![Address::Unix(models.join("socket"))];
     config.pool_len = 64 << 20;
+    config.chunk_len = 4 << 20;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
     runtime.block_on(async {
         let server = Server::bind(config).unwrap();

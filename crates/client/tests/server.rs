@@ -26,6 +26,7 @@ impl Served {
         let mut config = Config::new(storage);
         config.listen = vec![Address::Unix(storage.join("socket")), Address::Tcp("127.0.0.1:0".into())];
         config.pool_len = 64 << 20;
+        config.chunk_len = 4 << 20;
         config.token = Some(sllm_server::Token::new(TOKEN).unwrap());
         config.drain = Duration::ZERO;
         change(&mut config);
@@ -113,7 +114,7 @@ fn a_verified_load_of_a_store_is_left_to_the_server() {
 #[test]
 fn a_model_larger_than_the_pool_streams_through_it() {
     let model = model(50_000_000);
-    let served = Served::start(model.dir.path(), |config| config.pool_len = 16 << 20);
+    let served = Served::start(model.dir.path(), |config| (config.pool_len, config.chunk_len) = (16 << 20, 4 << 20));
     let loader = Loader::builder().remote(Box::new(served.remote())).build().unwrap();
     let loaded = loader.load(&model.checkpoint).unwrap();
     assert!(model.bytes.ends_with(&loaded.tensor("t").unwrap().to_vec().unwrap()));
@@ -178,7 +179,7 @@ fn files_that_changed_since_the_client_opened_them_are_not_loaded() {
 #[test]
 fn a_cancelled_load_has_ended_at_the_server_when_it_returns() {
     let model = model(60_000_000);
-    let served = Served::start(model.dir.path(), |config| config.pool_len = 16 << 20);
+    let served = Served::start(model.dir.path(), |config| (config.pool_len, config.chunk_len) = (16 << 20, 4 << 20));
     let (block, _) = host_block(60_000_000);
     let segment = Segment::contiguous(0, 0, 60_000_000, 0, 0);
     let cancel = Cancel::new();

@@ -12,6 +12,10 @@ use crate::token::Token;
 
 /// Bytes that a chunk of the pool is a multiple of: the chunk of a store.
 const CHUNK_UNIT: u64 = 4 << 20;
+/// Bytes of a chunk unless given: one copy of so many keeps a link busy while the next is issued.
+const CHUNK_LEN: u64 = 16 << 20;
+/// Pools smaller than this have chunks of [`CHUNK_UNIT`] unless given, so that there are enough of them.
+const SMALL_POOL: u64 = 1 << 30;
 /// Bytes of a chunk at most: what every driver registers at once.
 const MAX_CHUNK: u64 = 1 << 30;
 /// The original's port.
@@ -109,7 +113,7 @@ pub struct Settings {
     pub storage_path: Option<PathBuf>,
     /// See [`Config::pool_len`]; 4 GiB unless given.
     pub mem_pool_size: Option<Size>,
-    /// See [`Config::chunk_len`]; 4 MiB unless given.
+    /// See [`Config::chunk_len`]; 16 MiB unless given, 4 MiB in a pool below 1 GiB.
     pub chunk_size: Option<Size>,
     /// See [`Config::threads`].
     pub num_thread: Option<usize>,
@@ -193,7 +197,8 @@ impl Settings {
         };
         let mut config = Config::new(storage_path);
         config.pool_len = self.mem_pool_size.map_or(config.pool_len, |size| size.0);
-        config.chunk_len = self.chunk_size.map_or(config.chunk_len, |size| size.0);
+        let usual = if config.pool_len < SMALL_POOL { CHUNK_UNIT } else { config.chunk_len };
+        config.chunk_len = self.chunk_size.map_or(usual, |size| size.0);
         config.threads = self.num_thread;
         config.registration_required = self.registration_required.unwrap_or(config.registration_required);
         // With the original's flags alone the socket is there too: our clients find the server without being told.
@@ -228,7 +233,7 @@ impl Config {
         Config {
             storage_path: storage_path.into(),
             pool_len: 4 << 30,
-            chunk_len: CHUNK_UNIT,
+            chunk_len: CHUNK_LEN,
             threads: None,
             registration_required: false,
             listen: Vec::new(),
@@ -355,5 +360,7 @@ mod tests {
             assert!(with(chunk, pool).resolve(None).is_err(), "{chunk} {pool}");
         }
         assert!(with(1 << 30, 2 << 30).resolve(None).is_ok());
+        let of = |pool| Settings { chunk_size: None, ..with(0, pool) }.resolve(None).unwrap().chunk_len;
+        assert_eq!((of(1 << 30), of((1 << 30) - 1), of(8 << 20)), (16 << 20, 4 << 20, 4 << 20));
     }
 }

@@ -307,7 +307,7 @@ async fn memory_that_cannot_be_pinned_is_used_all_the_same_and_said() {
 async fn a_model_is_cleared_unloaded_and_loaded_in_every_order() {
     let driver = Driver::load();
     driver.set_bandwidth(1_000_000_000);
-    let served = Served::start(fill, |config| config.pool_len = 16 << 20);
+    let served = Served::start(fill, |config| (config.pool_len, config.chunk_len) = (16 << 20, 4 << 20));
     let source = models::bytes(&served.models().join("store"));
     for round in 0..12 {
         let mut owner = Owner::start(0, source.len() as u64);

@@ -28,6 +28,7 @@ fn fill(models: &std::path::Path) {
 
 fn small(config: &mut sllm_server::Config) {
     config.pool_len = 32 << 20;
+    config.chunk_len = 4 << 20;
 }
 
 async fn resident(served: &Served, name: &str) -> u64 {
@@ -418,6 +419,7 @@ async fn a_hundred_clients_at_once_each_get_their_bytes() {
     let names = ["plain", "team/store", "original"];
     let served = std::sync::Arc::new(Served::start(fill, |config| {
         config.pool_len = 24 << 20;
+        config.chunk_len = 4 << 20;
         config.max_loads = 4;
     }));
     let expected: Vec<Vec<u8>> = names.iter().map(|name| models::bytes(&served.models().join(name))).collect();

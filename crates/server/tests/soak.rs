@@ -68,6 +68,7 @@ fn clients_that_come_and_go_get_their_bytes_and_leave_nothing() {
 async fn soak(seed: u64, time: Option<Duration>, driver: &Driver) {
     let served = Served::start(world::fill, |config| {
         config.pool_len = POOL_LEN;
+        config.chunk_len = 4 << 20;
         config.max_loads = LOADS_AT_ONCE;
         config.drain = Duration::from_secs(5);
     });

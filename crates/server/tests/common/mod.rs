@@ -35,6 +35,7 @@ pub(crate) fn config(dir: &Path) -> Config {
     let mut config = Config::new(dir.join("models"));
     config.listen = vec![Address::Unix(dir.join("s"))];
     config.pool_len = 64 << 20;
+    config.chunk_len = 4 << 20;
     config
 }
 
