@@ -240,7 +240,8 @@ pub(crate) struct StartArgs {
     /// How long running loads may go on after SIGTERM [default: 30]
     #[arg(long, value_name = "SECONDS")]
     pub(crate) drain_seconds: Option<u64>,
-    /// Give a GPU's context back when nothing was loaded there for so long [default: 300]
+    /// Give a GPU's context back when nothing was loaded there for so long, and unpin the pool when nothing was loaded to
+    /// any GPU [default: 300]
     #[arg(long, value_name = "SECONDS")]
     pub(crate) gpu_idle_seconds: Option<u64>,
     /// File with the token that TCP clients must show; or give it in SLLM_STORE_TOKEN

@@ -98,6 +98,7 @@ pub(crate) fn counters(state: &state::State) -> Vec<(&'static str, u64)> {
         ("registered_peak", counters.registered_peak),
         ("waits_on_free", counters.waits_on_free),
         ("waits_on_unregister", counters.waits_on_unregister),
+        ("contexts", state.contexts_now()),
         ("streams", state.streams_now()),
         ("events", state.events.len() as u64),
         ("imports", state.imports_now()),

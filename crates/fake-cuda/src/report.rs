@@ -39,9 +39,8 @@ fn json(state: &State) -> String {
     let left = state.devices.iter().map(|(ordinal, device)| format!("\"{ordinal}\": {}", device.used)).collect();
     let peak = state.devices.iter().map(|(ordinal, device)| format!("\"{ordinal}\": {}", device.peak)).collect();
     let calls = state.calls.iter().map(|(symbol, calls)| format!("\"{symbol}\": {calls}")).collect();
-    let contexts = state.devices.values().filter(|device| device.retained > 0).count();
     let lost = state.devices.values().filter(|device| device.lost).count();
-    let _ = writeln!(text, "  \"contexts\": {contexts},\n  \"lost_devices\": {lost},");
+    let _ = writeln!(text, "  \"lost_devices\": {lost},");
     let _ = writeln!(text, "  \"device_bytes\": {{{}}},", list(left));
     let _ = writeln!(text, "  \"device_bytes_peak\": {{{}}},", list(peak));
     let _ = writeln!(text, "  \"calls\": {{{}}}\n}}", list(calls));

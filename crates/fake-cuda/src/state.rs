@@ -412,6 +412,11 @@ impl State {
         notify();
     }
 
+    /// Devices whose primary context somebody holds.
+    pub(crate) fn contexts_now(&self) -> u64 {
+        self.devices.values().filter(|device| device.retained > 0).count() as u64
+    }
+
     /// Streams that callers made and did not destroy.
     pub(crate) fn streams_now(&self) -> u64 {
         self.streams.iter().filter(|(handle, stream)| **handle >= FIRST_HANDLE && !stream.destroyed).count() as u64

@@ -53,7 +53,7 @@ pub struct Config {
     pub max_loads: usize,
     /// How long running loads may go on after the signal to stop.
     pub drain: Duration,
-    /// How long the context of a GPU is kept without loads to it.
+    /// How long the context of a GPU is kept without loads to it, and the pool page-locked without loads to any.
     pub gpu_idle: Duration,
     /// What TCP clients must show.
     pub token: Option<Token>,

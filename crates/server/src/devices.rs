@@ -53,10 +53,11 @@ impl Devices {
         Ok(self.lock().entry(*uuid).or_insert(open).clone())
     }
 
-    /// Lets go of devices that nothing was loaded to for so long.
-    pub(crate) fn sweep(&self, idle: Duration) {
+    /// Lets go of devices that nothing was loaded to for so long; whether none is left.
+    pub(crate) fn sweep(&self, idle: Duration) -> bool {
         let mut gone = Vec::new();
-        self.lock().retain(|_, open| {
+        let mut devices = self.lock();
+        devices.retain(|_, open| {
             let used = *open.used.lock().unwrap_or_else(PoisonError::into_inner);
             // The table's own is the last one.
             let stays = Arc::strong_count(&open.used) > 1 || used.elapsed() < idle;
@@ -65,9 +66,12 @@ impl Devices {
             }
             stays
         });
+        let none_left = devices.is_empty();
+        drop(devices);
         for open in gone {
             tracing::info!(device = %open.device.id(), "let go, since it was idle");
         }
+        none_left
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Uuid, OpenDevice>> {
@@ -89,12 +93,12 @@ mod tests {
         let devices = Devices::default();
         let used = devices.open(&uuid).unwrap();
         assert_eq!(used.device().id(), "cuda:1");
-        devices.sweep(Duration::ZERO);
+        assert!(!devices.sweep(Duration::ZERO));
         assert_eq!(released(), before, "it is in use");
         drop((used, devices.open(&uuid).unwrap()));
-        devices.sweep(Duration::from_secs(3600));
+        assert!(!devices.sweep(Duration::from_secs(3600)));
         assert_eq!(released(), before, "it was used just now");
-        devices.sweep(Duration::ZERO);
+        assert!(devices.sweep(Duration::ZERO));
         assert_eq!(released(), before + 1);
         devices.open(&uuid).unwrap();
     }

@@ -1,6 +1,7 @@
-//! The pool: made when it is first needed.
+//! The pool: made when it is first needed, unpinned when no GPU is used.
 
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use sllm_core::{Cache, Checkpoint, Device, Result};
 
@@ -15,29 +16,35 @@ pub(crate) struct Pool {
     chunk_len: u64,
     len: u64,
     quotas: Vec<Quota>,
-    cache: OnceLock<Cache>,
+    made: OnceLock<Made>,
     making: Mutex<()>,
+}
+
+#[derive(Debug)]
+struct Made {
+    cache: Cache,
+    at: Instant,
 }
 
 impl Pool {
     pub(crate) fn new(chunk_len: u64, len: u64, mut quotas: Vec<Quota>) -> Pool {
         // Of several prefixes the longest is meant.
         quotas.sort_by_key(|quota| std::cmp::Reverse(quota.prefix.len()));
-        Pool { chunk_len, len, quotas, cache: OnceLock::new(), making: Mutex::default() }
+        Pool { chunk_len, len, quotas, made: OnceLock::new(), making: Mutex::default() }
     }
 
     /// What was made of it, if it was.
     pub(crate) fn made(&self) -> Option<&Cache> {
-        self.cache.get()
+        self.made.get().map(|made| &made.cache)
     }
 
     /// The cache, which the first call makes. Blocks.
     pub(crate) fn cache(&self) -> Result<&Cache> {
-        if let Some(cache) = self.cache.get() {
+        if let Some(cache) = self.made() {
             return Ok(cache);
         }
         let _making = self.making.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(cache) = self.cache.get() {
+        if let Some(cache) = self.made() {
             return Ok(cache);
         }
         // Memory that one device's driver has pinned is pinned for all.
@@ -62,7 +69,17 @@ impl Pool {
                 tracing::warn!(%error, "the pool is not prepared in the background");
             }
         }
-        Ok(self.cache.get_or_init(|| cache))
+        Ok(&self.made.get_or_init(|| Made { cache, at: Instant::now() }).cache)
+    }
+
+    /// Unpins its memory, and so lets go of the context that pins it, unless it was made not so long ago or a load uses
+    /// it. Only while no GPU is open. Blocks.
+    pub(crate) fn sweep(&self, idle: Duration) {
+        if let Some(made) = self.made.get().filter(|made| made.at.elapsed() >= idle)
+            && made.cache.unpin_memory()
+        {
+            tracing::info!("the pool is not page-locked any more, since GPUs are idle; loads to them lock it again");
+        }
     }
 
     /// The cache for a load of a model, whose group's limit it now knows. Blocks.

@@ -158,7 +158,9 @@ impl Store {
             }
         }
         self.models.sweep();
-        self.devices.sweep(self.config.gpu_idle);
+        if self.devices.sweep(self.config.gpu_idle) {
+            self.pool.sweep(self.config.gpu_idle);
+        }
     }
 
     /// What the pool holds; before it is made, nothing of its size.

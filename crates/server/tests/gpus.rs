@@ -228,6 +228,36 @@ async fn streams_load_into_several_gpus_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_idle_server_holds_no_context_and_its_next_load_is_right() {
+    let driver = Driver::load();
+    driver.set_devices(2);
+    let served = Served::start(fill, |config| config.gpu_idle = Duration::ZERO);
+    let path = served.models().join("store");
+    let (open, source) = (open_message("store", &path), models::bytes(&path));
+    // The pool is pinned by the first GPU when it is made, then by the one that is loaded to.
+    for device in [1, 0] {
+        let mut owner = Owner::start(device, source.len() as u64);
+        let (mut loading, _) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
+        let cuda = CudaMemory { device: owner.uuid_bytes.clone(), handle: owner.handle.clone() };
+        let memory = Some(attach::Memory::Cuda(cuda));
+        loading.ask(Asked::Attach(Attach { len: source.len() as u64, offset: 0, memory })).await;
+        loading.batch(all_of(&open)).await;
+        loading.done().await.unwrap();
+        assert!(owner.bytes(served.dir.path()) == source);
+        assert!(driver.registered_now() > 0 && driver.get("contexts") > 0, "a session keeps what it uses");
+        drop(loading);
+        while driver.get("contexts") > 0 {
+            tokio::time::sleep(PAUSE).await;
+        }
+        assert_eq!(driver.registered_now(), 0);
+        let pool = served.store().await.status(StatusRequest {}).await.unwrap().into_inner().pool.unwrap();
+        assert!(pool.resident >= source.len() as u64 && pool.page_locked == 0, "{pool:?}");
+    }
+    assert_eq!(driver.pageable_copies(), 0, "something was copied out of unpinned memory");
+    assert_eq!(driver.get("abandoned_registered_bytes"), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_is_killed_in_the_middle_of_a_copy_hurts_nobody() {
     let driver = Driver::load();
     let served = Served::start(fill, |_| ());

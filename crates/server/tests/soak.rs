@@ -71,6 +71,8 @@ async fn soak(seed: u64, time: Option<Duration>, driver: &Driver) {
         config.chunk_len = 4 << 20;
         config.max_loads = LOADS_AT_ONCE;
         config.drain = Duration::from_secs(5);
+        // Contexts and pins go and come whenever the server looks.
+        config.gpu_idle = Duration::ZERO;
     });
     let world = Arc::new(World::new(served, time.map(|time| Instant::now() + time)));
 

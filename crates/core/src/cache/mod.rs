@@ -23,7 +23,7 @@ use crate::checkpoint::Checkpoint;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::plan::Piece;
-use crate::pool::{BufferPool, HostBuffer};
+use crate::pool::{BufferPool, Hold, HostBuffer};
 
 /// Bytes that are touched and pinned in one go: the first buffer is there soon, and few calls pin all.
 const STEP_LEN: usize = 64 << 20;
@@ -117,6 +117,13 @@ impl Cache {
     /// Touches and pins all of its memory, by so many threads. Loads can run meanwhile.
     pub fn prepare(&self, threads: usize) {
         self.shared.pool.prepare_all(threads);
+    }
+
+    /// Unpins all of its memory, and lets the device go by which that was pinned; what is resident stays. `false` where
+    /// nothing was done, or not all: while a load uses it or its memory is prepared. A load to a device that needs it
+    /// pins again what it copies.
+    pub fn unpin_memory(&self) -> bool {
+        self.shared.pool.unpin()
     }
 
     /// Bytes of a chunk.
@@ -257,7 +264,7 @@ impl Cache {
     pub(crate) fn begin(&self, checkpoint: &Checkpoint) -> Use {
         let files = self.files(checkpoint);
         self.lock().begin(&files);
-        Use { cache: self.clone(), files, claims: Mutex::default() }
+        Use { cache: self.clone(), files, claims: Mutex::default(), hold: self.shared.pool.hold() }
     }
 }
 
@@ -268,6 +275,7 @@ pub(crate) struct Use {
     cache: Cache,
     files: Vec<FileRef>,
     claims: Mutex<HashSet<(usize, usize)>>,
+    hold: Hold,
 }
 
 /// The pieces of a load, by where their bytes are.
@@ -371,6 +379,13 @@ impl Use {
             self.cache.tell();
         }
         self.in_use(chunk)
+    }
+
+    /// Sees to it that a chunk's memory is pinned before it is copied to this device, if it can be.
+    pub(crate) fn pin_memory(&self, chunk: &CachedChunk, device: &Device) {
+        if let Some(chunk) = &chunk.chunk {
+            self.hold.pin(&chunk.buffer, device);
+        }
     }
 
     /// Drops the chunks of a file that turned out to be another one.

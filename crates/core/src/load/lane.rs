@@ -11,7 +11,7 @@ use super::chunks::Chunks;
 use crate::cache::{CachedChunk, Use};
 use crate::checkpoint::Checkpoint;
 use crate::control::Meter;
-use crate::device::{self, Block, Pending, Stream};
+use crate::device::{self, Block, Device, Pending, Stream};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
 use crate::plan::{LoadPlan, Piece, PieceCopy};
@@ -36,6 +36,8 @@ pub(super) struct Shared<'a> {
     pub(super) verify: bool,
     pub(super) buffers: Buffers<'a>,
     pub(super) streams: &'a [Stream],
+    /// The first of the devices that memory has to be pinned for.
+    pub(super) pinning: Option<&'a Device>,
     pub(super) blocks: Arc<[Block]>,
     pub(super) meter: Meter<'a>,
     pub(super) outcome: Outcome,
@@ -289,6 +291,11 @@ impl Sink for Lane<'_> {
     fn filled(&mut self, piece: &Piece, mut filled: Filled) -> Result<()> {
         if let Buffers::Cache(cache) = self.shared.buffers {
             filled = self.cache(cache, piece, filled)?;
+            if let (Filled::Cached(chunk), Some(device)) = (&filled, self.shared.pinning) {
+                let preparing = Instant::now();
+                cache.pin_memory(chunk, device);
+                self.times.prepare += preparing.elapsed();
+            }
         }
         if let Filled::Buffer(buffer) = &filled {
             if let Some(chunks) = &self.shared.chunks {

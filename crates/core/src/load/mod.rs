@@ -298,7 +298,9 @@ impl Loader {
         let chunks = chunk_len.filter(|_| cache.is_none());
         let chunks = chunks.map(|chunk_len| Chunks::new(chunk_len, piece_len, plan.pieces()));
         let verify = sums.is_some();
-        let shared = Shared { checkpoint, plan: &plan, chunks, verify, buffers, streams, blocks, meter, outcome };
+        let pinning = devices.iter().find(|device| device.needs_pinning());
+        let shared =
+            Shared { checkpoint, plan: &plan, chunks, verify, buffers, streams, pinning, blocks, meter, outcome };
         let queues: Vec<Queue<'_>> = shares.iter().map(|share| Queue::new(&share.pieces)).collect();
         let moving = Instant::now();
         let lanes = Mutex::new(Vec::new());

@@ -3,14 +3,16 @@
 //! A [`HostBuffer`] belongs to exactly one of: the pool, a read in flight, a copy in flight. Ownership moves with it,
 //! and dropping it gives it back. The memory is touched and pinned in steps, by whoever first needs a buffer of a
 //! step, so that the first buffer is there at once and reader threads share the work. A small pool is a staging ring,
-//! a large one is a cache: same type.
+//! a large one is a cache: same type. While nobody holds a [`Hold`], a pool can be unpinned, since a pin keeps the
+//! device's context; whoever copies out of a step then pins it again.
 
 mod memory;
 
 use std::any::Any;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 pub(crate) use memory::{HostMemory, ask_for_huge_pages};
 
@@ -33,12 +35,22 @@ struct Shared {
     buffer_len: usize,
     buffers: usize,
     buffers_per_step: usize,
-    /// The devices that the memory is pinned for: the first pins, for all contexts.
-    device: Option<Device>,
+    /// Whether memory is pinned at all.
+    pins: bool,
     state: Mutex<State>,
-    /// Told when a step is ready.
+    /// Told when a step is ready, or its pin was changed.
     prepared: Condvar,
     pinned: AtomicU64,
+}
+
+/// Whether a step is pinned.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+enum Pin {
+    #[default]
+    Plain,
+    /// A thread pins or unpins it; others wait.
+    Changing,
+    Pinned,
 }
 
 #[derive(Debug, Default)]
@@ -51,8 +63,11 @@ struct State {
     /// Calls of `prepare_all` that run. Who needs a buffer waits for their next step instead of taking one on: one
     /// that has to be pinned keeps a reader from reading.
     preparers: usize,
-    /// First buffer and length of the registrations, for their release.
-    registered: Vec<usize>,
+    steps: Vec<Pin>,
+    /// The device that pins, for all contexts. None while nothing is pinned after the pool was unpinned.
+    device: Option<Device>,
+    /// Users that copy out of the memory: while there are some, nothing is unpinned.
+    holds: usize,
     /// Why memory is not pinned, once the driver refused.
     refused: Option<String>,
 }
@@ -74,13 +89,15 @@ impl BufferPool {
         let memory = HostMemory::map(len).map_err(Error::io("map memory for buffers", "anonymous memory".as_ref()))?;
         let buffers_per_step = (step_len.min(MAX_STEP) / buffer_len).max(1);
         let device = device.filter(|device| device.needs_pinning()).cloned();
+        let pins = device.is_some();
+        let steps = vec![Pin::Plain; buffers.div_ceil(buffers_per_step)];
         let shared = Shared {
             memory,
             buffer_len,
             buffers,
             buffers_per_step,
-            device,
-            state: Mutex::default(),
+            pins,
+            state: Mutex::new(State { steps, device, ..State::default() }),
             prepared: Condvar::new(),
             pinned: AtomicU64::new(0),
         };
@@ -124,6 +141,44 @@ impl BufferPool {
         self.shared.prepared.notify_all();
     }
 
+    /// Keeps what is pinned so, until it is dropped.
+    pub(crate) fn hold(&self) -> Hold {
+        self.shared.lock().holds += 1;
+        Hold { shared: Arc::clone(&self.shared) }
+    }
+
+    /// Unpins all memory, whose bytes stay, and lets the device go that pinned it; `false` where there is none, or
+    /// somebody holds the pool or prepares it. [`Hold::pin`] pins again.
+    pub(crate) fn unpin(&self) -> bool {
+        let shared = &self.shared;
+        let steps = shared.lock().steps.len();
+        for step in 0..steps {
+            let Some((device, mut state)) = shared.unused() else { return false };
+            if state.steps[step] != Pin::Pinned {
+                continue;
+            }
+            state.steps[step] = Pin::Changing;
+            drop(state);
+            let (_, offset, len) = shared.step(step);
+            // SAFETY: the range is mapped, and was pinned at this address; nobody copies out of it, since there was
+            // no hold when the step was taken on, and whoever has one by now waits for the step.
+            unsafe { device.unpin(shared.memory.ptr().add(offset).as_ptr()) };
+            shared.pinned.fetch_sub(len as u64, Ordering::Relaxed);
+            shared.settle(step, Pin::Plain, None);
+        }
+        let Some((device, mut state)) = shared.unused() else { return false };
+        if state.steps.iter().any(|step| *step != Pin::Plain) {
+            // Somebody came and went meanwhile.
+            return false;
+        }
+        state.device = None;
+        state.refused = None;
+        drop(state);
+        // With the last holder the context goes, which may take its time.
+        drop(device);
+        true
+    }
+
     /// Bytes of one buffer.
     pub fn buffer_len(&self) -> usize {
         self.shared.buffer_len
@@ -146,7 +201,7 @@ impl BufferPool {
 }
 
 impl Shared {
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         // No code panics while it holds the lock; the state is whole even if it did.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -158,36 +213,62 @@ impl Shared {
         if first >= self.buffers {
             return false;
         }
+        let step = state.claimed_steps;
         state.claimed_steps += 1;
         state.preparing += 1;
-        let refused = state.refused.is_some();
+        state.steps[step] = Pin::Changing;
+        let device = state.device.clone().filter(|_| state.refused.is_none());
         drop(state);
-        let last = (first + self.buffers_per_step).min(self.buffers);
-        let (offset, len) = (first * self.buffer_len, (last - first) * self.buffer_len);
+        let (buffers, offset, len) = self.step(step);
         // SAFETY: the step lies in the mapping; it was claimed under the lock by this thread alone, and none of its
         // buffers has been handed out.
         unsafe { self.memory.touch(offset, len) };
-        let pinned = match &self.device {
-            Some(device) if !refused => {
-                // SAFETY: the range is mapped until the pool is dropped, which unpins it first.
-                Some(unsafe { device.pin(self.memory.ptr().add(offset).as_ptr(), len, false) })
-            }
-            _ => None,
-        };
-        let mut state = self.lock();
-        match pinned {
-            Some(Ok(())) => {
-                state.registered.push(offset);
-                self.pinned.fetch_add(len as u64, Ordering::Relaxed);
-            }
-            Some(Err(e)) => state.refused = Some(e.to_string()),
-            None => {}
+        match device {
+            Some(device) => self.pin(step, &device),
+            None => self.settle(step, Pin::Plain, None),
         }
-        state.free.extend((first..last).rev());
+        let mut state = self.lock();
+        state.free.extend(buffers.rev());
         state.preparing -= 1;
         drop(state);
         self.prepared.notify_all();
         true
+    }
+
+    /// The buffers of a step, and where its bytes are in the mapping.
+    fn step(&self, step: usize) -> (Range<usize>, usize, usize) {
+        let first = step * self.buffers_per_step;
+        let last = (first + self.buffers_per_step).min(self.buffers);
+        (first..last, first * self.buffer_len, (last - first) * self.buffer_len)
+    }
+
+    /// Pins a step that the caller has taken on.
+    fn pin(&self, step: usize, device: &Device) {
+        let (_, offset, len) = self.step(step);
+        // SAFETY: the range is mapped until the pool is dropped, which unpins it first.
+        match unsafe { device.pin(self.memory.ptr().add(offset).as_ptr(), len, false) } {
+            Ok(()) => {
+                self.pinned.fetch_add(len as u64, Ordering::Relaxed);
+                self.settle(step, Pin::Pinned, None);
+            }
+            Err(e) => self.settle(step, Pin::Plain, Some(e.to_string())),
+        }
+    }
+
+    /// Ends a change of a step.
+    fn settle(&self, step: usize, pin: Pin, refused: Option<String>) {
+        let mut state = self.lock();
+        state.steps[step] = pin;
+        state.refused = refused.or(state.refused.take());
+        drop(state);
+        self.prepared.notify_all();
+    }
+
+    /// The device that pins, while nobody uses the pool.
+    fn unused(&self) -> Option<(Device, MutexGuard<'_, State>)> {
+        let state = self.lock();
+        let is_used = state.holds > 0 || state.preparers > 0 || state.preparing > 0;
+        state.device.clone().filter(|_| !is_used).map(|device| (device, state))
     }
 
     fn buffer(&self, index: usize, pool: &BufferPool) -> HostBuffer {
@@ -199,13 +280,50 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if let Some(device) = &self.device {
-            for offset in state.registered.drain(..) {
-                // SAFETY: pinned by `prepare` at this address; no buffer is left, since each holds this value.
+        let state = std::mem::take(self.state.get_mut().unwrap_or_else(PoisonError::into_inner));
+        let Some(device) = state.device else { return };
+        for (step, pin) in state.steps.iter().enumerate() {
+            if *pin == Pin::Pinned {
+                let (_, offset, _) = self.step(step);
+                // SAFETY: pinned by `pin` at this address; no buffer is left, since each holds this value.
                 unsafe { device.unpin(self.memory.ptr().add(offset).as_ptr()) };
             }
         }
+    }
+}
+
+/// While it lives, what a pool has pinned stays pinned.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    shared: Arc<Shared>,
+}
+
+impl Hold {
+    /// Pins the step of a buffer of this pool again, if it was unpinned: by the device that pins the others, else by
+    /// this one. Where that was refused, memory stays as it is.
+    pub(crate) fn pin(&self, buffer: &HostBuffer, device: &Device) {
+        let Home::Pool { shared, index } = &buffer.home else { return };
+        if !shared.pins || !Arc::ptr_eq(shared, &self.shared) {
+            return;
+        }
+        let step = index / shared.buffers_per_step;
+        let mut state = shared.lock();
+        while state.steps[step] == Pin::Changing {
+            state = shared.prepared.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if state.steps[step] == Pin::Pinned || state.refused.is_some() {
+            return;
+        }
+        state.steps[step] = Pin::Changing;
+        let device = state.device.get_or_insert_with(|| device.clone()).clone();
+        drop(state);
+        shared.pin(step, &device);
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.shared.lock().holds -= 1;
     }
 }
 
