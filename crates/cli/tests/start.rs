@@ -119,6 +119,49 @@ fn after_a_kill_it_starts_again_and_two_do_not_run_at_one_socket() {
 }
 
 #[test]
+fn a_second_server_at_another_port_leaves_the_default_socket_to_the_first() {
+    let dir = Dir::new();
+    let socket = dir.path("sllm-store.sock");
+    let start = |port: u16| {
+        let mut command = Command::new(cargo_bin("sllm-store"));
+        command.args(["start", "--port", &port.to_string()]).env_remove("SLLM_STORE_TOKEN");
+        command.env("STORAGE_PATH", dir.path("models")).env("XDG_RUNTIME_DIR", dir.0.path());
+        let mut server = Server(Some(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()));
+        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+            assert!(server.0.as_mut().unwrap().try_wait().unwrap().is_none(), "it ended");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        server
+    };
+    let first = start(port());
+    // The socket comes after the port.
+    while UnixStream::connect(&socket).is_err() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let second_port = port();
+    let second = start(second_port);
+    UnixStream::connect(&socket).unwrap();
+    let status = |address: &str| {
+        let mut command = Command::new(cargo_bin("sllm-store"));
+        command.args(["status", "--quiet", "--address", address]).status().unwrap().success()
+    };
+    assert!(status(&format!("127.0.0.1:{second_port}")));
+    second.signal("TERM");
+    let output = second.end();
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && text.contains("another server listens at the default socket"), "{text}");
+    assert!(status(socket.to_str().unwrap()), "the first one's socket went with the second");
+    // One that would have no other address does not start.
+    let mut alone = Command::new(cargo_bin("sllm-store"));
+    alone.arg("start").env("STORAGE_PATH", dir.path("models")).env("XDG_RUNTIME_DIR", dir.0.path());
+    let (code, text) = refused(&mut alone);
+    assert!(code == Some(2) && text.contains("already"), "{text}");
+    first.signal("TERM");
+    first.end();
+    assert!(!socket.exists());
+}
+
+#[test]
 fn logs_that_cannot_be_written_do_not_end_it() {
     for broken in [Some("/dev/full"), None] {
         let dir = Dir::new();

@@ -37,6 +37,8 @@ pub struct Config {
     pub registration_required: bool,
     /// Where to listen.
     pub listen: Vec<Address>,
+    /// A Unix socket to listen at too, unless another server does.
+    pub listen_if_free: Option<PathBuf>,
     /// Where metrics are served, as text over HTTP.
     pub metrics_listen: Option<SocketAddr>,
     /// Models to be read into the pool at the start.
@@ -201,12 +203,17 @@ impl Settings {
         config.chunk_len = self.chunk_size.map_or(usual, |size| size.0);
         config.threads = self.num_thread;
         config.registration_required = self.registration_required.unwrap_or(config.registration_required);
-        // With the original's flags alone the socket is there too: our clients find the server without being told.
-        config.listen = if self.listen.is_empty() { vec![Address::Unix(default_socket())] } else { self.listen };
+        config.listen = self.listen;
+        let told = !config.listen.is_empty();
         if self.host.is_some() || self.port.is_some() {
             let host = self.host.unwrap_or_else(|| "127.0.0.1".into());
             let host = if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host };
             config.listen.push(Address::Tcp(format!("{host}:{}", self.port.unwrap_or(PORT))));
+            // With the original's flags alone the socket is there too: our clients find the server without being told.
+            // A second server at another port does without.
+            config.listen_if_free = (!told).then(default_socket);
+        } else if !told {
+            config.listen.push(Address::Unix(default_socket()));
         }
         config.metrics_listen = self.metrics_listen;
         config.preload = self.preload;
@@ -237,6 +244,7 @@ impl Config {
             threads: None,
             registration_required: false,
             listen: Vec::new(),
+            listen_if_free: None,
             metrics_listen: None,
             preload: Vec::new(),
             pin: Vec::new(),
@@ -338,7 +346,24 @@ mod tests {
         assert_eq!((config.pool_len, config.chunk_len), (8 << 30, 4 << 20));
         assert_eq!(config.pin, ["m"]);
         // A typed port is where to listen; the file's addresses are not added to it.
-        assert!(matches!(config.listen.as_slice(), [Address::Unix(_), Address::Tcp(tcp)] if tcp == "127.0.0.1:0"));
+        assert_eq!(config.listen, [Address::Tcp("127.0.0.1:0".into())]);
+    }
+
+    #[test]
+    fn the_default_socket_is_needed_only_where_no_other_address_is() {
+        let socket = || default_socket();
+        let of = |change: &dyn Fn(&mut Settings)| {
+            let mut settings = Settings { storage_path: Some("/".into()), ..Settings::default() };
+            change(&mut settings);
+            let config = settings.resolve(None).unwrap();
+            (config.listen, config.listen_if_free)
+        };
+        let (unix, tcp) = (Address::Unix("/a".into()), Address::Tcp("127.0.0.1:1".into()));
+        assert_eq!(of(&|_| ()), (vec![Address::Unix(socket())], None));
+        assert_eq!(of(&|s| s.port = Some(1)), (vec![tcp.clone()], Some(socket())));
+        assert_eq!(of(&|s| s.listen = vec![unix.clone()]), (vec![unix.clone()], None));
+        let both = |s: &mut Settings| (s.listen, s.port) = (vec![unix.clone()], Some(1));
+        assert_eq!(of(&both), (vec![unix.clone(), tcp.clone()], None));
     }
 
     #[test]

@@ -96,7 +96,14 @@ impl Listener {
     /// Listens at an address; `secret`: clients from elsewhere must show a token.
     pub(crate) fn bind(address: &Address, secret: bool) -> Result<Vec<Listener>> {
         match address {
-            Address::Unix(path) => Ok(vec![bind_unix(path)?]),
+            Address::Unix(path) => match bind_unix(path)? {
+                Some(listener) => Ok(vec![listener]),
+                None => {
+                    let path = path.display();
+                    let reason = "stop it, or give --listen (or --port) another address";
+                    Err(Error::Invalid(format!("a server listens on {path} already: {reason}")))
+                }
+            },
             Address::Tcp(text) => {
                 let addresses: Vec<SocketAddr> = text.to_socket_addrs().map_err(cannot("resolve", text))?.collect();
                 if let Some(open) = addresses.iter().find(|address| !address.ip().is_loopback())
@@ -135,13 +142,16 @@ pub(crate) fn bind_tcp(address: SocketAddr) -> Result<Listener> {
     Ok(Listener::Tcp(listener))
 }
 
-fn bind_unix(path: &Path) -> Result<Listener> {
+/// Listens at a Unix socket; `None` where somebody else does.
+pub(crate) fn bind_unix(path: &Path) -> Result<Option<Listener>> {
     let fail = |e: rustix::io::Errno| cannot("listen on", path)(e.into());
     let dir = path.parent().unwrap_or(Path::new("/"));
     // Two servers that start at once take turns at finding out whether the socket is in use.
     let turn = std::fs::File::open(dir).map_err(cannot("open", dir))?;
     rustix::fs::flock(&turn, FlockOperation::LockExclusive).map_err(|e| cannot("lock", dir)(e.into()))?;
-    remove_stale(path)?;
+    if is_live(path)? {
+        return Ok(None);
+    }
     let address = SocketAddrUnix::new(path).map_err(fail)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(fail)?;
@@ -152,13 +162,13 @@ fn bind_unix(path: &Path) -> Result<Listener> {
     let file = SocketFile { path: path.to_owned(), inode: (made.dev(), made.ino()) };
     std::fs::set_permissions(path, PermissionsExt::from_mode(SOCKET_MODE)).map_err(cannot("set the mode of", path))?;
     rustix::net::listen(&socket, 1024).map_err(fail)?;
-    Ok(Listener::Unix(socket.into(), file))
+    Ok(Some(Listener::Unix(socket.into(), file)))
 }
 
-/// Removes a socket at which nobody answers; an error where somebody does, or where something else is there.
-fn remove_stale(path: &Path) -> Result<()> {
+/// Whether somebody answers at a socket; where nobody does, it is removed. An error where something else is there.
+fn is_live(path: &Path) -> Result<bool> {
     match path.symlink_metadata() {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
         Err(e) => return Err(cannot("inspect", path)(e)),
         Ok(there) if !there.file_type().is_socket() => {
             let path = path.display();
@@ -168,14 +178,11 @@ fn remove_stale(path: &Path) -> Result<()> {
     }
     match UnixStream::connect(path) {
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path).map_err(cannot("remove the left socket", path))
+            std::fs::remove_file(path).map_err(cannot("remove the left socket", path)).map(|()| false)
         }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(cannot("ask who listens on", path)(e)),
-        Ok(_) => {
-            let path = path.display();
-            Err(Error::Invalid(format!("a server listens on {path} already: stop it, or give --listen another path")))
-        }
+        Ok(_) => Ok(true),
     }
 }
 
@@ -220,9 +227,9 @@ mod tests {
     fn a_socket_that_another_server_took_over_is_left_to_it() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
-        let first = bind_unix(&path).unwrap();
+        let first = bind_unix(&path).unwrap().unwrap();
         std::fs::remove_file(&path).unwrap();
-        let second = bind_unix(&path).unwrap();
+        let second = bind_unix(&path).unwrap().unwrap();
         drop(first);
         UnixStream::connect(&path).unwrap();
         drop(second);

@@ -18,7 +18,7 @@ use tonic_health::ServingStatus;
 
 use crate::config::Config;
 use crate::connection::{Peer, Reception};
-use crate::listen::{Address, Listener, bind_tcp};
+use crate::listen::{Address, Listener, bind_tcp, bind_unix};
 use crate::rpc::{StorageRpc, StoreRpc};
 use crate::scrape;
 use crate::store::Store;
@@ -49,6 +49,15 @@ impl Server {
         let mut listeners = Vec::new();
         for address in &store.config.listen {
             listeners.extend(Listener::bind(address, store.config.token.is_some())?);
+        }
+        if let Some(path) = &store.config.listen_if_free {
+            match bind_unix(path)? {
+                Some(listener) => listeners.push(listener),
+                None => tracing::warn!(
+                    socket = %path.display(),
+                    "another server listens at the default socket: clients find that one unless they are given an address"
+                ),
+            }
         }
         let metrics = match store.config.metrics_listen.map(bind_tcp).transpose()? {
             Some(Listener::Tcp(listener)) => Some(listener),
