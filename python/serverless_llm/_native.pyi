@@ -104,6 +104,7 @@ def fill(
     alloc_s: float,
     progress: _Progress,
     server: str | None = None,
+    token: str | None = None,
 ) -> tuple[str, str]: ...
 def open_files(root: _Path, files: Sequence[_Path]) -> Checkpoint: ...
 
@@ -120,6 +121,7 @@ class Session:
         threads: int | None,
         pinned_bytes: int | None,
         server: str | None = None,
+        token: str | None = None,
     ) -> Session: ...
     def copy(
         self,

@@ -37,6 +37,7 @@ def load(
     pinned_bytes: int | None = None,
     framework: str = "auto",
     server: Server = None,
+    token: str | None = None,
     progress: Progress | None = None,
     revision: str | None = None,
 ) -> LoadedDict:
@@ -49,14 +50,15 @@ def load(
     `framework`: `"torch"`, `"numpy"` (host only), or `"auto"`: torch where it is installed.
     `server`: the address of a store server that moves the bytes, or `"auto"` (or True): the one that
     `SLLM_STORE_ADDRESS` names or that listens at a default socket, if any. Where it fails, files are read, and
-    `report.notes` says why. `progress(done, total)` is called with bytes, in this thread; what it raises stops the load.
+    `report.fell_back` says why. `token`: what the server wants of TCP clients; None: `SLLM_STORE_TOKEN`.
+    `progress(done, total)` is called with bytes, in this thread; what it raises stops the load.
 
     A dtype is never changed. Tied tensors share memory.
     """
     arrays = _arrays_of(framework)
     checkpoint = opened(source, revision)
     selected = _native.select(checkpoint, [tensors] if isinstance(tensors, str) else _list(tensors))
-    options = _options(engine, direct, verify, threads, pinned_bytes, server)
+    options = _options(engine, direct, verify, threads, pinned_bytes, server, token)
     return _fill(arrays, checkpoint, selected, [arrays.device_id(device)], [0] * len(selected), options, progress)
 
 
@@ -66,6 +68,7 @@ def load_dict(
     *,
     verify: bool = False,
     server: Server = None,
+    token: str | None = None,
     progress: Progress | None = None,
     revision: str | None = None,
 ) -> LoadedDict:
@@ -73,7 +76,7 @@ def load_dict(
 
     `device_map` is a device as `load` takes it, or a mapping of module names to devices, such as
     `{"": 0, "lm_head": "cpu"}`: the longest name that a tensor's name begins with decides, and `""` fits all.
-    `server` is as in `load`.
+    `server` and `token` are as in `load`.
     """
     arrays = _arrays_of("torch")
     checkpoint = opened(path, revision)
@@ -84,7 +87,7 @@ def load_dict(
     ids = {module: arrays.device_id(device) for module, device in device_map.items()}
     devices = sorted(set(ids.values()))
     numbers = [devices.index(_device_of(names[i], ids)) for i in selected]
-    options = _options("auto", None, verify, None, None, server)
+    options = _options("auto", None, verify, None, None, server, token)
     return _fill(arrays, checkpoint, selected, devices or ["cpu"], numbers, options, progress)
 
 
@@ -100,20 +103,22 @@ def iter_tensors(
     pinned_bytes: int | None = None,
     framework: str = "auto",
     server: Server = None,
+    token: str | None = None,
     revision: str | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Load a checkpoint group by group, and give names and tensors in the order of the files.
 
     At most `max_bytes` of device memory are held by this, if the caller keeps no tensor longer than until the next
     one: a group takes a third of it, since one is used while the next is loaded, and the caller still holds the last
-    tensor of the one before. A tensor larger than that is a group of its own. `server` is as in `load`.
+    tensor of the one before. A tensor larger than that is a group of its own. `server` and `token` are as in
+    `load`.
     """
     if max_bytes < 1:
         raise InvalidError(f"max_bytes is {max_bytes}; at least 1 is needed")
     arrays = _arrays_of(framework)
     checkpoint = opened(source, revision)
     selected = _native.select(checkpoint, [tensors] if isinstance(tensors, str) else _list(tensors))
-    options = _options(engine, direct, False, threads, pinned_bytes, server)
+    options = _options(engine, direct, False, threads, pinned_bytes, server, token)
     staged = Staged(arrays, arrays.device_id(device), max_bytes, options)
     return staged.tensors(checkpoint, selected)
 
@@ -142,10 +147,19 @@ def _fill(
 
 
 def _options(
-    engine: str, direct: bool | None, verify: bool, threads: int | None, pinned_bytes: int | None, server: Server
+    engine: str,
+    direct: bool | None,
+    verify: bool,
+    threads: int | None,
+    pinned_bytes: int | None,
+    server: Server,
+    token: str | None,
 ) -> dict[str, Any]:
+    address = ("auto" if server else None) if isinstance(server, bool) else server
+    if token is not None and address is None:
+        raise InvalidError("a token is given for no server; give server too")
     options = {"engine": engine, "direct": direct, "verify": verify, "threads": threads, "pinned_bytes": pinned_bytes}
-    return {**options, "server": ("auto" if server else None) if isinstance(server, bool) else server}
+    return {**options, "server": address, "token": token}
 
 
 def _list(tensors: Sequence[str] | None) -> list[str] | None:

@@ -66,7 +66,7 @@ impl Placement {
 /// `alloc_s` is the time that allocating them took, for the report. The caller keeps every block allocated, and does not
 /// touch it, until this returns.
 #[pyfunction]
-#[pyo3(signature = (placement, devices, addresses, *, engine, direct, verify, threads, pinned_bytes, alloc_s, progress, server=None))]
+#[pyo3(signature = (placement, devices, addresses, *, engine, direct, verify, threads, pinned_bytes, alloc_s, progress, server=None, token=None))]
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn fill(
     py: Python<'_>,
@@ -81,6 +81,7 @@ pub(crate) fn fill(
     alloc_s: f64,
     progress: Option<&Bound<'_, PyAny>>,
     server: Option<&str>,
+    token: Option<String>,
 ) -> PyResult<(String, String)> {
     let mut report = wait::run(py, progress, |control| {
         let devices = devices.iter().map(|id| Device::parse(id)).collect::<sllm_core::Result<Vec<_>>>()?;
@@ -96,7 +97,7 @@ pub(crate) fn fill(
             // them, and holds them until this call returns.
             blocks.push(unsafe { Block::from_raw(device, address, spec.len) });
         }
-        let loader = server::asked(Loader::builder(), server)?
+        let loader = server::asked(Loader::builder(), server, token)?
             .devices(devices)
             .engine(engine.parse::<EngineChoice>()?)
             .direct(direct)

@@ -85,8 +85,13 @@ impl StoreClient {
 }
 
 /// A loader that asks a server first: the one at an address, or with `auto` the one that the environment names or that
-/// listens at a default socket, if any. Where the server fails, the loader reads files, and its report notes why.
-pub(crate) fn asked(builder: LoaderBuilder, server: Option<&str>) -> sllm_core::Result<LoaderBuilder> {
+/// listens at a default socket, if any, with this token, or that of the environment. Where the server fails, the loader reads
+/// files, and its report notes why.
+pub(crate) fn asked(
+    builder: LoaderBuilder,
+    server: Option<&str>,
+    token: Option<String>,
+) -> sllm_core::Result<LoaderBuilder> {
     let address = match server {
         None => return Ok(builder),
         Some("auto") => match Address::find(None) {
@@ -95,7 +100,7 @@ pub(crate) fn asked(builder: LoaderBuilder, server: Option<&str>) -> sllm_core::
         },
         Some(text) => text.parse()?,
     };
-    let options = ClientOptions::new().address(address.to_string());
+    let options = ClientOptions::new().address(address.to_string()).token(token);
     Ok(builder.remote(Box::new(StoreRemote::at(options, RemoteOptions::new()))))
 }
 

@@ -61,7 +61,7 @@ impl Session {
 #[pymethods]
 impl Session {
     #[new]
-    #[pyo3(signature = (checkpoint, devices, *, engine, direct, verify, threads, pinned_bytes, server=None))]
+    #[pyo3(signature = (checkpoint, devices, *, engine, direct, verify, threads, pinned_bytes, server=None, token=None))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         py: Python<'_>,
@@ -73,10 +73,11 @@ impl Session {
         threads: Option<usize>,
         pinned_bytes: Option<u64>,
         server: Option<&str>,
+        token: Option<String>,
     ) -> PyResult<Session> {
         let start = || {
             let devices = devices.iter().map(|id| Device::parse(id)).collect::<Result<Vec<_>>>()?;
-            let loader = server::asked(Loader::builder(), server)?
+            let loader = server::asked(Loader::builder(), server, token)?
                 .devices(devices.clone())
                 .engine(engine.parse::<EngineChoice>()?)
                 .direct(direct)

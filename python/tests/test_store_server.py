@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,6 +135,48 @@ def test_auto_finds_the_server_of_the_environment(server: Server) -> None:
     folder = str(Path(server.address.removeprefix("unix:")).parent)
     os.rename(f"{folder}/socket", f"{folder}/sllm-store.sock")
     assert python(code, SLLM_STORE_ADDRESS="", XDG_RUNTIME_DIR=folder).stdout == "server []\n"
+
+
+def test_a_token_is_sent_by_tcp_and_told_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    token = "0123456789abcdef-right"
+    array: Any = np.arange(1001, dtype=np.int16)
+    (tmp_path / "models").mkdir()
+    sllm.save_dict({"w": array}, tmp_path / "models" / "m")
+    (tmp_path / "token").write_text(token)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = Server(tmp_path, "--port", str(port), "--token-file", str(tmp_path / "token"))
+    path, address = server.models / "m", f"127.0.0.1:{port}"
+    monkeypatch.delenv("SLLM_STORE_TOKEN", raising=False)
+    try:
+        with pytest.raises(sllm.AccessError, match="token"):
+            sllm.StoreClient(address).list()
+        client = sllm.StoreClient(address, token=token)
+        assert client.list() == [] and token not in repr(client) + repr(vars(client))
+
+        def note(token: str | None) -> str:
+            loaded = sllm.load(path, device="cpu", framework="numpy", server=address, token=token)
+            assert np.array_equal(loaded["w"], array) and len(loaded.report.notes) == 1
+            assert (token or "none") not in str(loaded.report.to_dict())
+            return str(loaded.report.notes[0])
+
+        # Memory of the host does not go by TCP, which the client says once the server has let it in.
+        assert "token" in note(None) and "token" in note("0123456789abcdef-wrong")
+        assert "token" not in note(token) and "TCP" in note(token)
+        loaded = sllm.load_dict(path, "cpu", server=address, token=token)
+        assert "TCP" in loaded.report.notes[0] and raw(loaded["w"]) == array.tobytes()
+        tensors = dict(sllm.iter_tensors(path, device="cpu", server=address, token=token))
+        assert raw(tensors["w"]) == array.tobytes()
+        monkeypatch.setenv("SLLM_STORE_TOKEN", token)
+        assert "TCP" in note(None) and "token" in note("0123456789abcdef-wrong")
+        with pytest.raises(sllm.InvalidError, match="server") as raised:
+            sllm.load(path, device="cpu", token=token)
+        assert token not in str(raised.value)
+    finally:
+        server.kill()
+    assert token not in "".join(capfd.readouterr())
 
 
 def test_a_server_that_is_killed_is_missed_by_nobody(server: Server) -> None:
