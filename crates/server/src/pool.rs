@@ -82,13 +82,11 @@ impl Pool {
         }
     }
 
-    /// The cache for a load of a model, whose group's limit it now knows. Blocks.
-    pub(crate) fn cache_for(&self, name: &str, checkpoint: &Checkpoint) -> Result<Cache> {
+    /// The cache for loads of a model, within its group's limit. Blocks.
+    pub(crate) fn cache_for(&self, name: &str) -> Result<Cache> {
         let cache = self.cache()?;
-        if let Some(quota) = self.quotas.iter().find(|quota| name.starts_with(&quota.prefix)) {
-            cache.limit(checkpoint, &quota.prefix, quota.len);
-        }
-        Ok(cache.clone())
+        let quota = self.quotas.iter().find(|quota| name.starts_with(&quota.prefix));
+        Ok(quota.map_or_else(|| cache.clone(), |quota| cache.limited(&quota.prefix, quota.len)))
     }
 
     /// Bytes of a checkpoint that are resident.

@@ -95,7 +95,7 @@ impl Store {
     /// A loader of a model through the pool. Blocks.
     pub(crate) fn loader(&self, model: &Model, control: Control) -> Result<LoaderBuilder> {
         let verify = self.config.verify && model.checkpoint.sums().is_some();
-        let cache = self.pool.cache_for(&model.name, &model.checkpoint)?;
+        let cache = self.pool.cache_for(&model.name)?;
         Ok(Loader::builder().cache(cache).verify(verify).threads(self.config.threads).control(control))
     }
 

@@ -34,6 +34,16 @@ const LOOK_AGAIN: Duration = Duration::from_millis(5);
 #[derive(Debug, Clone)]
 pub struct Cache {
     shared: Arc<Shared>,
+    /// What loads by this handle belong to.
+    group: Option<Arc<Group>>,
+}
+
+/// Checkpoints that share a limit.
+#[derive(Debug)]
+struct Group {
+    name: String,
+    /// Chunks that they may have together.
+    limit: usize,
 }
 
 #[derive(Debug)]
@@ -111,7 +121,7 @@ impl Cache {
             hits: AtomicU64::new(0),
             misses: AtomicU64::new(0),
         };
-        Ok(Cache { shared: Arc::new(shared) })
+        Ok(Cache { shared: Arc::new(shared), group: None })
     }
 
     /// Touches and pins all of its memory, by so many threads. Loads can run meanwhile.
@@ -213,20 +223,13 @@ impl Cache {
         self.remove(|state| state.idle(idle))
     }
 
-    /// Lets the checkpoints of a group have at most `len` bytes together, pinned ones apart. A larger one streams through what is allowed.
-    /// It is remembered while something of the checkpoint is there, so that it is to be said before each load.
-    pub fn limit(&self, checkpoint: &Checkpoint, group: &str, len: u64) {
+    /// The same cache, for loads of checkpoints of a group, which may have at most `len` bytes together, pinned ones apart. A
+    /// larger one streams through what is allowed. It holds from a load's beginning, for as long as something of the
+    /// checkpoint is there; of several limits of a group the last one to begin counts.
+    pub fn limited(&self, group: &str, len: u64) -> Cache {
         let limit = usize::try_from(len / self.chunk_len()).unwrap_or(usize::MAX);
-        let files = self.files(checkpoint);
-        let mut dropped = Vec::new();
-        let mut state = self.lock();
-        for file in &files {
-            state.limit(file, group, limit);
-        }
-        state.shrink(group, 0, &mut dropped);
-        drop(state);
-        drop(dropped);
-        self.tell();
+        let group = Group { name: group.to_owned(), limit };
+        Cache { shared: Arc::clone(&self.shared), group: Some(Arc::new(group)) }
     }
 
     fn remove(&self, which: impl FnOnce(&State) -> Vec<crate::checkpoint::Stamp>) -> u64 {
@@ -263,7 +266,16 @@ impl Cache {
     /// A load's use of the cache.
     pub(crate) fn begin(&self, checkpoint: &Checkpoint) -> Use {
         let files = self.files(checkpoint);
-        self.lock().begin(&files);
+        let mut dropped = Vec::new();
+        let mut state = self.lock();
+        state.begin(&files);
+        if let Some(group) = &self.group {
+            files.iter().for_each(|file| state.limit(file, &group.name, group.limit));
+            state.shrink(&group.name, 0, &mut dropped);
+        }
+        drop(state);
+        drop(dropped);
+        self.tell();
         Use { cache: self.clone(), files, claims: Mutex::default(), hold: self.shared.pool.hold() }
     }
 }

@@ -116,11 +116,10 @@ fn a_group_has_at_most_its_limit() {
     let open = |name: &str, seed| Checkpoint::open(model(dir.path(), name, 8 * CHUNK, seed)).unwrap();
     let (a, b) = (open("a", 1), open("b", 2));
     let cache = cache(40);
-    let loader = loader(&cache);
-    load_whole(&loader, &a);
+    load_whole(&loader(&cache), &a);
+    let limited = loader(&cache.limited("team/", 3 * CHUNK));
     for checkpoint in [&a, &b] {
-        cache.limit(checkpoint, "team/", 3 * CHUNK);
-        load_whole(&loader, checkpoint);
+        load_whole(&limited, checkpoint);
         assert!(cache.usage().occupied <= 3 * CHUNK, "{:?}", cache.usage());
         cache.lock().check();
     }
@@ -132,17 +131,51 @@ fn pinned_models_do_not_count_for_their_groups_limit() {
     let open = |name: &str, seed| Checkpoint::open(model(dir.path(), name, 8 * CHUNK - 200, seed)).unwrap();
     let (a, b) = (open("a", 1), open("b", 2));
     let cache = cache(40);
-    let loader = loader(&cache);
+    let limited = loader(&cache.limited("team/", 3 * CHUNK));
     cache.pin(&a).unwrap();
     for checkpoint in [&a, &b] {
-        cache.limit(checkpoint, "team/", 3 * CHUNK);
-        load_whole(&loader, checkpoint);
+        load_whole(&limited, checkpoint);
     }
     let len = a.files()[0].len();
     assert_eq!((cache.resident_len(&a), cache.usage().occupied), (len, (8 + 3) * CHUNK));
     cache.unpin(&a);
     cache.lock().check();
     assert_eq!(cache.usage().occupied, 3 * CHUNK);
+}
+
+#[test]
+fn a_load_that_fails_leaves_nothing_of_its_file_and_its_group() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = Checkpoint::open(model(dir.path(), "a", 8 * CHUNK, 1)).unwrap();
+    let cache = cache(40);
+    let limited = cache.limited("team/", 3 * CHUNK);
+    // Before it begins: the segment passes the file's end.
+    let file = &checkpoint.files()[0];
+    let block = Block::alloc(&Device::host(), file.len()).unwrap();
+    let outside = Segment::contiguous(0, 1, file.len(), 0, 0);
+    assert!(loader(&limited).fill_segments(&checkpoint, &[outside], vec![block]).is_err());
+    assert!(cache.lock().stamps().is_empty());
+    // And after that.
+    let cancel = crate::Cancel::new();
+    cancel.cancel();
+    let control = crate::Control::new().cancelled_by(cancel);
+    let cancelled = Loader::builder().cache(limited.clone()).control(control).build().unwrap();
+    assert!(matches!(cancelled.fill_cache(&checkpoint), Err(Error::Cancelled)));
+    assert!(cache.lock().stamps().is_empty());
+}
+
+#[test]
+fn a_load_keeps_its_groups_limit_whatever_becomes_of_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = Checkpoint::open(model(dir.path(), "a", 8 * CHUNK, 1)).unwrap();
+    let cache = cache(40);
+    // It is made before the end of another load, with which all of the file goes.
+    let other = cache.begin(&checkpoint);
+    let limited = loader(&cache.limited("team/", 3 * CHUNK));
+    drop(other);
+    load_whole(&limited, &checkpoint);
+    assert_eq!(cache.usage().occupied, 3 * CHUNK);
+    cache.lock().check();
 }
 
 #[test]
@@ -235,7 +268,7 @@ enum Step {
     Unpin(usize),
     Clear,
     Idle,
-    Limit(usize, u64),
+    Limited(usize, u64),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -249,7 +282,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => model.clone().prop_map(Step::Unpin),
         1 => Just(Step::Clear),
         1 => Just(Step::Idle),
-        1 => (model, 1..30u64).prop_map(|(m, n)| Step::Limit(m, n)),
+        1 => (model, 1..30u64).prop_map(|(m, n)| Step::Limited(m, n)),
     ]
 }
 
@@ -326,6 +359,8 @@ fn act(step: &Step, cache: &Cache, models: &[Checkpoint]) {
         Step::Unpin(m) => cache.unpin(&models[m]),
         Step::Clear => drop(cache.clear()),
         Step::Idle => drop(cache.evict_idle(Duration::ZERO)),
-        Step::Limit(m, chunks) => cache.limit(&models[m], "group", chunks * CHUNK),
+        Step::Limited(m, chunks) => {
+            load_whole(&loader(&cache.limited("group", chunks * CHUNK)), &models[m]);
+        }
     }
 }
