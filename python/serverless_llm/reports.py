@@ -133,6 +133,7 @@ class LoadReport(Report):
     limit: str
     limit_engine: str
     engines: list[dict[str, Any]]
+    fell_back: str | None
     notes: list[str]
 
     @property

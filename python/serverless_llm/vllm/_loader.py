@@ -33,9 +33,6 @@ from ._progress import Bar
 
 logger = init_logger("vllm.serverless_llm")
 
-# How the note of a report ends where a store server failed.
-_FELL_BACK = "; files are read"
-
 
 class ServerlessLLMLoader(DefaultModelLoader):
     """Loads a store, the original's layout or safetensors into vLLM's parameters."""
@@ -177,9 +174,9 @@ class ServerlessLLMLoader(DefaultModelLoader):
             through = json.dumps(road.read_through)
             logger.debug("moved %d bytes straight, read through the mapped files: %s", road.moved, through)
         # Of several checkpoints, one after the other, the first that the server failed at.
-        notes = (note for report in reports for note in report.notes if note.endswith(_FELL_BACK))
-        if (note := next(notes, None)) is not None:
-            logger.warning("serverless_llm: %s", note)
+        reasons = (report.fell_back for report in reports if report.fell_back is not None)
+        if (reason := next(reasons, None)) is not None:
+            logger.warning("serverless_llm: %s; files are read", reason)
         for report in reports:
             logger.debug("%s", report)
 

@@ -107,8 +107,7 @@ impl Helper {
     }
 
     /// Why files are read, said once.
-    pub(super) fn take_note(&self) -> Option<String> {
-        let why = self.reason.lock().unwrap_or_else(PoisonError::into_inner).take()?;
-        Some(format!("{why}; files are read"))
+    pub(super) fn take_reason(&self) -> Option<String> {
+        self.reason.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }

@@ -65,6 +65,8 @@ pub struct LoadReport {
     pub of_link: Option<f64>,
     /// What each engine did.
     pub engines: Vec<EngineReport>,
+    /// Why a [`crate::Remote`] did not move the bytes, where it failed in this load, and files were read.
+    pub fell_back: Option<String>,
     /// What did not work and was done in another way.
     pub notes: Vec<String>,
 }
@@ -195,6 +197,7 @@ impl LoadReport {
             link_measured: None,
             of_link: None,
             engines,
+            fell_back: None,
             notes: Vec::new(),
         }
     }
@@ -258,6 +261,7 @@ impl LoadReport {
             }
         }
         (self.limit, self.limit_engine) = limit(&self.engines, &self.devices);
+        self.fell_back = self.fell_back.take().or(next.fell_back);
         for note in next.notes {
             if !self.notes.contains(&note) {
                 self.notes.push(note);
