@@ -27,7 +27,7 @@ mod _native {
     #[pymodule_export]
     use crate::session::{Session, open_files};
     #[pymodule_export]
-    use crate::work::{convert, dtypes, export, prefetch, run_cli, save, verify};
+    use crate::work::{convert, dtypes, export, parse_size, prefetch, run_cli, save, verify};
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -25,6 +25,12 @@ pub(crate) fn dtypes() -> Vec<(&'static str, &'static str, u64)> {
     Dtype::all().map(|dtype| (dtype.name(), dtype.torch_name(), dtype.bits())).collect()
 }
 
+/// Bytes of a size such as `4GiB`.
+#[pyfunction]
+pub(crate) fn parse_size(py: Python<'_>, text: &str) -> PyResult<u64> {
+    sllm_core::parse_size(text).map_err(|e| crate::error::raise(py, &e))
+}
+
 /// Runs the `sllm-store` command and gives its exit code. The first argument is the program's name.
 #[pyfunction]
 pub(crate) fn run_cli(py: Python<'_>, args: Vec<OsString>) -> u8 {

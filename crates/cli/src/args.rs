@@ -5,11 +5,10 @@ use std::path::PathBuf;
 use clap::builder::{BoolishValueParser, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
-use sllm_core::{Checkpoint, EngineChoice, Error, OpenOptions};
-use sllm_server::{Address, LogFormat, Quota, parse_size};
+use sllm_core::{Checkpoint, EngineChoice, Error, OpenOptions, parse_size};
+use sllm_server::{Address, LogFormat, Quota};
 
 use crate::client::ClientCommand;
-use crate::size;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -142,7 +141,7 @@ pub(crate) struct LoadArgs {
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
     /// Staging memory at most, such as 32MB or 4GiB: pinned, or on the device where a server loads [default: 256MiB]
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) pinned: Option<u64>,
     /// Have a store server move the bytes; without ADDRESS, the one of SLLM_STORE_ADDRESS or at a default socket. Where
     /// it fails, files are read, and a note says why
@@ -171,7 +170,7 @@ pub(crate) struct PrefetchArgs {
     #[arg(long)]
     pub(crate) eager: bool,
     /// Page cache at most, such as 32GB or 4GiB [default: nine tenths of the memory that is free]
-    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) limit: Option<u64>,
     #[command(flatten)]
     pub(crate) revision: Revision,
@@ -185,7 +184,7 @@ pub(crate) struct StartArgs {
     /// Directory below which the models lie [default: ~/models]
     #[arg(long, env = "STORAGE_PATH", value_hint = ValueHint::DirPath)]
     pub(crate) storage_path: Option<PathBuf>,
-    /// Pinned memory at most, such as 64GB; units are binary here [default: 4GB]
+    /// Pinned memory at most, such as 64GB, which is 64GiB [default: 4GB]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) mem_pool_size: Option<u64>,
     /// Threads that read for one load, 1 to 256 [default: as the engine needs]

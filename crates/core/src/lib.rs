@@ -51,6 +51,7 @@ mod plan;
 mod pool;
 mod prefetch;
 mod read;
+mod size;
 mod verify;
 
 pub use cache::{Cache, CacheUsage};
@@ -69,6 +70,7 @@ pub use plan::{BlockSpec, Filter, LoadPlan, Piece, PieceCopy, Placed, Placement,
 pub use pool::{BufferPool, HostBuffer};
 pub use prefetch::{PrefetchEnd, PrefetchOptions, PrefetchReport, prefetch};
 pub use read::EngineChoice;
+pub use size::parse_size;
 pub use verify::{VerifyReport, verify};
 
 /// The sizes that a load is cut by, which the simulation of the pipeline (`benches/simulate`) follows. No part of the

@@ -28,7 +28,7 @@ mod server;
 mod store;
 mod token;
 
-pub use config::{Config, Quota, Settings, Size, parse_size};
+pub use config::{Config, Quota, Settings, Size};
 pub use listen::{Address, default_socket};
 pub use log::{LogFormat, log_to_stderr};
 pub use serve::serve;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -9,6 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from .. import _native
 from ..errors import InvalidError
 
 _PREFIX = "SERVERLESS_LLM_"
@@ -19,7 +21,6 @@ _CHOICES = {
     "changed_source": ("error", "warn"),
 }
 _TRUTHS = {"1": True, "0": False, "true": True, "false": False, "yes": True, "no": False}
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +119,7 @@ def _size(told_by: str, value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     if isinstance(value, str):
-        digits = value.strip().rstrip("BbKkMmGgIi")
-        unit = value.strip()[len(digits) :].upper()
-        if digits.isascii() and digits.isdigit() and int(digits) > 0 and unit in _UNITS:
-            return int(digits) * _UNITS[unit]
+        with contextlib.suppress(InvalidError):
+            if (size := _native.parse_size(value)) > 0:
+                return size
     raise InvalidError(f"{told_by} is {value!r}; give a number above 0, or a size such as '512MiB'")
