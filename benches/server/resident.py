@@ -4,7 +4,8 @@
 
 It starts a server over MODEL's directory and writes: milliseconds until the server answers; seconds of a load to the
 device with nothing resident and the page cache dropped (needs root), of one by the same process without a server, of
-loads with everything resident, and of the server's memory; beside them the peak of the device's link.
+loads with everything resident, and of the server's memory; beside them the peak of the device's link. With
+`--idle-seconds` also of the first load after a time in which the server let its contexts and pins go.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--pool", default="32GB")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--staging", nargs="*", default=[], help="sizes of staging memory to try, such as 128MiB")
+    parser.add_argument("--idle-seconds", type=int, help="let the server's GPUs be idle after so long, and load after that")
     parser.add_argument("--no-cold", action="store_true", help="leave out loads with nothing resident, which take long")
     parser.add_argument("--start-flags", default="", help="further flags of `start`")
     return parser.parse_args()
@@ -53,6 +55,8 @@ class Bench:
     def start(self) -> float:
         """Starts the server; milliseconds until its socket takes a connection."""
         flags = ["--storage-path", str(self.args.model.parent), "--mem-pool-size", self.args.pool]
+        if self.args.idle_seconds is not None:
+            flags += ["--gpu-idle-seconds", str(self.args.idle_seconds)]
         began = time.perf_counter()
         self.server = subprocess.Popen(
             [*self.command, "start", "--listen", self.address, *flags, *self.args.start_flags.split()],
@@ -83,6 +87,14 @@ class Bench:
         """One load in a process of its own."""
         report: dict[str, Any] = self.ask("load", str(self.args.model), "--device", self.args.device, *flags)["runs"][0]
         return report
+
+    def be_idle(self) -> None:
+        """Waits until the server has unpinned its memory."""
+        began = time.perf_counter()
+        while self.ask("status", "--address", self.address)["pool"]["page_locked"] > 0:
+            if time.perf_counter() - began > self.args.idle_seconds + 60:
+                raise RuntimeError("the server's memory stays pinned")
+            time.sleep(0.5)
 
     def stop(self) -> None:
         """Ends the server as a service manager does."""
@@ -155,6 +167,12 @@ def main() -> None:
         for size in args.staging:
             runs = [bench.load(*server, "--pinned", size) for _ in range(args.repeat)]
             add(f"by the server, resident, {size} of staging memory", runs)
+        if args.idle_seconds is not None:
+            idle = []
+            for _ in range(args.repeat):
+                bench.be_idle()
+                idle.append(bench.load(*server))
+            add("by the server, resident, GPUs idle before", idle)
         drop()
         add("by the server, resident, page cache dropped", [bench.load(*server) for _ in range(args.repeat)])
         cold, files_cold = [], []
