@@ -12,7 +12,7 @@ TORCH_NAMES: dict[str, str] = {name: torch for name, torch, _ in _native.dtypes(
 
 
 # A tensor's place: name, dtype, shape, strides, bytes, number of its block, first byte there.
-Placed = tuple[str, str, list[int], list[int] | None, int, int, int]
+Placed = tuple[str, str, tuple[int, ...], tuple[int, ...] | None, int, int, int]
 
 
 class HostArray(NamedTuple):

@@ -5,6 +5,8 @@ from typing import Final, TypeVar, final, overload
 _T = TypeVar("_T")
 _Path = str | os.PathLike[str]
 _Progress = Callable[[int, int], object] | None
+# Name, dtype, shape, strides, bytes, block or file, and first byte in it.
+_Placed = tuple[str, str, tuple[int, ...], tuple[int, ...] | None, int, int, int]
 
 __version__: Final[str]
 __all__ = [
@@ -89,7 +91,9 @@ class Placement:
     @property
     def blocks(self) -> list[tuple[int, int]]: ...
     @property
-    def tensors(self) -> list[tuple[str, str, list[int], list[int] | None, int, int, int]]: ...
+    def dtypes(self) -> list[tuple[str, str]]: ...
+    @property
+    def tensors(self) -> list[_Placed]: ...
 
 def select(checkpoint: Checkpoint, globs: list[str] | None) -> list[int]: ...
 def fill(
@@ -106,6 +110,7 @@ def fill(
     progress: _Progress,
     server: str | None = None,
     token: str | None = None,
+    meanwhile: Callable[[], object] | None = None,
 ) -> tuple[str, str]: ...
 def open_files(root: _Path, files: Sequence[_Path]) -> Checkpoint: ...
 

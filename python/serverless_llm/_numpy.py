@@ -67,12 +67,16 @@ def check(name: str, dtype: str) -> None:
 
 def views(blocks: Sequence[Any], placed: Iterable[Placed]) -> Iterator[tuple[str, Any]]:
     """Names and arrays over bytes of blocks. Elements of 4 and 6 bits stay packed, as a flat array of bytes."""
+    kinds: dict[str, Any] = {}
     for name, dtype, shape, strides, nbytes, block, offset in placed:
-        part = blocks[block][offset : offset + nbytes] if nbytes else np.empty(0, np.uint8)
-        of = _dtype(dtype)
+        if dtype not in kinds:
+            kinds[dtype] = _dtype(dtype)
+        of = kinds[dtype]
         if of is None:
-            yield name, part
-        elif strides is not None and nbytes:
-            yield name, np.ndarray(shape, of, part, strides=[step * of.itemsize for step in strides])
+            yield name, blocks[block][offset : offset + nbytes]
+        elif not nbytes:
+            yield name, np.empty(shape, of)
+        elif strides is None:
+            yield name, np.ndarray(shape, of, blocks[block], offset)
         else:
-            yield name, part.view(of).reshape(shape)
+            yield name, np.ndarray(shape, of, blocks[block], offset, [step * of.itemsize for step in strides])

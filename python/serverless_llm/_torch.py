@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,28 +77,40 @@ def form(name: str, dtype: str, shape: Sequence[int]) -> tuple[torch.dtype, Sequ
     if dtype == "F4" and shape:  # an element of torch's holds two
         if shape[-1] % 2:
             raise InvalidError(f"tensor {name!r}: an odd last dimension of F4 has no form in torch")
-        shape = [*shape[:-1], shape[-1] // 2]
+        shape = (*shape[:-1], shape[-1] // 2)
     return of, shape
 
 
 def views(blocks: Sequence[Any], placed: Iterable[Placed]) -> Iterator[tuple[str, Any]]:
-    """Names and tensors over bytes of blocks. An operation of torch takes microseconds: a block is viewed once a type,
-    and a tensor is one view of that."""
-    typed: dict[tuple[int, torch.dtype], Any] = {}
+    """Names and tensors over bytes of blocks."""
+    return views_of(lambda block, of, _: blocks[block].view(of), placed)
+
+
+def views_of(
+    typed: Callable[[int, torch.dtype, int], torch.Tensor], placed: Iterable[Placed]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors over bytes that `typed(block, dtype, start)` gives as elements, from a byte below 16 on.
+
+    An operation of torch takes a microsecond: a tensor is one, and what tensors of a form share is made once.
+    """
+    forms: dict[Any, Any] = {}
     for name, dtype, shape, strides, nbytes, block, offset in placed:
-        of, sizes = form(name, dtype, shape)
-        if nbytes == 0:
-            yield name, torch.empty(sizes, dtype=of, device=blocks[block].device)
-            continue
-        base = typed.get((block, of))
-        if base is None:
-            base = typed[block, of] = blocks[block].view(of)
-        steps = _contiguous(sizes) if strides is None else strides
-        yield name, base.as_strided(sizes, steps, base.storage_offset() + offset // of.itemsize)
+        key = (dtype, shape, strides, block, offset % _LONGEST)
+        known = forms.get(key)
+        if known is None:
+            of, sizes = form(name, dtype, shape)
+            base = typed(block, of, offset % of.itemsize)
+            steps = _contiguous(sizes) if strides is None else strides
+            known = forms[key] = base.as_strided, sizes, steps, base.storage_offset(), of.itemsize, base
+        view, sizes, steps, start, width, base = known
+        if nbytes:
+            yield name, view(sizes, steps, start + offset // width)
+        else:
+            yield name, base.new_empty(sizes)
 
 
-def _contiguous(shape: Sequence[int]) -> list[int]:
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     steps = [1] * len(shape)
     for i in range(len(shape) - 1, 0, -1):
         steps[i - 1] = steps[i] * shape[i]
-    return steps
+    return tuple(steps)

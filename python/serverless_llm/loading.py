@@ -133,15 +133,22 @@ def _fill(
     progress: Progress | None,
 ) -> LoadedDict:
     placement = _native.Placement(checkpoint, selected, numbers)
-    placed = placement.tensors
-    for name, dtype, *_ in placed:
+    for name, dtype in placement.dtypes:
         arrays.check(name, dtype)
     start = time.perf_counter()
     blocks = [arrays.allocate(devices[number], nbytes) for number, nbytes in placement.blocks]
     alloc_s = time.perf_counter() - start
-    addresses = [address for _, address in blocks]
-    report, text = _native.fill(placement, devices, addresses, **options, alloc_s=alloc_s, progress=progress)
-    loaded = LoadedDict(arrays.views([block for block, _ in blocks], placed))
+    loaded = LoadedDict()
+    # Many tensors take as long to make as to load: they are made while their bytes are under way.
+    report, text = _native.fill(
+        placement,
+        devices,
+        [address for _, address in blocks],
+        **options,
+        alloc_s=alloc_s,
+        progress=progress,
+        meanwhile=lambda: loaded.update(arrays.views([block for block, _ in blocks], placement.tensors)),
+    )
     loaded.report = LoadReport._from_json(report, text)
     return loaded
 

@@ -1,8 +1,10 @@
 //! Loads into memory that Python objects own.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 use sllm_core::{Block, Device, EngineChoice, Filter, Loader};
 
 use crate::checkpoint::Checkpoint;
@@ -48,25 +50,44 @@ impl Placement {
         self.inner.blocks.iter().map(|block| (block.device, block.len)).collect()
     }
 
-    /// For each tensor its name, dtype, shape, strides, bytes, block and first byte in the block.
+    /// The name of the first tensor of each dtype, and the dtype.
     #[getter]
-    #[allow(clippy::type_complexity)]
-    fn tensors(&self) -> Vec<(&str, &'static str, &[u64], Option<&[u64]>, u64, usize, u64)> {
+    fn dtypes(&self) -> Vec<(&str, &'static str)> {
+        let mut seen = HashSet::new();
+        let infos = self.inner.tensors.iter().map(|placed| &self.checkpoint.tensors()[placed.tensor]);
+        infos.filter(|info| seen.insert(info.dtype)).map(|info| (&*info.name, info.dtype.name())).collect()
+    }
+
+    /// The tensors, each at its place in a block.
+    #[getter]
+    fn tensors<'py>(&self, py: Python<'py>) -> PyResult<Vec<Placed<'_, 'py>>> {
         let row = |placed: &sllm_core::Placed| {
-            let info = &self.checkpoint.tensors()[placed.tensor];
-            let strides = info.strides.as_deref();
-            (&*info.name, info.dtype.name(), &*info.shape, strides, info.len, placed.block, placed.offset)
+            placed_at(py, &self.checkpoint.tensors()[placed.tensor], placed.block, placed.offset)
         };
         self.inner.tensors.iter().map(row).collect()
     }
 }
 
+/// A tensor's name, dtype, shape, strides, bytes, block (or file), and first byte in it.
+pub(crate) type Placed<'a, 'py> =
+    (&'a str, &'static str, Bound<'py, PyTuple>, Option<Bound<'py, PyTuple>>, u64, usize, u64);
+
+pub(crate) fn placed_at<'a, 'py>(
+    py: Python<'py>,
+    info: &'a sllm_core::TensorInfo,
+    block: usize,
+    offset: u64,
+) -> PyResult<Placed<'a, 'py>> {
+    let strides = info.strides.as_ref().map(|strides| PyTuple::new(py, strides)).transpose()?;
+    Ok((&info.name, info.dtype.name(), PyTuple::new(py, &info.shape)?, strides, info.len, block, offset))
+}
+
 /// Fills the blocks of a placement, which lie at `addresses`, and gives the report as JSON and as text.
 ///
 /// `alloc_s` is the time that allocating them took, for the report. The caller keeps every block allocated, and does not
-/// touch it, until this returns.
+/// touch it, until this returns. `meanwhile()` is called in this thread while the bytes move; what it raises stops the load.
 #[pyfunction]
-#[pyo3(signature = (placement, devices, addresses, *, engine, direct, verify, threads, pinned_bytes, alloc_s, progress, server=None, token=None))]
+#[pyo3(signature = (placement, devices, addresses, *, engine, direct, verify, threads, pinned_bytes, alloc_s, progress, server=None, token=None, meanwhile=None))]
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn fill(
     py: Python<'_>,
@@ -82,8 +103,9 @@ pub(crate) fn fill(
     progress: Option<&Bound<'_, PyAny>>,
     server: Option<&str>,
     token: Option<String>,
+    meanwhile: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<(String, String)> {
-    let mut report = wait::run(py, progress, |control| {
+    let mut report = wait::run_beside(py, progress, meanwhile, |control| {
         let devices = devices.iter().map(|id| Device::parse(id)).collect::<sllm_core::Result<Vec<_>>>()?;
         let invalid = |what: &str| sllm_core::Error::Invalid(what.into());
         if addresses.len() != placement.inner.blocks.len() {

@@ -31,6 +31,16 @@ pub(crate) fn run<T: Send, E: Raise + Send>(
     progress: Option<&Bound<'_, PyAny>>,
     work: impl FnOnce(Control) -> Result<T, E> + Send,
 ) -> PyResult<T> {
+    run_beside(py, progress, None, work)
+}
+
+/// The same, and calls `meanwhile()` in the caller's thread while the work runs. If it raises, the work is cancelled too.
+pub(crate) fn run_beside<T: Send, E: Raise + Send>(
+    py: Python<'_>,
+    progress: Option<&Bound<'_, PyAny>>,
+    meanwhile: Option<&Bound<'_, PyAny>>,
+    work: impl FnOnce(Control) -> Result<T, E> + Send,
+) -> PyResult<T> {
     let bytes = Arc::new(Bytes::default());
     let cancel = Cancel::new();
     let mut control = Control::new().cancelled_by(cancel.clone());
@@ -53,20 +63,18 @@ pub(crate) fn run<T: Send, E: Raise + Send>(
             work(control)
         });
         let mut told = None;
-        let interrupted = loop {
+        let mut interrupted = meanwhile.and_then(|call| call.call0().err());
+        while interrupted.is_none() {
             let receiver = &mut wait;
             let timeout = py.detach(move || receiver.recv_timeout(TICK));
             if timeout != Err(RecvTimeoutError::Timeout) {
-                break None;
+                break;
             }
             let now = (bytes.done.load(Ordering::Relaxed), bytes.total.load(Ordering::Relaxed));
             let news = now.1 > 0 && told != Some(now);
             told = Some(now);
-            let outcome = py.check_signals().and_then(|()| if news { tell(now.0, now.1) } else { Ok(()) });
-            if let Err(e) = outcome {
-                break Some(e);
-            }
-        };
+            interrupted = py.check_signals().and_then(|()| if news { tell(now.0, now.1) } else { Ok(()) }).err();
+        }
         if interrupted.is_some() {
             cancel.cancel();
         }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -268,6 +270,44 @@ def test_too_little_memory_is_said_before_anything_moves(store: Path, monkeypatc
     monkeypatch.setattr(sllm._native, "fill", None)
     with pytest.raises(sllm.DeviceMemoryError, match=r"cpu: \d+ bytes are needed: no room"):
         sllm.load(store, device="cpu", framework="torch", tensors="large")
+
+
+@pytest.mark.parametrize("framework", ["torch", "numpy"])
+def test_what_is_raised_while_arrays_are_made_comes_out(
+    framework: str, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are made while their bytes are under way."""
+    import importlib
+
+    arrays = importlib.import_module(f"serverless_llm._{framework}")
+
+    def views(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(arrays, "views", views)
+            sllm.load(store, device="cpu", framework=framework, tensors="large")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    loaded = sllm.load(store, device="cpu", framework=framework, tensors="large")
+    assert raw(loaded["large"]) == content("large")
+
+
+def test_no_array_is_given_out_of_a_load_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serverless_llm import _torch
+
+    made: list[str] = []
+    views = _torch.views
+    sllm.save_dict({"t": torch.ones(1000), "u": torch.ones(1000)}, tmp_path / "store")
+    checkpoint = sllm.open(tmp_path / "store")
+    os.truncate(tmp_path / "store" / "tensor.data_0", 5000)
+    # When the load ends, all arrays are made.
+    monkeypatch.setattr(_torch, "views", lambda *of: [made.append(name) or (name, t) for name, t in views(*of)])
+    with pytest.raises(sllm.ReadWriteError, match=r"tensor\.data_0"):
+        sllm.load(checkpoint, device="cpu", framework="torch")
+    assert made == ["t", "u"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
