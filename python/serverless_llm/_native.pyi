@@ -1,6 +1,8 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, TypeVar, final, overload
+from typing import Any, Final, TypeVar, final, overload
+
+from typing_extensions import disjoint_base
 
 _T = TypeVar("_T")
 _Path = str | os.PathLike[str]
@@ -15,6 +17,7 @@ __all__ = [
     "Session",
     "StoreClient",
     "TensorInfo",
+    "ViewsFirst",
     "__version__",
     "convert",
     "dtypes",
@@ -66,7 +69,7 @@ class Checkpoint:
     @property
     def descriptors(self) -> list[int]: ...
     @property
-    def file_numbers(self) -> list[int]: ...
+    def placed(self) -> list[_Placed]: ...
     @property
     def names(self) -> list[str]: ...
     @property
@@ -147,6 +150,14 @@ class Session:
     def read_bytes(self) -> int: ...
     def finish(self) -> tuple[str, str] | None: ...
     def close(self) -> None: ...
+
+@disjoint_base
+class ViewsFirst:
+    def __new__(cls, *_args: Any, **_kwargs: Any) -> ViewsFirst: ...
+    def add_view(self, operation: Any, call: Any) -> None: ...
+    def __torch_dispatch__(
+        self, operation: Any, _types: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> Any: ...
 
 @final
 class StoreClient:

@@ -12,6 +12,8 @@ itself) and operations of other threads.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import mmap
 import os
 from collections.abc import Callable, Iterator
@@ -28,7 +30,9 @@ from .reports import LoadReport
 
 _COPY = torch.ops.aten.copy_.default
 _PLAIN = torch.Tensor.__torch_dispatch__
+_DENSE = (1,)  # the strides of elements one after another
 _NORESERVE = 0x4000  # the system's MAP_NORESERVE: private pages are written only if an operation changes a tensor
+_AT_ONCE = 256  # tensors that are made at once
 
 Tick = Callable[[int], object]
 
@@ -66,19 +70,23 @@ class _Mapping:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors, in the order of the files."""
-        for info, number in zip(self.checkpoint.tensors, self.checkpoint.file_numbers):
-            yield info.name, self._tensor(info, number)
+        tensors = _torch.views_of(self._typed, self.checkpoint.placed)
+        while True:
+            with torch._C._DisableTorchDispatch():  # no mode needs to see this
+                some = list(itertools.islice(tensors, _AT_ONCE))
+            if not some:
+                return
+            yield from some
 
-    def _tensor(self, info: Any, number: int) -> torch.Tensor:
-        dtype, shape = _torch.form(info.name, info.dtype, info.shape)
+    def _typed(self, number: int, dtype: torch.dtype, start: int) -> torch.Tensor:
         mapped = self._maps[number]
-        if info.nbytes == 0 or mapped is None:
-            return torch.empty(shape, dtype=dtype, device="cpu")
-        flat = torch.frombuffer(mapped, dtype=dtype, count=info.nbytes // dtype.itemsize, offset=info.offset)
-        return flat.view(shape) if info.strides is None else flat.as_strided(shape, info.strides)
+        count = 0 if mapped is None else (len(mapped) - start) // dtype.itemsize
+        if mapped is None or count < 1:
+            return torch.empty(0, dtype=dtype, device="cpu")
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
 
 
-class Deferred(TorchDispatchMode):
+class Deferred(_native.ViewsFirst, TorchDispatchMode):
     """Moves what is copied out of its tensors by a native session. A context manager.
 
     Destinations are on `device` or on the host. `options` are those of a load (engine, direct, verify, threads,
@@ -91,7 +99,9 @@ class Deferred(TorchDispatchMode):
         self._options = options
         self._tick = tick
         self._sources: list[tuple[_Mapping, Any]] = []
+        # Mapped files by their addresses, and where each begins.
         self._ranges: list[tuple[int, int, int, Any, _Mapping]] = []
+        self._starts: list[int] = []
         self._ids = [_torch.device_id("cpu")]
         self._devices = {torch.device("cpu"): 0}
         self._cuda: torch.device | None = None
@@ -121,15 +131,14 @@ class Deferred(TorchDispatchMode):
         session = _native.Session(checkpoint, self._ids, **self._options)
         self._sources.append((mapping, session))
         self._ranges.extend((start, end, number, session, mapping) for start, end, number in mapping.ranges)
+        self._ranges.sort(key=lambda place: place[0])
+        self._starts = [place[0] for place in self._ranges]
         yield from mapping.tensors()
         self.arrive()
 
-    # --- the way of an operation ---
+    # --- the way of an operation that is not known for a view ---
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def _operate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is _COPY and self._move(args[0], args[1]):
             return args[0]
         if _is_composite(func):  # in inference mode they come whole: look at what they are made of
@@ -138,24 +147,23 @@ class Deferred(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
             finally:
                 super().__exit__(None, None, None)
-        if not _is_view(func):
+        if _is_view(func):
+            self.add_view(func, _direct.get(func, func))
+        else:
             self._queued = True
             self._before(func, args, kwargs)
         return func(*args, **kwargs)
 
+    _operate_uncompiled = torch._disable_dynamo(_operate)
+
     def _move(self, dst: torch.Tensor, src: torch.Tensor) -> bool:
         """Takes a copy out of a mapped file over; False where it is another kind of copy."""
-        if src.device.type != "cpu" or src.dtype != dst.dtype or not _is_plain(dst) or not _is_plain(src):
+        if not src.is_cpu or src.dtype is not dst.dtype or not _is_plain(dst) or not _is_plain(src):
             return False
         address, target = src.data_ptr(), dst.data_ptr()
-        found = None
-        for place in self._ranges:
-            start, end = place[:2]
-            if start <= address < end:
-                found = place
-            if start <= target < end:  # what is written there is a change of a source
-                return False
-        if found is None:
+        found = self._place(address)
+        # What is written to a mapped file is a change of a source.
+        if found is None or dst.is_cpu and self._place(target) is not None:
             return False
         start, _, file, session, _ = found
         if dst.is_neg() or src.is_neg() or dst.dtype.is_complex and (dst.is_conj() or src.is_conj()):
@@ -179,13 +187,31 @@ class Deferred(TorchDispatchMode):
             torch.cuda.current_stream(self._cuda).synchronize()
             self._queued = False
         goal = (device, base, storage.nbytes(), target - base)
-        if not session.copy(file, address - start, item, src.shape, src.stride(), dst.stride(), *goal):
+        count = dst.numel()
+        if dst.is_contiguous() and src.is_contiguous():
+            view = ((count,), _DENSE, _DENSE)
+            span = count * item
+        else:
+            view = (src.shape, src.stride(), dst.stride())
+            span = _span(dst)
+        if not session.copy(file, address - start, item, *view, *goal):
             return False
-        self._pending.setdefault(base, []).append((target, target + _span(dst)))
+        ranges = self._pending.get(base)
+        if ranges is None:
+            self._pending[base] = [(target, target + span)]
+            self.written.add(base)
+        else:
+            ranges.append((target, target + span))
         self._held.append(storage)
-        self.written.add(base)
-        self.moved += dst.numel() * item
+        self.moved += count * item
         return True
+
+    def _place(self, address: int) -> tuple[int, int, int, Any, _Mapping] | None:
+        """The mapped file that an address lies in."""
+        number = bisect.bisect_right(self._starts, address) - 1
+        if number < 0 or address >= self._ranges[number][1]:
+            return None
+        return self._ranges[number]
 
     def _before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What must be done before an operation other than a view or a copy that was taken over."""
@@ -210,16 +236,16 @@ class Deferred(TorchDispatchMode):
 
     def _touch(self, func: Any, tensor: torch.Tensor, address: int, span: int, writes: bool) -> None:
         """Notes an operation on bytes of a mapped file."""
-        for start, end, file, session, mapping in self._ranges:
-            if start <= address < end:
-                mapping.check(file, address - start + span)
-                name = func._schema.name
-                self.read_through[name] = self.read_through.get(name, 0) + tensor.numel() * tensor.itemsize
-                if self._options["verify"]:
-                    self._verify(session, file, address - start, span)
-                if writes:
-                    self._changed.append((address, address + span))
-                return
+        if (place := self._place(address)) is None:
+            return
+        start, _, file, session, mapping = place
+        mapping.check(file, address - start + span)
+        name = func._schema.name
+        self.read_through[name] = self.read_through.get(name, 0) + tensor.numel() * tensor.itemsize
+        if self._options["verify"]:
+            self._verify(session, file, address - start, span)
+        if writes:
+            self._changed.append((address, address + span))
 
     def _verify(self, session: Any, file: int, offset: int, span: int) -> None:
         """Reads bytes once more, by the session, which compares their checksums."""
@@ -249,6 +275,7 @@ class Deferred(TorchDispatchMode):
         reports = [report for _, session in self._sources for report in _session.finish(session)]
         self._sources.clear()
         self._ranges.clear()
+        self._starts.clear()
         return reports
 
     def summary(self) -> str:
@@ -264,6 +291,7 @@ class Deferred(TorchDispatchMode):
             session.close()
         self._sources.clear()
         self._ranges.clear()
+        self._starts.clear()
         self._pending.clear()
         self._held.clear()
         super().__exit__(*exc)
@@ -271,6 +299,8 @@ class Deferred(TorchDispatchMode):
 
 def _span(tensor: torch.Tensor) -> int:
     """Bytes from a tensor's first element to its last one's end."""
+    if tensor.is_contiguous():
+        return tensor.numel() * tensor.itemsize
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return (last + 1) * tensor.itemsize if tensor.numel() else 0
 
@@ -300,7 +330,14 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 _composites: dict[Any, bool] = {}
-_views: dict[Any, bool] = {}
+# Views as methods, which take their arguments faster.
+_direct: dict[Any, Any] = {
+    torch.ops.aten.detach.default: torch.Tensor.detach,
+    torch.ops.aten.select.int: torch.Tensor.select,
+    torch.ops.aten.unbind.int: torch.Tensor.unbind,
+    torch.ops.aten.unsqueeze.default: torch.Tensor.unsqueeze,
+    torch.ops.aten.view.default: torch.Tensor.view,
+}
 _writes: dict[Any, frozenset[int | str]] = {}
 
 
@@ -315,14 +352,10 @@ def _is_composite(func: Any) -> bool:
 
 def _is_view(func: Any) -> bool:
     """Whether an operation reads and writes no bytes: its results are views of its arguments."""
-    view = _views.get(func)
-    if view is None:
-        schema = func._schema
-        aliases = [a.alias_info for a in (*schema.arguments, *schema.returns) if a.alias_info is not None]
-        returned = all(r.alias_info is not None for r in schema.returns)
-        view = bool(aliases) and returned and bool(schema.returns) and not any(a.is_write for a in aliases)
-        _views[func] = view
-    return view
+    schema = func._schema
+    aliases = [a.alias_info for a in (*schema.arguments, *schema.returns) if a.alias_info is not None]
+    returned = all(r.alias_info is not None for r in schema.returns)
+    return bool(aliases) and returned and bool(schema.returns) and not any(a.is_write for a in aliases)
 
 
 def _written(func: Any) -> frozenset[int | str]:

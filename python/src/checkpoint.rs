@@ -9,6 +9,7 @@ use pyo3::types::{PyIterator, PyList, PyTuple};
 use sllm_core::OpenOptions;
 
 use crate::error::raise;
+use crate::load::{Placed, placed_at};
 
 /// Opens a model directory, a safetensors file, or a repository id that the Hugging Face cache holds.
 #[pyfunction]
@@ -79,10 +80,10 @@ impl Checkpoint {
         self.inner.files().iter().map(|file| file.as_fd().as_raw_fd()).collect()
     }
 
-    /// Number of each tensor's file in `files`.
+    /// The tensors, each at its place in a file, which is told by its number in `files`.
     #[getter]
-    fn file_numbers(&self) -> Vec<usize> {
-        self.inner.tensors().iter().map(|tensor| tensor.file).collect()
+    fn placed<'py>(&self, py: Python<'py>) -> PyResult<Vec<Placed<'_, 'py>>> {
+        self.inner.tensors().iter().map(|info| placed_at(py, info, info.file, info.offset)).collect()
     }
 
     /// Names of the tensors.

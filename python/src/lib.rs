@@ -10,6 +10,7 @@ mod load;
 mod memory;
 mod server;
 mod session;
+mod views;
 mod wait;
 mod work;
 
@@ -26,6 +27,8 @@ mod _native {
     use crate::server::StoreClient;
     #[pymodule_export]
     use crate::session::{Session, open_files};
+    #[pymodule_export]
+    use crate::views::ViewsFirst;
     #[pymodule_export]
     use crate::work::{convert, dtypes, export, parse_size, prefetch, run_cli, save, verify};
 

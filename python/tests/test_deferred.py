@@ -384,6 +384,74 @@ def test_conversion_scalars_and_nothing(numbers: Path) -> None:
     assert raw(repeated) == raw(theirs["row.float32"].expand(7, 500))
 
 
+def test_a_tensor_may_begin_at_any_byte(tmp_path: Path) -> None:
+    shapes = {"byte": ("U8", [3]), "one": ("F32", [100]), "two": ("F32", [25, 4]), "half": ("BF16", [])}
+    body, header = b"", {}
+    for name, (dtype, shape) in shapes.items():
+        size = torch.Size(shape).numel() * {"U8": 1, "F32": 4, "BF16": 2}[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + size]}
+        body += bytes(random.Random(name).randrange(120) for _ in range(size))
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + body)
+    for use in (lambda p, t: p.copy_(t), lambda p, t: p.add_(t)):
+        with session() as mode:
+            for name, tensor in mode.tensors(opened(tmp_path)):
+                parameter = torch.zeros_like(tensor)
+                use(parameter, tensor)
+                mode.arrive()
+                start, end = header[name]["data_offsets"]
+                assert raw(parameter) == body[start:end], name
+            mode.finish()
+
+
+def test_tensors_are_given_out_without_an_operation(numbers: Path) -> None:
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    with session() as mode, Seen():
+        tensors = list(mode.tensors(opened(numbers)))
+        assert len(tensors) == 30 and seen == []
+        assert torch.zeros(3).sum() == 0 and seen
+        mode.finish()
+
+
+def test_views_that_are_known_take_no_step_of_python(numbers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    for way in ("_operate", "_operate_uncompiled"):
+
+        def operate(mode: Any, func: Any, args: Any, kwargs: Any, way: Any = getattr(deferred.Deferred, way)) -> Any:
+            seen.append(func.name())
+            return way(mode, func, args, kwargs)
+
+        monkeypatch.setattr(deferred.Deferred, way, operate)
+    with session() as mode:
+        tensors = dict(mode.tensors(opened(numbers)))
+        parameter = torch.nn.Parameter(torch.full((6, 40, 64), -1.0), requires_grad=False)
+        for turn in range(2):
+            seen.clear()
+            for number, expert in enumerate(tensors["experts.float32"].unsqueeze(0).unbind()[0]):
+                parameter.data[2 * number + turn].narrow(0, 3, 20).copy_(expert.view(-1).view(20, 64))
+        mode.finish()
+        assert seen == 3 * ["aten::copy_"] and mode.moved == 2 * 3 * 20 * 64 * 4
+    experts = sllm.load(numbers, device="cpu", framework="torch")["experts.float32"]
+    assert raw(parameter.data[:, 3:23]) == raw(experts.repeat_interleave(2, 0))
+    assert (parameter.data[:, :3] == -1).all() and (parameter.data[:, 23:] == -1).all()
+
+
+def test_a_compiled_function_waits_too(numbers: Path) -> None:
+    function = torch.compile(lambda p: p + p, backend="eager")
+    with session() as mode:
+        parameter = torch.full((40, 96), -1.0)
+        parameter.copy_(dict(mode.tensors(opened(numbers)))["matrix.float32"])
+        twice = function(parameter)
+        mode.finish()
+    assert mode.moved == parameter.nbytes
+    assert raw(twice) == raw(2 * sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"])
+
+
 # --- what goes wrong ---
 
 
