@@ -16,6 +16,7 @@ import bisect
 import itertools
 import mmap
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -121,6 +122,8 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
         # Addresses of the storages that something was written to.
         self.written: set[int] = set()
         self.moved = 0
+        # Time in which the caller stood still until bytes had arrived.
+        self.waited_s = 0.0
         self.read_through: dict[str, int] = {}
 
     # --- tensors ---
@@ -264,7 +267,9 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
         self._held.clear()
 
     def _wait(self, session: Any) -> None:
+        start = time.perf_counter()
         _session.wait(session, lambda: self._tick(self._read_bytes()))
+        self.waited_s += time.perf_counter() - start
 
     def _read_bytes(self) -> int:
         return sum(session.read_bytes() for _, session in self._sources)

@@ -245,6 +245,7 @@ def test_the_report_counts_what_moved(numbers_store: Path) -> None:
         [report] = mode.finish()
     assert (mode.moved, report.bytes, mode.read_through) == (40 * 48 * 4, 40 * 48 * 4, {})
     assert mode.summary() == "0.00 GB straight into the parameters"
+    assert mode.waited_s > 0
 
 
 @pytest.mark.parametrize("inference", [False, True])

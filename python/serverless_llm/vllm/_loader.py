@@ -162,9 +162,10 @@ class ServerlessLLMLoader(DefaultModelLoader):
         rate = total / 1e9 / max(seconds, 1e-9)
         engines = sorted({engine["engine"] for report in reports for engine in report.engines})
         logger.info(
-            "serverless_llm loaded %.2f GB in %.2f s (%.1f GB/s%s) by %s, %s",
+            "serverless_llm loaded %.2f GB in %.2f s%s (%.1f GB/s%s) by %s, %s",
             total / 1e9,
             seconds,
+            f", {road.waited_s:.2f} of them waiting for bytes" if isinstance(road, Deferred) else "",
             rate,
             _of_link(rate),
             " and ".join(engines) or "no engine",
