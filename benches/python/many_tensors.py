@@ -95,17 +95,18 @@ def main() -> None:
     parser.add_argument("--once", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.once:
-        once(*args.once, args.tensors, args.device)
+        what, path = args.once
+        once(what, path, args.tensors, args.device)
         return
     loads = ["torch", "deferred", "mapped"] + ["numpy"] * (args.device == "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.safetensors"
-        write(path, args.tensors)
+        file = Path(folder) / "model.safetensors"
+        write(file, args.tensors)
         command = [sys.executable, __file__, f"--tensors={args.tensors}", f"--device={args.device}", "--once"]
         times: dict[str, list[list[float]]] = {what: [] for what in loads}
         for _ in range(args.repeat):
             for what in loads:
-                run = subprocess.run([*command, what, str(path)], check=True, capture_output=True, text=True)
+                run = subprocess.run([*command, what, str(file)], check=True, capture_output=True, text=True)
                 times[what].append([1e6 * seconds / args.tensors for seconds in json.loads(run.stdout)])
     print(f"{args.tensors} tensors to {args.device}, us a tensor, median (each round)")
     for what, rounds in times.items():
