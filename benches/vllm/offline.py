@@ -1,0 +1,122 @@
+"""Loads a model into vLLM by each load format, one engine after another in one process, and compares what they say.
+
+    python benches/vllm/offline.py MODEL [--formats auto,serverless_llm] [--quantization fp8] [--sleep 1,2] [--profile]
+
+For each engine it prints a line of JSON: the seconds of its `load_weights` and of making it, and whether the first tokens
+of two prompts are those of the first engine. `--sleep` lets the last engine sleep and wake at these levels (2: with
+`reload_weights`) and asks again; `--profile` shows where Python's time of its `load_weights` went. make_model.py makes a MODEL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import gc
+import json
+import os
+import pstats
+import time
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+import torch  # noqa: E402
+from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader  # noqa: E402
+
+PROMPTS = [[1, 5, 9, 200, 300, 77], list(range(100, 140))]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--formats", default="auto,serverless_llm")
+    parser.add_argument("--quantization")
+    parser.add_argument("--sleep", default="", help="levels, by commas")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--memory", type=float, default=0.3, help="share of the device's memory for an engine")
+    return parser.parse_args()
+
+
+class Watch:
+    """Times every loader's `load_weights`; serverless_llm's is the default loader's with another source of bytes."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.profile: cProfile.Profile | None = None
+        load_weights = DefaultModelLoader.load_weights
+
+        def timed(loader: Any, *args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            if self.profile is not None:
+                self.profile.enable()
+            try:
+                return load_weights(loader, *args, **kwargs)
+            finally:
+                if self.profile is not None:
+                    self.profile.disable()
+                self.seconds = time.perf_counter() - began
+
+        DefaultModelLoader.load_weights = timed
+
+
+def tokens(engine: LLM) -> list[list[int]]:
+    """The first tokens after each prompt."""
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    answers = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), use_tqdm=False)
+    return [list(answer.outputs[0].token_ids) for answer in answers]
+
+
+def sleep(engine: LLM, level: int) -> None:
+    """Sleeps and wakes."""
+    engine.sleep(level=level)
+    if level == 1:
+        engine.wake_up()
+        return
+    engine.wake_up(tags=["weights"])
+    engine.collective_rpc("reload_weights")
+    engine.wake_up(tags=["kv_cache"])
+
+
+def main() -> None:
+    args = parse_args()
+    watch, first, wrong = Watch(), None, 0
+    formats = args.formats.split(",")
+    levels = [int(level) for level in args.sleep.split(",") if level]
+    for number, load_format in enumerate(formats):
+        last = number == len(formats) - 1
+        watch.profile = cProfile.Profile() if args.profile and last else None
+        options: dict[str, Any] = {"enable_sleep_mode": True} if levels and last else {}
+        if args.quantization:
+            options["quantization"] = args.quantization
+        began = time.perf_counter()
+        engine = LLM(
+            model=args.model,
+            load_format=load_format,
+            dtype="bfloat16",
+            enforce_eager=True,
+            max_model_len=512,
+            max_num_seqs=4,
+            gpu_memory_utilization=args.memory,
+            **options,
+        )
+        row: dict[str, Any] = {"format": load_format, "engine_s": round(time.perf_counter() - began, 2)}
+        row["load_weights_s"] = round(watch.seconds, 3)
+        said = tokens(engine)
+        first = said if first is None else first
+        row["equal"] = said == first
+        for level in levels if last else []:
+            sleep(engine, level)
+            row[f"equal_after_sleep_{level}"] = tokens(engine) == first
+        wrong += sum(value is False for value in row.values())
+        print(json.dumps(row), flush=True)
+        if watch.profile is not None:
+            pstats.Stats(watch.profile).sort_stats("tottime").print_stats(30)
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
+    raise SystemExit(wrong != 0)
+
+
+if __name__ == "__main__":
+    main()
