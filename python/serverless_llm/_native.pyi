@@ -113,7 +113,7 @@ def fill(
     progress: _Progress,
     server: str | None = None,
     token: str | None = None,
-    meanwhile: Callable[[], object] | None = None,
+    meanwhile: Iterator[object] | None = None,
 ) -> tuple[str, str]: ...
 def open_files(root: _Path, files: Sequence[_Path]) -> Checkpoint: ...
 

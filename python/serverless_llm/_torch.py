@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,24 +82,17 @@ def form(name: str, dtype: str, shape: Sequence[int]) -> tuple[torch.dtype, Sequ
 
 
 def views(blocks: Sequence[Any], placed: Iterable[Placed]) -> Iterator[tuple[str, Any]]:
-    """Names and tensors over bytes of blocks."""
-    return views_of(lambda block, of, _: blocks[block].view(of), placed)
-
-
-def views_of(
-    typed: Callable[[int, torch.dtype, int], torch.Tensor], placed: Iterable[Placed]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors over bytes that `typed(block, dtype, start)` gives as elements, from a byte below 16 on.
+    """Names and tensors over bytes of blocks.
 
     An operation of torch takes a microsecond: a tensor is one, and what tensors of a form share is made once.
     """
     forms: dict[Any, Any] = {}
     for name, dtype, shape, strides, nbytes, block, offset in placed:
-        key = (dtype, shape, strides, block, offset % _LONGEST)
+        key = (dtype, shape, strides, block)
         known = forms.get(key)
         if known is None:
             of, sizes = form(name, dtype, shape)
-            base = typed(block, of, offset % of.itemsize)
+            base = blocks[block].view(of)
             steps = _contiguous(sizes) if strides is None else strides
             known = forms[key] = base.as_strided, sizes, steps, base.storage_offset(), of.itemsize, base
         view, sizes, steps, start, width, base = known

@@ -71,7 +71,7 @@ class _Mapping:
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors, in the order of the files."""
-        tensors = _torch.views_of(self._typed, self.checkpoint.placed)
+        tensors = self._made()
         while True:
             with torch._C._DisableTorchDispatch():  # no mode needs to see this
                 some = list(itertools.islice(tensors, _AT_ONCE))
@@ -79,12 +79,16 @@ class _Mapping:
                 return
             yield from some
 
-    def _typed(self, number: int, dtype: torch.dtype, start: int) -> torch.Tensor:
-        mapped = self._maps[number]
-        count = 0 if mapped is None else (len(mapped) - start) // dtype.itemsize
-        if mapped is None or count < 1:
-            return torch.empty(0, dtype=dtype, device="cpu")
-        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=start)
+    def _made(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, dtype, shape, strides, nbytes, number, offset in self.checkpoint.placed:
+            of, sizes = _torch.form(name, dtype, shape)
+            mapped = self._maps[number]
+            if nbytes == 0 or mapped is None:
+                yield name, torch.empty(sizes, dtype=of, device="cpu")
+                continue
+            # A storage of its own: whoever keeps or copies a tensor's storage has its bytes, not the file's.
+            flat = torch.frombuffer(mapped, dtype=of, count=nbytes // of.itemsize, offset=offset)
+            yield name, flat.view(sizes) if strides is None else flat.as_strided(sizes, strides)
 
 
 class Deferred(_native.ViewsFirst, TorchDispatchMode):

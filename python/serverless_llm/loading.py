@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +16,9 @@ from .reports import LoadReport
 from .staging import Staged
 from .store import Progress, Source, opened
 
-
 Server = str | bool | None
+
+_AT_ONCE = 256  # tensors that are made between two looks at the load
 
 
 class LoadedDict(dict[str, Any]):
@@ -147,10 +149,17 @@ def _fill(
         **options,
         alloc_s=alloc_s,
         progress=progress,
-        meanwhile=lambda: loaded.update(arrays.views([block for block, _ in blocks], placement.tensors)),
+        meanwhile=_make(loaded, arrays, [block for block, _ in blocks], placement),
     )
     loaded.report = LoadReport._from_json(report, text)
     return loaded
+
+
+def _make(loaded: LoadedDict, arrays: Any, blocks: list[Any], placement: Any) -> Iterator[None]:
+    views = arrays.views(blocks, placement.tensors)
+    while some := list(itertools.islice(views, _AT_ONCE)):
+        loaded.update(some)
+        yield
 
 
 def _options(

@@ -85,7 +85,8 @@ pub(crate) fn placed_at<'a, 'py>(
 /// Fills the blocks of a placement, which lie at `addresses`, and gives the report as JSON and as text.
 ///
 /// `alloc_s` is the time that allocating them took, for the report. The caller keeps every block allocated, and does not
-/// touch it, until this returns. `meanwhile()` is called in this thread while the bytes move; what it raises stops the load.
+/// touch it, until this returns. The iterator `meanwhile` is taken to its end in this
+/// thread while the bytes move; what a step raises stops the load.
 #[pyfunction]
 #[pyo3(signature = (placement, devices, addresses, *, engine, direct, verify, threads, pinned_bytes, alloc_s, progress, server=None, token=None, meanwhile=None))]
 #[allow(clippy::too_many_arguments)]

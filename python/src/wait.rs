@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 use sllm_core::{Cancel, Control};
@@ -34,13 +34,15 @@ pub(crate) fn run<T: Send, E: Raise + Send>(
     run_beside(py, progress, None, work)
 }
 
-/// The same, and calls `meanwhile()` in the caller's thread while the work runs. If it raises, the work is cancelled too.
+/// The same, and takes the iterator `meanwhile` to its end in the caller's thread while the work runs. If a step of it
+/// raises, the work is cancelled too.
 pub(crate) fn run_beside<T: Send, E: Raise + Send>(
     py: Python<'_>,
     progress: Option<&Bound<'_, PyAny>>,
     meanwhile: Option<&Bound<'_, PyAny>>,
     work: impl FnOnce(Control) -> Result<T, E> + Send,
 ) -> PyResult<T> {
+    let mut steps = meanwhile.map(|meanwhile| meanwhile.try_iter()).transpose()?;
     let bytes = Arc::new(Bytes::default());
     let cancel = Cancel::new();
     let mut control = Control::new().cancelled_by(cancel.clone());
@@ -62,26 +64,38 @@ pub(crate) fn run_beside<T: Send, E: Raise + Send>(
             let _finished = finished;
             work(control)
         });
-        let mut told = None;
-        let mut interrupted = meanwhile.and_then(|call| call.call0().err());
-        while interrupted.is_none() {
-            let receiver = &mut wait;
-            let timeout = py.detach(move || receiver.recv_timeout(TICK));
-            if timeout != Err(RecvTimeoutError::Timeout) {
-                break;
+        let (mut told, mut looked) = (None, Instant::now());
+        let interrupted = loop {
+            match steps.as_mut().and_then(Iterator::next) {
+                Some(Ok(_)) => {}
+                Some(Err(e)) => break Some(e),
+                None => steps = None,
             }
+            let (receiver, pause) = (&mut wait, if steps.is_some() { Duration::ZERO } else { TICK });
+            let timeout = py.detach(move || receiver.recv_timeout(pause));
+            if timeout != Err(RecvTimeoutError::Timeout) {
+                break None;
+            }
+            if steps.is_some() && looked.elapsed() < TICK {
+                continue;
+            }
+            looked = Instant::now();
             let now = (bytes.done.load(Ordering::Relaxed), bytes.total.load(Ordering::Relaxed));
             let news = now.1 > 0 && told != Some(now);
             told = Some(now);
-            interrupted = py.check_signals().and_then(|()| if news { tell(now.0, now.1) } else { Ok(()) }).err();
-        }
+            let outcome = py.check_signals().and_then(|()| if news { tell(now.0, now.1) } else { Ok(()) });
+            if let Err(e) = outcome {
+                break Some(e);
+            }
+        };
         if interrupted.is_some() {
             cancel.cancel();
         }
         let result = py.detach(|| worker.join());
         match (interrupted, result) {
             (Some(e), Ok(_)) => Err(e),
-            (None, Ok(result)) => result.map_err(|e| e.raise(py)),
+            (None, Ok(Ok(value))) => steps.into_iter().flatten().try_for_each(|step| step.map(drop)).map(|()| value),
+            (None, Ok(Err(e))) => Err(e.raise(py)),
             (_, Err(panic)) => std::panic::resume_unwind(panic),
         }
     })?;

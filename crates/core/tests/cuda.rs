@@ -244,7 +244,8 @@ fn a_links_peak_is_measured_once_and_then_remembered() {
     assert!(peak(&device, first.gb_per_s * 1.01).gb_per_s >= first.gb_per_s * 1.01);
     assert!(copies() > 0);
     // What it carried, it can carry, whatever measuring says.
-    assert_eq!((peak(&device, 1e6).gb_per_s, peak(&device, 0.0).gb_per_s), (1e6, 1e6));
+    assert_eq!(peak(&device, 1e6).gb_per_s.to_bits(), 1e6f64.to_bits());
+    assert!(peak(&device, 0.0).gb_per_s < 1e6, "only what was measured is remembered");
 
     // Nothing but what was written, and not too old or to come, is believed.
     let good = std::fs::read_to_string(&file).unwrap();

@@ -75,9 +75,9 @@ impl Pool {
     /// Unpins its memory, and so lets go of the context that pins it, unless it was made not so long ago or a load uses
     /// it. Only while no GPU is open. Blocks.
     pub(crate) fn sweep(&self, idle: Duration) {
-        if let Some(made) = self.made.get().filter(|made| made.at.elapsed() >= idle)
-            && made.cache.unpin_memory()
-        {
+        let Some(made) = self.made.get().filter(|made| made.at.elapsed() >= idle) else { return };
+        let was_locked = made.cache.usage().page_locked > 0;
+        if made.cache.unpin_memory() && was_locked {
             tracing::info!("the pool is not page-locked any more, since GPUs are idle; loads to them lock it again");
         }
     }

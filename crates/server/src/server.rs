@@ -51,11 +51,16 @@ impl Server {
             listeners.extend(Listener::bind(address, store.config.token.is_some())?);
         }
         if let Some(path) = &store.config.listen_if_free {
-            match bind_unix(path)? {
-                Some(listener) => listeners.push(listener),
-                None => tracing::warn!(
-                    socket = %path.display(),
+            let socket = path.display();
+            match bind_unix(path) {
+                Ok(Some(listener)) => listeners.push(listener),
+                Ok(None) => tracing::warn!(
+                    %socket,
                     "another server listens at the default socket: clients find that one unless they are given an address"
+                ),
+                Err(error) => tracing::warn!(
+                    %socket, error = error.chain(),
+                    "the default socket cannot be had: clients find this server only by its address"
                 ),
             }
         }

@@ -130,8 +130,8 @@ impl Cache {
     }
 
     /// Unpins all of its memory, and lets the device go by which that was pinned; what is resident stays. `false` where
-    /// nothing was done, or not all: while a load uses it or its memory is prepared. A load to a device that needs it
-    /// pins again what it copies.
+    /// there was no such device, or a load uses it or its memory is prepared. From then on only loads to a device that needs
+    /// it pin, what they copy; [`Cache::prepare`] does not.
     pub fn unpin_memory(&self) -> bool {
         self.shared.pool.unpin()
     }

@@ -353,8 +353,8 @@ impl Loader {
             report.pinned_bytes = pool.pinned_len();
             report.notes.extend(pool.refusal().map(|why| format!("staging memory is not pinned: {why}")));
         }
-        report.fell_back = self.helper.as_ref().and_then(|helper| helper.take_reason());
-        report.notes.extend(report.fell_back.iter().map(|why| format!("{why}; files are read")));
+        report.fell_back = self.helper.as_ref().and_then(|helper| helper.failure());
+        report.notes.extend(self.helper.as_ref().and_then(|helper| helper.note()));
         report.seconds = started.elapsed().as_secs_f64();
         Ok(report)
     }

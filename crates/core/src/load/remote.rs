@@ -1,8 +1,7 @@
 //! A load by somebody else, such as a store server, tried before files are read.
 
 use std::fmt;
-use std::sync::Mutex;
-use std::sync::PoisonError;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -46,14 +45,15 @@ pub struct RemoteReport {
 #[derive(Debug)]
 pub(super) struct Helper {
     remote: Box<dyn Remote>,
-    failed: AtomicBool,
-    /// Why it failed, until a report has said it.
-    reason: Mutex<Option<String>>,
+    /// Why it failed: files are read from then on.
+    failed: OnceLock<String>,
+    /// Whether a report has noted that.
+    noted: AtomicBool,
 }
 
 impl Helper {
     pub(super) fn new(remote: Box<dyn Remote>) -> Helper {
-        Helper { remote, failed: AtomicBool::new(false), reason: Mutex::default() }
+        Helper { remote, failed: OnceLock::new(), noted: AtomicBool::new(false) }
     }
 
     /// Tries to have the segments moved; `None` where files are to be read.
@@ -64,7 +64,7 @@ impl Helper {
         segments: &[Segment],
         blocks: &[Block],
     ) -> Result<Option<LoadReport>> {
-        if self.failed.load(Ordering::Relaxed) {
+        if self.failed.get().is_some() {
             return Ok(None);
         }
         let started = Instant::now();
@@ -102,12 +102,18 @@ impl Helper {
     }
 
     fn fail(&self, why: String) {
-        self.failed.store(true, Ordering::Relaxed);
-        *self.reason.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+        // Of several failures at once the first counts.
+        let _ = self.failed.set(why);
     }
 
-    /// Why files are read, said once.
-    pub(super) fn take_reason(&self) -> Option<String> {
-        self.reason.lock().unwrap_or_else(PoisonError::into_inner).take()
+    /// Why files are read, where it failed.
+    pub(super) fn failure(&self) -> Option<String> {
+        self.failed.get().cloned()
+    }
+
+    /// The same as a note, for one report.
+    pub(super) fn note(&self) -> Option<String> {
+        let why = self.failed.get().filter(|_| !self.noted.swap(true, Ordering::Relaxed))?;
+        Some(format!("{why}; files are read"))
     }
 }

@@ -65,7 +65,7 @@ pub struct LoadReport {
     pub of_link: Option<f64>,
     /// What each engine did.
     pub engines: Vec<EngineReport>,
-    /// Why a [`crate::Remote`] did not move the bytes, where it failed in this load, and files were read.
+    /// Why a [`crate::Remote`] did not move the bytes, where it failed, in this load or before, and files were read.
     pub fell_back: Option<String>,
     /// What did not work and was done in another way.
     pub notes: Vec<String>,
