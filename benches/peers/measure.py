@@ -33,7 +33,10 @@ def load(task: dict[str, Any]) -> dict[str, Any]:
     if cuda:
         torch.zeros(1, device=device)
         torch.cuda.synchronize()
-    share = cache.set_state(data_files(path), task["state"])
+    files = data_files(path)
+    share = cache.set_state(files, task["state"])
+    if not cuda:
+        limits.use_free_memory(2 * sum(map(os.path.getsize, files)))
     free = torch.cuda.mem_get_info(device)[0] if cuda else 0
     start = time.perf_counter()
     try:
@@ -80,6 +83,8 @@ def limit(task: dict[str, Any]) -> dict[str, Any]:
     source = os.path.join(task["directory"], "source")
     if task["limit"]["call"] in ("read", "register"):
         cache.set_state(data_files(source), "cold" if task["state"] != "warm" else "warm")
+        if task["device"] == "cpu":
+            limits.use_free_memory(2 * int(task["most"]))
     return limits.measure(task["limit"], source, task["device"], task["most"])
 
 

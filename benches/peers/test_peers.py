@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 import cache
 import inputs
+import limits
 import table
 from loaders import LOADERS
 from results import Results
@@ -85,6 +88,34 @@ def test_the_page_cache_holds_what_the_state_says(tmp_path: Path) -> None:
             pytest.skip(f"a file system that keeps its pages: {e}")
         assert low <= share <= high
         assert share == cache.cached_share([str(path)])
+
+
+def test_raw_reads_go_into_private_memory_of_huge_pages() -> None:
+    memory = limits.huge_memory(3 << 20, touched=True)
+    place = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert place % limits.HUGE == 0 and len(memory) == 3 << 20
+    mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    for fields, flags in zip(mappings, (text.splitlines()[0].split() for text in mappings[1:]), strict=False):
+        ends = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ", fields, re.MULTILINE)[-1]
+        if int(ends[0], 16) <= place < int(ends[1], 16):
+            assert "sh" not in flags, "shared memory gets no huge pages"
+            assert "hg" in flags or not Path("/sys/kernel/mm/transparent_hugepage").exists()
+            return
+    raise AssertionError("the memory is in no mapping")
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_raw_reads_count_every_byte(tmp_path: Path, fresh: bool) -> None:
+    size = limits.PIECE * 5 + 4096
+    (tmp_path / "a.safetensors").write_bytes(bytes(size))
+    assert limits.read(str(tmp_path), False, 3, fresh, 1e9)["bytes"] == size
+    assert limits.read(str(tmp_path), False, 2, fresh, 2.5 * limits.PIECE)["bytes"] == 3 * limits.PIECE
+
+
+def test_only_loads_to_the_host_stand_beside_reads_to_fresh_memory() -> None:
+    names = {cuda: list(limits.limits_of("cold", cuda, [4])) for cuda in (True, False)}
+    assert names[True] == ["floor, buffered, 4 threads", "floor, direct, 4 threads"]
+    assert names[False] == names[True] + [name + ", to fresh memory" for name in names[True]]
 
 
 def test_limits_stand_beside_the_loads_that_they_bound() -> None:
