@@ -17,7 +17,7 @@ import itertools
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _native, _session, _torch
+from ._arrays import Placed
 from ._native import Checkpoint
 from .errors import ReadWriteError
 from .reports import LoadReport
@@ -69,9 +70,10 @@ class _Mapping:
             path = os.path.join(self.checkpoint.path, self.checkpoint.files[number][0])
             raise ReadWriteError(f"{path}: ends at byte {size}, before byte {end}: it was cut after it was opened")
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Names and tensors, in the order of the files."""
-        tensors = self._made()
+    def tensors(self, selected: list[int] | None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and tensors, in the order of the files; all, or those at these places."""
+        placed = self.checkpoint.placed
+        tensors = self._made(placed if selected is None else [placed[i] for i in selected])
         while True:
             with torch._C._DisableTorchDispatch():  # no mode needs to see this
                 some = list(itertools.islice(tensors, _AT_ONCE))
@@ -79,8 +81,8 @@ class _Mapping:
                 return
             yield from some
 
-    def _made(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, dtype, shape, strides, nbytes, number, offset in self.checkpoint.placed:
+    def _made(self, placed: Sequence[Placed]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, dtype, shape, strides, nbytes, number, offset in placed:
             of, sizes = _torch.form(name, dtype, shape)
             mapped = self._maps[number]
             if nbytes == 0 or mapped is None:
@@ -132,15 +134,18 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
 
     # --- tensors ---
 
-    def tensors(self, checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-        """The checkpoint's names and tensors, in the order of its files. At its end all copies have arrived."""
+    def tensors(
+        self, checkpoint: Checkpoint, selected: list[int] | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The checkpoint's names and tensors, in the order of its files; all, or those at these places. At its end all
+        copies have arrived."""
         mapping = _Mapping(checkpoint)
         session = _native.Session(checkpoint, self._ids, **self._options)
         self._sources.append((mapping, session))
         self._ranges.extend((start, end, number, session, mapping) for start, end, number in mapping.ranges)
         self._ranges.sort(key=lambda place: place[0])
         self._starts = [place[0] for place in self._ranges]
-        yield from mapping.tensors()
+        yield from mapping.tensors(selected)
         self.arrive()
 
     # --- the way of an operation that is not known for a view ---

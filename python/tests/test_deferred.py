@@ -217,6 +217,17 @@ def test_random_programs_do_the_same(layout: str, engine: str, request: pytest.F
 # --- one thing at a time ---
 
 
+def test_tensors_may_be_selected(numbers_store: Path) -> None:
+    checkpoint = _native.open(numbers_store)
+    places = [len(checkpoint) - 1, 1]
+    with session() as mode:
+        tensors = dict(mode.tensors(checkpoint, places))
+        assert list(tensors) == [checkpoint.names[i] for i in places]
+        whole = dict(mode.tensors(checkpoint))
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, whole[name])
+
+
 @pytest.mark.parametrize("layout", ["safetensors_file", "store"])
 def test_every_dtype_is_moved_to_the_bit(layout: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     checkpoint = _native.open(request.getfixturevalue(layout))

@@ -114,39 +114,68 @@ def _call(record: Record, name: str, arguments: list[str]) -> list[str]:
 
 
 def _files(record: Record) -> list[str]:
-    """`files_of` against a loader with this version's signature and result."""
+    """`files_of` against loaders with this version's signature and result: of Mistral's layout, of none, and of a model
+    that has patterns of its own."""
     theirs = record.get("DefaultModelLoader._prepare_weights")
     if theirs is None:
         return ["DefaultModelLoader._prepare_weights is gone"]
+    found = []
+    for has, patterns, expected in (
+        ("mistral", None, ["mistral"]),
+        ("safetensors", None, ["mistral", "safetensors"]),
+        ("pt", ["*.x"], ["pt"]),
+    ):
+        found += _files_of(record, theirs, has, patterns, expected)
+    return found
+
+
+def _files_of(
+    record: Record, theirs: Record, has: str, patterns: list[str] | None, formats: list[str]
+) -> list[str]:
+    """`files_of` where vLLM finds files in the load format `has` alone, and ought to be asked for `formats`."""
     given: dict[str, Any] = {}
+    asked: list[str] = []
     names = theirs["arguments"][1:]
     scope: dict[str, Callable[..., None]] = {}
-    exec(f"def prepare({', '.join(names)}): given.update(locals())", {"given": given}, scope)
+    made = ", ".join(f"{name!r}: {name}" for name in names)
+    exec(f"def prepare(self, {', '.join(names)}): given.update({{{made}}})", {"given": given}, scope)
 
-    def prepare(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        scope["prepare"](*args, **kwargs)
-        # The folder, the files, whether they are safetensors, the index's name.
-        return ("folder", ["b", "a"], True, "index")[: theirs["returns"][0]]
+    class Loader:
+        load_config = SimpleNamespace(load_format="safetensors")
 
-    prepare.__wrapped__ = scope["prepare"]  # type: ignore[attr-defined]  # what inspect.signature sees
+        def _prepare_weights(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            asked.append(self.load_config.load_format)
+            scope["prepare"](self, *args, **kwargs)
+            if asked[-1] != has:
+                raise RuntimeError("Cannot find any model weights")
+            # The folder, the files, whether they are safetensors, the index's name.
+            return ("folder", ["b", "a"], True, "index")[: theirs["returns"][0]]
+
+    Loader._prepare_weights.__wrapped__ = scope["prepare"]  # type: ignore[attr-defined]  # inspect.signature's
     fields = record["DefaultModelLoader.Source"]["attributes"]
     source = SimpleNamespace(**{field: f"the {field}" for field in fields})
+    source.allow_patterns_overrides = patterns
     expected = {
         "model_name_or_path": "the model_or_path",
         "subfolder": "the subfolder",
         "revision": "the revision",
         "fall_back_to_pt": False,
-        "allow_patterns_overrides": "the allow_patterns_overrides",
+        "allow_patterns_overrides": patterns,
     }
+    loader = Loader()
     try:
-        found = _door.files_of(SimpleNamespace(_prepare_weights=prepare), source)
+        found = _door.files_of(loader, source)
         folder = _door.folder_of(source)
     except (TypeError, AttributeError, ValueError) as e:
         return [f"files_of: {e}"]
     wrong = [f"_prepare_weights gets {name} {value!r}" for name, value in given.items() if value != expected[name]]
     lost = set(expected) - set(given) - (set() if "subfolder" in fields else {"subfolder"})
     wrong += [f"_prepare_weights takes no {name}" for name in sorted(lost)]
-    if found != ("folder", ["a", "b"]):
+    if asked != formats:
+        wrong.append(f"_prepare_weights is asked for {asked}, not {formats}")
+    if loader.load_config.load_format != "safetensors":
+        wrong.append("files_of changes the loader")
+    if found != ("folder", ["a", "b"], True):
         wrong.append(f"files_of gives {found}")
     if folder != ("the model_or_path/the subfolder" if "subfolder" in fields else "the model_or_path"):
         wrong.append(f"folder_of gives {folder}")

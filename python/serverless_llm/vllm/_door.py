@@ -5,9 +5,13 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from typing import Any
+
+# The load format by which files that a model's own patterns name are pickled ones, unless they end as safetensors do.
+PICKLED = "pt"
 
 
 def register(load_format: str) -> None:
@@ -26,8 +30,17 @@ def folder_of(source: Any) -> str:
     return source.model_or_path if subfolder is None else os.path.join(source.model_or_path, subfolder)
 
 
-def files_of(loader: Any, source: Any) -> tuple[str, list[str]]:
-    """The folder and the safetensors files of one of vLLM's sources, found or downloaded by vLLM's own rules.
+def with_format(loader: Any, load_format: str) -> Any:
+    """A copy of a loader of vLLM's that has another load format."""
+    other = copy.copy(loader)
+    other.load_config = copy.copy(loader.load_config)
+    other.load_config.load_format = load_format
+    return other
+
+
+def files_of(loader: Any, source: Any) -> tuple[str, list[str], bool]:
+    """The folder and the files of one of vLLM's sources, found or downloaded as by its load format `auto`, and whether
+    they are safetensors. Pickled files are found only by patterns that the model itself gives.
 
     0.17.1 takes no subfolder; 0.32.0 and later give the index's name too. Later versions then drop shards of which the
     model wants no tensor; they stay in here, since the model passes over their tensors, and deferred ones are not read.
@@ -40,18 +53,27 @@ def files_of(loader: Any, source: Any) -> tuple[str, list[str]]:
         "allow_patterns_overrides": source.allow_patterns_overrides,
     }
     taken = inspect.signature(loader._prepare_weights).parameters
-    found = loader._prepare_weights(**{name: value for name, value in arguments.items() if name in taken})
-    return found[0], sorted(found[1])
+    given = {name: value for name, value in arguments.items() if name in taken}
+    if source.allow_patterns_overrides is not None:
+        found = with_format(loader, PICKLED)._prepare_weights(**given)
+    else:
+        try:
+            # Where there are files of Mistral's own format, that is the one.
+            found = with_format(loader, "mistral")._prepare_weights(**given)
+        except RuntimeError:
+            found = with_format(loader, "safetensors")._prepare_weights(**given)
+    return found[0], sorted(found[1]), bool(found[2])
 
 
-def skips_expert(loader: Any, name: str) -> bool:
-    """Whether expert parallelism leaves a tensor to other ranks. vLLM 0.17.1 has no such filter."""
+def own_experts(loader: Any, checkpoint: Any) -> list[int] | None:
+    """Places of the tensors that expert parallelism does not leave to other ranks; None where vLLM filters none. 0.17.1
+    has no such filter."""
     experts = getattr(loader, "local_expert_ids", None)
     if experts is None:
-        return False
+        return None
     from vllm.model_executor.model_loader.ep_weight_filter import should_skip_weight
 
-    return bool(should_skip_weight(name, experts))
+    return [i for i, info in enumerate(checkpoint.tensors) if not should_skip_weight(info.name, experts)]
 
 
 def left_empty(model: Any, loaded: set[str], written: set[int]) -> set[str]:

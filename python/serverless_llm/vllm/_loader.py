@@ -10,6 +10,7 @@ with them and what is missing at the end stays vLLM's business. Two roads lead i
 from __future__ import annotations
 
 import copy
+import glob
 import json
 import os
 import time
@@ -54,21 +55,26 @@ class ServerlessLLMLoader(DefaultModelLoader):
 
     def download_model(self, model_config: Any) -> None:
         if not _own_layout(model_config.model):
-            super().download_model(model_config)
+            _door.files_of(self, self.Source(model_config.model, model_config.revision))
 
-    def _open(self, source: Any) -> Checkpoint:
-        """The checkpoint of one of vLLM's sources."""
+    def _open(self, source: Any) -> Checkpoint | None:
+        """The checkpoint of one of vLLM's sources; None where the model's own patterns name pickled files."""
         path = _door.folder_of(source)
-        if _own_layout(path):
+        patterns = source.allow_patterns_overrides
+        if _own_layout(path) and not _any_match(path, patterns):
+            # Its data files hold what safetensors of other names held, and nothing of what was pickled.
+            if patterns is not None and not any(pattern.endswith(".safetensors") for pattern in patterns):
+                raise NotFoundError(f"{path} has no {' or '.join(patterns)}, which the model wants: copy it there")
             checkpoint = _native.open(path)
             self._check_source(checkpoint)
             return checkpoint
         try:
-            folder, files = _door.files_of(self, source)
+            folder, files, safetensors = _door.files_of(self, source)
         except RuntimeError as e:
-            reason = f"{e}: neither a store nor safetensors; save the model as safetensors first"
+            found = f" (files like {' or '.join(patterns)})" if patterns is not None else ""
+            reason = f"{e}{found}: neither a store nor safetensors; save the model as safetensors first"
             raise NotFoundError(reason) from e
-        return _native.open_files(folder, files)
+        return _native.open_files(folder, files) if safetensors else None
 
     def _check_source(self, checkpoint: Checkpoint) -> None:
         """A store of other weights than its source has now is not served."""
@@ -142,16 +148,25 @@ class ServerlessLLMLoader(DefaultModelLoader):
         checkpoint = self._open(source)
         if self.counter_before_loading_weights == 0.0:
             self.counter_before_loading_weights = time.perf_counter()
+        if checkpoint is None:
+            names = " or ".join(source.allow_patterns_overrides)
+            logger.info("serverless_llm leaves %s in %s to vLLM: pickled", names, _door.folder_of(source))
+            theirs = _door.with_format(self, _door.PICKLED)
+            return super(ServerlessLLMLoader, theirs)._get_weights_iterator(source)
         identity = f", identity {checkpoint.identity}" if checkpoint.identity else ""
         logger.info("serverless_llm reads %s (%s%s)", checkpoint.path, checkpoint.layout, identity)
-        with_prefix = ((source.prefix + name, tensor) for name, tensor in self._tensors(checkpoint))
-        return ((name, tensor) for name, tensor in with_prefix if not _door.skips_expert(self, name))
+        return ((source.prefix + name, tensor) for name, tensor in self._tensors(checkpoint))
 
     def _tensors(self, checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-        self._bar.grow(checkpoint.total_bytes)
         # Without a load of ours vLLM reloads the weights by itself.
         road = self._road or self._staged()
-        return road.tensors(checkpoint)
+        wanted = _door.own_experts(self, checkpoint)
+        if wanted is None:
+            self._bar.grow(checkpoint.total_bytes)
+        else:
+            infos = checkpoint.tensors
+            self._bar.grow(sum(infos[i].nbytes for i in wanted))
+        return road.tensors(checkpoint, wanted)
 
     def _staged(self) -> Staged:
         device = _torch.device_id(_device())
@@ -201,6 +216,11 @@ def _device() -> torch.device:
     if current_platform.is_cuda():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def _any_match(folder: str, patterns: list[str] | None) -> bool:
+    """Whether a folder has files that a model's own patterns name."""
+    return any(glob.glob(pattern, root_dir=folder) for pattern in patterns or ())
 
 
 def _own_layout(path: str) -> bool:
