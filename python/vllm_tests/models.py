@@ -42,8 +42,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", _COMMON),
     "opt": ("OPTConfig", _OPT),
     "phi3": ("Phi3Config", {**_COMMON, "pad_token_id": 0}),
-    # One with other weights.
+    # Those with other weights.
     "llama_again": ("LlamaConfig", {**_COMMON, "tie_word_embeddings": False}),
+    "mixtral_again": ("MixtralConfig", {**_COMMON, "num_local_experts": 4}),
     # A smaller one of the same words, to draft for `llama`.
     "draft": (
         "LlamaConfig",
