@@ -25,8 +25,8 @@ def private_memory(size: int) -> mmap.mmap:
 def use_free_memory(size: int) -> None:
     """Uses so much memory once and gives it back, as far as it is free.
 
-    A virtual machine may hand what is free for some seconds to its host; to have it again costs ten times what reading
-    the disk does, and whoever comes first would pay for all.
+    A virtual machine may hand what is free for some seconds to its host; to have it again costs more than reading the
+    disk does, and whoever comes first would pay for all.
     """
     with open("/proc/meminfo") as f:
         free = next(int(line.split()[1]) << 10 for line in f if line.startswith("MemFree:"))
