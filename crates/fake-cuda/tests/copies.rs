@@ -103,6 +103,48 @@ fn a_pageable_buffer_is_staged_at_the_call() {
 }
 
 #[test]
+fn a_batch_is_copied_as_single_copies_are() {
+    let driver = Driver::load();
+    let _context = Context::new(0).unwrap();
+    let (stream, device, pages) = (stream(), alloc(4 * PAGE), Pages::new(2 * PAGE));
+    pages.register(0, 2 * PAGE, 0).unwrap();
+    pages.fill(7);
+    let location = sys::CUmemLocation { type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_INVALID, id: 0 };
+    let order = sys::CUmemcpySrcAccessOrder::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;
+    let attributes =
+        sys::CUmemcpyAttributes { srcAccessOrder: order, srcLocHint: location, dstLocHint: location, flags: 0 };
+    let batch = |to: &[u64], lens: &[usize], kinds: usize, stream| {
+        let (mut to, mut lens, mut attributes) = (to.to_vec(), lens.to_vec(), attributes);
+        let (mut from, mut first, mut failed) = (vec![pages.at.addr() as u64; to.len()], 0, usize::MAX);
+        let (to, from, lens, count) = (to.as_mut_ptr(), from.as_mut_ptr(), lens.as_mut_ptr(), to.len());
+        // SAFETY: arrays of one length; the driver checks the ranges, and the pages outlive the copies.
+        let code = unsafe {
+            sys::cuMemcpyBatchAsync(to, from, lens, count, &mut attributes, &mut first, kinds, &mut failed, stream)
+        };
+        (code as u32, failed)
+    };
+    assert_eq!(batch(&[device + PAGE as u64, device + 3 * PAGE as u64], &[PAGE, 100], 1, stream).0, 0);
+    // SAFETY: the stream lives.
+    unsafe { result::stream::synchronize(stream) }.unwrap();
+    assert!(read(device + PAGE as u64, PAGE) == [7; PAGE]);
+    assert!(read(device + 3 * PAGE as u64, 100) == [7; 100]);
+    assert_eq!((driver.get("copies_h2d"), driver.count("cuMemcpyBatchAsync")), (2, 1));
+
+    assert_eq!(batch(&[], &[], 1, stream).0, 1, "no copy");
+    assert_eq!(batch(&[device], &[PAGE], 1, std::ptr::null_mut()).0, 1, "the default stream");
+    assert_eq!(batch(&[device], &[PAGE], 2, stream).0, 1, "more kinds than copies");
+    assert_eq!(
+        batch(&[device, device + 4 * PAGE as u64], &[PAGE, 1], 1, stream),
+        (801, 1),
+        "a place that is no device's, and which"
+    );
+    // SAFETY: the stream lives.
+    unsafe { result::stream::synchronize(stream) }.unwrap();
+    pages.unregister(0).unwrap();
+    free(device);
+}
+
+#[test]
 fn events_order_copies_of_two_streams() {
     let driver = Driver::load();
     driver.set_delay(Duration::from_millis(5));

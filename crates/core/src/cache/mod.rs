@@ -84,6 +84,11 @@ impl CachedChunk {
         self.chunk.as_ref().map_or(&[], |chunk| &chunk.buffer.as_slice()[..chunk.len])
     }
 
+    /// Whether its memory is pinned.
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.chunk.as_ref().is_some_and(|chunk| chunk.buffer.is_pinned())
+    }
+
     pub(crate) fn is_verified(&self) -> bool {
         self.chunk.as_ref().is_some_and(|chunk| chunk.verified.load(Ordering::Relaxed))
     }

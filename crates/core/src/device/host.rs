@@ -1,7 +1,6 @@
 //! The host as a device: copies are done when they return.
 
-use super::{Backend, BackendStream, DeviceError, Mark, Memory, Source};
-use crate::plan::PieceCopy;
+use super::{Backend, BackendStream, DeviceError, Mark, Memory, Source, StreamCopy};
 use crate::pool::HostMemory;
 
 #[derive(Debug)]
@@ -71,27 +70,9 @@ struct HostStream;
 struct Done;
 
 impl BackendStream for HostStream {
-    unsafe fn copy(&self, source: Source, dst: u64, copy: &PieceCopy) -> Result<(), DeviceError> {
-        let fits = |n: u64| usize::try_from(n).map_err(|_| DeviceError::OutOfBounds);
-        let (row_len, src_pitch, dst_pitch) = (fits(copy.row_len)?, fits(copy.src_pitch)?, fits(copy.dst_pitch)?);
-        let dst = fits(dst)? as *mut u8;
-        let (src, of_file) = match source {
-            Source::Buffer(src) => (src, false),
-            Source::Device(addr) => (fits(addr)? as *const u8, false),
-            Source::FilePages(src) => (src, true),
-        };
-        for row in 0..fits(copy.rows)? {
-            // SAFETY: rows lie in live memory by the caller's word.
-            let (from, to) = unsafe { (src.add(row * src_pitch), dst.add(row * dst_pitch)) };
-            if of_file {
-                // SAFETY: as above, and the kernel checks the source pages.
-                unsafe { copy_file_pages(from, to, row_len)? };
-            } else {
-                // SAFETY: as above; source and destination are different allocations.
-                unsafe { std::ptr::copy_nonoverlapping(from, to, row_len) };
-            }
-        }
-        Ok(())
+    unsafe fn copy(&self, copies: &[StreamCopy]) -> Result<(), DeviceError> {
+        // SAFETY: the caller's word.
+        copies.iter().try_for_each(|copy| unsafe { copy_rows(copy) })
     }
 
     fn mark(&self) -> Result<Box<dyn Mark>, DeviceError> {
@@ -111,6 +92,33 @@ impl Mark for Done {
     fn wait(&self) -> Result<(), DeviceError> {
         Ok(())
     }
+}
+
+/// Copies the rows of one copy.
+///
+/// # Safety
+/// As [`BackendStream::copy`].
+unsafe fn copy_rows(StreamCopy { source, dst, rows }: &StreamCopy) -> Result<(), DeviceError> {
+    let fits = |n: u64| usize::try_from(n).map_err(|_| DeviceError::OutOfBounds);
+    let (row_len, src_pitch, dst_pitch) = (fits(rows.row_len)?, fits(rows.src_pitch)?, fits(rows.dst_pitch)?);
+    let dst = fits(*dst)? as *mut u8;
+    let (src, of_file) = match *source {
+        Source::Buffer(src) | Source::Pinned(src) => (src, false),
+        Source::Device(addr) => (fits(addr)? as *const u8, false),
+        Source::FilePages(src) => (src, true),
+    };
+    for row in 0..fits(rows.rows)? {
+        // SAFETY: rows lie in live memory by the caller's word.
+        let (from, to) = unsafe { (src.add(row * src_pitch), dst.add(row * dst_pitch)) };
+        if of_file {
+            // SAFETY: as above, and the kernel checks the source pages.
+            unsafe { copy_file_pages(from, to, row_len)? };
+        } else {
+            // SAFETY: as above; source and destination are different allocations.
+            unsafe { std::ptr::copy_nonoverlapping(from, to, row_len) };
+        }
+    }
+    Ok(())
 }
 
 /// Copies mapped file pages through the kernel, which answers EFAULT where the processor would get SIGBUS because the

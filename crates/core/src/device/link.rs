@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Block, Device, copy};
+use super::{Block, Device, Parcel, copy};
 use crate::control::gb_per_s;
 use crate::error::{Error, Result};
 use crate::plan::PieceCopy;
@@ -105,7 +105,8 @@ impl LinkPeak {
         for pass in 0..PASSES {
             let Some(source) = buffer.take().filter(|_| pass == 0 || started.elapsed() < PASSES_TIME) else { break };
             let now = Instant::now();
-            let source = copy(&streams, &blocks, Filled::Buffer(source), &copies)?.wait()?;
+            let parcel = Parcel { source: Filled::Buffer(source), copies: &copies };
+            let source = copy(&streams, &blocks, vec![parcel])?.wait(0)?;
             best = best.max(gb_per_s(COPIES * COPY_LEN, now.elapsed().as_secs_f64()));
             if let Some(Filled::Buffer(source)) = source {
                 buffer = Some(source);

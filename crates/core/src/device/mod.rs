@@ -13,8 +13,8 @@ mod mover;
 
 use std::any::Any;
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub use error::DeviceError;
 pub use ipc::{SharedBlock, SharedMemory, format_uuid, parse_uuid};
@@ -84,12 +84,12 @@ pub(crate) trait Memory: Send + Sync + fmt::Debug {
 
 /// A queue of copies.
 pub(crate) trait BackendStream: Send + Sync + fmt::Debug {
-    /// Issues a copy out of host memory, or out of the device's own.
+    /// Issues copies out of host memory, or out of the device's own. They may be done in any order.
     ///
     /// # Safety
     /// Source rows and destination rows lie in live memory, which stays so, the source unchanged, until the work
     /// issued so far is done.
-    unsafe fn copy(&self, source: Source, dst: u64, copy: &PieceCopy) -> Result<(), DeviceError>;
+    unsafe fn copy(&self, copies: &[StreamCopy]) -> Result<(), DeviceError>;
     /// A mark after the work issued so far.
     fn mark(&self) -> Result<Box<dyn Mark>, DeviceError>;
     /// Waits for all work.
@@ -97,9 +97,19 @@ pub(crate) trait BackendStream: Send + Sync + fmt::Debug {
 }
 
 /// A point in a stream's work.
-pub(crate) trait Mark: Send + fmt::Debug {
+pub(crate) trait Mark: Send + Sync + fmt::Debug {
     fn is_done(&self) -> bool;
     fn wait(&self) -> Result<(), DeviceError>;
+}
+
+/// A copy with its addresses.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StreamCopy {
+    source: Source,
+    /// Address of the first row on the device.
+    dst: u64,
+    /// Its rows; offsets are in the addresses already.
+    rows: PieceCopy,
 }
 
 /// Where a copy's bytes are.
@@ -107,6 +117,8 @@ pub(crate) trait Mark: Send + fmt::Debug {
 pub(crate) enum Source {
     /// Memory that the processor may read.
     Buffer(*const u8),
+    /// The same, pinned.
+    Pinned(*const u8),
     /// Pages of a file. They may be cut off, so that only the device or the kernel may read them.
     FilePages(*const u8),
     /// Memory of the device that is copied to.
@@ -324,38 +336,52 @@ pub(crate) struct Stream {
     device: Device,
 }
 
-/// Copies in flight, and the buffer they read. Waits for them when dropped.
+/// A filled piece, and where its bytes go.
+#[derive(Debug)]
+pub(crate) struct Parcel<'a> {
+    pub(crate) source: Filled,
+    pub(crate) copies: &'a [PieceCopy],
+}
+
+/// Copies in flight, and what they read. Waits for them when dropped.
 #[derive(Debug)]
 pub(crate) struct Pending {
-    source: Option<Filled>,
+    /// By parcel, until it is taken.
+    sources: Mutex<Vec<Option<Filled>>>,
     marks: Vec<Box<dyn Mark>>,
     _blocks: Arc<[Block]>,
 }
 
-/// Issues a piece's copies, each on its device's stream, and marks their end.
+/// Issues the copies of several pieces, each on its device's stream, and marks their end.
 ///
-/// On an error everything that was issued is waited for before the source is dropped.
+/// On an error everything that was issued is waited for before the sources are dropped.
 pub(crate) fn copy(
     streams: &[Stream],
     blocks: &Arc<[Block]>,
-    source: Filled,
-    copies: &[PieceCopy],
+    parcels: Vec<Parcel<'_>>,
 ) -> Result<Pending, DeviceError> {
-    let mut used = 0u64; // bit set of streams; devices are few
-    let result = copies.iter().try_for_each(|copy| {
-        let (at, dst) = resolve(streams, blocks, &source, copy)?;
-        used |= 1 << at;
-        let place = usize::try_from(copy.src_offset).map_err(|_| DeviceError::OutOfBounds)?;
-        // SAFETY: `resolve` checked that the rows lie in the source and in the block; `Pending` keeps both until
-        // the marks are reached, and so does the wait below after an error.
-        unsafe { streams[at].stream.copy(source.at(place), dst, copy) }
-    });
-    let used_streams = || streams.iter().enumerate().filter(|(i, _)| used >> i & 1 == 1).map(|(_, s)| s);
-    let marks = result.and_then(|()| used_streams().map(|s| s.stream.mark()).collect());
+    let mut by_stream: Vec<Vec<StreamCopy>> = streams.iter().map(|_| Vec::new()).collect();
+    for Parcel { source, copies } in &parcels {
+        let is_pinned = source.is_pinned();
+        for copy in *copies {
+            let (at, dst) = resolve(streams, blocks, source, copy)?;
+            let place = usize::try_from(copy.src_offset).map_err(|_| DeviceError::OutOfBounds)?;
+            by_stream[at].push(StreamCopy { source: source.at(place, is_pinned), dst, rows: *copy });
+        }
+    }
+    let used = || streams.iter().zip(&by_stream).filter(|(_, copies)| !copies.is_empty());
+    // SAFETY: `resolve` checked that the rows lie in the source and in the block; `Pending` keeps both until the marks
+    // are reached, and so does the wait below after an error.
+    let issue = |(stream, copies): (&Stream, &Vec<StreamCopy>)| unsafe { stream.stream.copy(copies) };
+    let issued = used().try_for_each(issue);
+    let marks = issued.and_then(|()| used().map(|(stream, _)| stream.stream.mark()).collect());
     match marks {
-        Ok(marks) => Ok(Pending { source: Some(source), marks, _blocks: Arc::clone(blocks) }),
+        Ok(marks) => {
+            let sources = parcels.into_iter().map(|parcel| Some(parcel.source)).collect();
+            Ok(Pending { sources: Mutex::new(sources), marks, _blocks: Arc::clone(blocks) })
+        }
         Err(error) => {
-            for stream in used_streams() {
+            for (stream, _) in used() {
                 let _ = stream.stream.synchronize();
             }
             Err(error)
@@ -390,19 +416,19 @@ fn check_rows(copy: &PieceCopy, source_len: u64, block_len: u64) -> Result<(), D
 }
 
 impl Pending {
-    /// Whether the device has read the source.
+    /// Whether the device has read the sources.
     pub(crate) fn is_done(&self) -> bool {
         self.marks.iter().all(|mark| mark.is_done())
     }
 
-    /// Waits for the copies and gives the source back.
-    pub(crate) fn wait(mut self) -> Result<Option<Filled>, DeviceError> {
-        let marks = std::mem::take(&mut self.marks);
+    /// Waits for the copies and gives the source of one parcel back, the first time.
+    pub(crate) fn wait(&self, parcel: usize) -> Result<Option<Filled>, DeviceError> {
         let mut result = Ok(());
-        for mark in &marks {
+        for mark in &self.marks {
             result = result.and(mark.wait());
         }
-        result.map(|()| self.source.take())
+        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        result.map(|()| sources.get_mut(parcel).and_then(Option::take))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use super::{Block, Device, DeviceError, Source, Stream, check_rows};
+use super::{Block, Device, DeviceError, Source, Stream, StreamCopy, check_rows};
 use crate::error::{Error, Result};
 use crate::plan::{PieceCopy, Segment, check_destinations};
 
@@ -44,7 +44,7 @@ impl Mover {
             let to = blocks.get(copy.block).ok_or(DeviceError::OutOfBounds)?.addr() + copy.dst_offset;
             // SAFETY: `check_rows` found all rows inside both blocks, which live until the copies were waited for,
             // below; destinations lie apart, and the blocks are the caller's load's alone.
-            unsafe { self.stream.stream.copy(from, to, copy) }
+            unsafe { self.stream.stream.copy(&[StreamCopy { source: from, dst: to, rows: *copy }]) }
         };
         let issued = if self.device.is_host() { on_threads(copies, &issue) } else { copies.iter().try_for_each(issue) };
         // Also after an error, for what was issued before it.

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use crc_fast::{CrcAlgorithm, Digest, crc64_nvme};
 
 use super::chunks::Chunks;
+use super::outbox::{Outbox, Receipt};
 use crate::cache::{CachedChunk, Use};
 use crate::checkpoint::Checkpoint;
 use crate::control::Meter;
-use crate::device::{self, Block, Device, Pending, Stream};
+use crate::device::{Block, Device};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
 use crate::plan::{LoadPlan, Piece, PieceCopy};
@@ -35,7 +36,7 @@ pub(super) struct Shared<'a> {
     /// In a cache, every piece is a whole chunk, and its checksum is compared at once.
     pub(super) verify: bool,
     pub(super) buffers: Buffers<'a>,
-    pub(super) streams: &'a [Stream],
+    pub(super) outbox: Outbox<'a>,
     /// The first of the devices that memory has to be pinned for.
     pub(super) pinning: Option<&'a Device>,
     pub(super) blocks: Arc<[Block]>,
@@ -72,8 +73,8 @@ impl Outcome {
         self.error.lock().unwrap_or_else(PoisonError::into_inner).take().map_or(Ok(()), Err)
     }
 
-    pub(super) fn into_notes(self) -> Vec<String> {
-        self.notes.into_inner().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn take_notes(&self) -> Vec<String> {
+        std::mem::take(&mut self.notes.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }
 
@@ -100,7 +101,7 @@ pub(super) struct Lane<'a> {
     /// Its engine passes the page cache, so that a destination must be aligned to be read into.
     direct: bool,
     spare: Vec<HostBuffer>,
-    in_flight: VecDeque<Pending>,
+    in_flight: VecDeque<Receipt<'a>>,
     /// The checksum of as much as has come of the piece for which room was asked last.
     sum: Digest,
     started: Instant,
@@ -129,9 +130,9 @@ impl<'a> Lane<'a> {
 
     /// Waits for the oldest copy and keeps its buffer.
     fn retire(&mut self) -> Result<()> {
-        let Some(pending) = self.in_flight.pop_front() else { return Ok(()) };
+        let Some(receipt) = self.in_flight.pop_front() else { return Ok(()) };
         let waiting = Instant::now();
-        let source = pending.wait()?;
+        let source = self.shared.outbox.wait(&receipt)?;
         self.times.copy_wait += waiting.elapsed();
         match source {
             Some(Filled::Buffer(buffer)) => self.spare.push(buffer),
@@ -140,6 +141,11 @@ impl<'a> Lane<'a> {
             Some(Filled::Mapped(_)) | None => {}
         }
         Ok(())
+    }
+
+    /// Whether its oldest copy is done.
+    fn oldest_is_done(&self) -> bool {
+        self.in_flight.front().is_some_and(|receipt| self.shared.outbox.is_done(receipt))
     }
 
     /// A buffer that is there without waiting for copies.
@@ -163,7 +169,7 @@ impl<'a> Lane<'a> {
     fn take_buffer(&mut self) -> Result<HostBuffer> {
         loop {
             // A buffer that was used already is in the processor's cache.
-            if self.spare.is_empty() && self.in_flight.front().is_some_and(Pending::is_done) {
+            if self.spare.is_empty() && self.oldest_is_done() {
                 self.retire()?;
                 continue;
             }
@@ -248,13 +254,12 @@ impl Sink for Lane<'_> {
         if !self.spare.is_empty() {
             return true;
         }
-        let is_done = |lane: &Self| lane.in_flight.front().is_some_and(Pending::is_done);
         match self.shared.buffers {
-            Buffers::Ring(_) => self.quota > 0 || is_done(self),
+            Buffers::Ring(_) => self.quota > 0 || self.oldest_is_done(),
             // Others take buffers too, and the chunk of a copy that is done may stay: only a buffer that the lane has is
             // sure. One that waited for a buffer would keep those of its reads from everybody.
             Buffers::Cache(_) => {
-                while is_done(self) {
+                while self.oldest_is_done() {
                     if self.retire().is_err() {
                         // The device failed: asking for room says so.
                         return true;
@@ -317,10 +322,9 @@ impl Sink for Lane<'_> {
         // Nothing is written once the load was stopped.
         self.check()?;
         let copying = Instant::now();
-        let copies = self.shared.plan.copies(piece);
-        let pending = device::copy(self.shared.streams, &self.shared.blocks, filled, copies)?;
+        let receipt = self.shared.outbox.send(filled, self.shared.plan.copies(piece))?;
         self.times.copy += copying.elapsed();
-        self.in_flight.push_back(pending);
+        self.in_flight.push_back(receipt);
         self.shared.meter.add(piece.len)
     }
 

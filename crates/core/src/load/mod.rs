@@ -3,6 +3,7 @@
 mod chunks;
 mod lane;
 mod loaded;
+mod outbox;
 mod remote;
 mod report;
 mod session;
@@ -28,6 +29,7 @@ use crate::plan::{Filter, LoadPlan, Placement, PlanOptions, Segment};
 use crate::read::choose::{self, Wishes, choose};
 use crate::read::{EngineChoice, Queue};
 use lane::{Buffers, Lane, Outcome, Shared};
+use outbox::Outbox;
 use remote::Helper;
 use staging::Staging;
 
@@ -294,13 +296,14 @@ impl Loader {
         let (buffers, streams) = staging.fit(self, cache.as_ref(), piece_len, &mut shares)?;
         let meter = self.control.meter(plan.read_len());
         let outcome = Outcome::default();
-        let blocks = blocks.into();
+        let blocks: Arc<[Block]> = blocks.into();
         let chunks = chunk_len.filter(|_| cache.is_none());
         let chunks = chunks.map(|chunk_len| Chunks::new(chunk_len, piece_len, plan.pieces()));
         let verify = sums.is_some();
         let pinning = devices.iter().find(|device| device.needs_pinning());
+        let outbox = Outbox::new(streams, Arc::clone(&blocks), pinning.is_none());
         let shared =
-            Shared { checkpoint, plan: &plan, chunks, verify, buffers, streams, pinning, blocks, meter, outcome };
+            Shared { checkpoint, plan: &plan, chunks, verify, buffers, outbox, pinning, blocks, meter, outcome };
         let queues: Vec<Queue<'_>> = shares.iter().map(|share| Queue::new(&share.pieces)).collect();
         let moving = Instant::now();
         let lanes = Mutex::new(Vec::new());
@@ -348,7 +351,7 @@ impl Loader {
         report.plan_s = plan_s;
         report.move_s = move_s;
         report.cached_bytes = cached_len;
-        report.notes = shared.outcome.into_notes();
+        report.notes = shared.outcome.take_notes();
         if let Buffers::Ring(pool) = buffers {
             report.pinned_bytes = pool.pinned_len();
             report.notes.extend(pool.refusal().map(|why| format!("staging memory is not pinned: {why}")));

@@ -377,6 +377,12 @@ impl HostBuffer {
         }
     }
 
+    /// Whether its memory is pinned.
+    pub(crate) fn is_pinned(&self) -> bool {
+        let Home::Pool { shared, index } = &self.home else { return false };
+        shared.pins && shared.lock().steps.get(index / shared.buffers_per_step) == Some(&Pin::Pinned)
+    }
+
     /// Whether it is a part of a destination, which needs no copy once it is filled.
     pub(crate) fn is_loan(&self) -> bool {
         matches!(self.home, Home::Loan { .. })

@@ -63,7 +63,8 @@ impl Sink for Collect {
             dst_offset: 0,
             dst_pitch: piece.len,
         };
-        device::copy(&self.streams, &vec![block.clone()].into(), filled, &[copy])?.wait()?;
+        let parcel = device::Parcel { source: filled, copies: &[copy] };
+        device::copy(&self.streams, &vec![block.clone()].into(), vec![parcel])?.wait(0)?;
         let mut bytes = vec![0; piece.len as usize];
         block.read(0, &mut bytes)?;
         assert!(bytes.starts_with(&self.beginning), "bytes changed after they were shown");

@@ -131,14 +131,25 @@ impl Filled {
         }
     }
 
-    /// The address of a byte. `offset` is at most `len`.
-    pub(crate) fn at(&self, offset: usize) -> Source {
-        let offset = offset.min(self.len());
+    /// Whether the memory is pinned.
+    pub(crate) fn is_pinned(&self) -> bool {
         match self {
-            Filled::Buffer(buffer) => Source::Buffer(buffer.as_slice()[offset..].as_ptr()),
-            Filled::Mapped(range) => Source::FilePages(range.ptr().wrapping_add(offset)),
-            Filled::Cached(chunk) => Source::Buffer(chunk.bytes()[offset..].as_ptr()),
+            Filled::Buffer(buffer) => buffer.is_pinned(),
+            Filled::Mapped(_) => false,
+            Filled::Cached(chunk) => chunk.is_pinned(),
         }
+    }
+
+    /// The address of a byte. `offset` is at most `len`.
+    pub(crate) fn at(&self, offset: usize, is_pinned: bool) -> Source {
+        let offset = offset.min(self.len());
+        let bytes = match self {
+            Filled::Mapped(range) => return Source::FilePages(range.ptr().wrapping_add(offset)),
+            Filled::Buffer(buffer) => buffer.as_slice(),
+            Filled::Cached(chunk) => chunk.bytes(),
+        };
+        let address = bytes[offset..].as_ptr();
+        if is_pinned { Source::Pinned(address) } else { Source::Buffer(address) }
     }
 }
 

@@ -102,46 +102,60 @@ unsafe fn copy(
         if width == 0 || height == 0 {
             return Ok(());
         }
-        let (to, from) = ends()?;
-        let to = to.check(&state, width, height)?;
-        let from = from.check(&state, width, height)?;
-        let direction = match (from.place, to.place) {
-            (Place::Device(_), Place::Device(_)) => Direction::DeviceToDevice,
-            (_, Place::Device(_)) => Direction::HostToDevice,
-            (Place::Device(_), Place::Pinned { read_only: true }) => {
-                return Err(codes::INVALID_VALUE);
-            }
-            (Place::Device(_), _) => Direction::DeviceToHost,
-            // The driver copies from host to host as well; nothing here needs it.
-            _ => return Err(codes::NOT_SUPPORTED),
-        };
-        let len = width.checked_mul(height).ok_or(codes::INVALID_VALUE)?;
-        let mut staged = None;
-        let mut spans = Vec::with_capacity(2);
-        if from.place == Place::Pageable {
-            let mut bytes = vec![0u8; len];
-            let target = (bytes.as_mut_ptr().expose_provenance(), width);
-            // SAFETY: the caller vouches for the source, and the vector has room for all rows.
-            unsafe { copy_rows((from.address, from.pitch), target, width, height) };
-            staged = Some(bytes);
-        } else {
-            spans.push((from.address, extent(width, height, from.pitch).unwrap_or(len)));
-        }
-        spans.push((to.address, extent(width, height, to.pitch).unwrap_or(len)));
-        if from.place == Place::Pageable || to.place == Place::Pageable {
-            state.counters.pageable_copies += 1;
-            state.counters.pageable_bytes += len as u64;
-        }
-        let loses = state.counters.submitted >= state.settings.lose_after;
-        state.counters.submitted += 1;
-        let work = Work::Copy(Copy { from, to, width, height, staged, direction, loses });
-        let number = state.submit(stream_handle, work, spans, Vec::new())?;
+        // SAFETY: the caller's duty.
+        let (number, place) = unsafe { submit(&mut state, stream_handle, ends()?, (width, height))? };
         // To pageable memory the driver returns only when the bytes are there.
-        if stream.is_none() || to.place == Place::Pageable {
+        if stream.is_none() || place == Place::Pageable {
             return wait_for(state, &[(stream_handle, number)]).check_alive(device);
         }
         Ok(())
     })
+}
+
+/// Puts a copy of at least one byte into a stream. Returns its number there, and where its destination is.
+///
+/// # Safety
+/// A host range that is not registered must be mapped.
+unsafe fn submit(
+    state: &mut State,
+    stream: usize,
+    (to, from): (End, End),
+    (width, height): (usize, usize),
+) -> Result<(u64, Place), Code> {
+    let to = to.check(state, width, height)?;
+    let from = from.check(state, width, height)?;
+    let direction = match (from.place, to.place) {
+        (Place::Device(_), Place::Device(_)) => Direction::DeviceToDevice,
+        (_, Place::Device(_)) => Direction::HostToDevice,
+        (Place::Device(_), Place::Pinned { read_only: true }) => {
+            return Err(codes::INVALID_VALUE);
+        }
+        (Place::Device(_), _) => Direction::DeviceToHost,
+        // The driver copies from host to host as well; nothing here needs it.
+        _ => return Err(codes::NOT_SUPPORTED),
+    };
+    let len = width.checked_mul(height).ok_or(codes::INVALID_VALUE)?;
+    let mut staged = None;
+    let mut spans = Vec::with_capacity(2);
+    if from.place == Place::Pageable {
+        let mut bytes = vec![0u8; len];
+        let target = (bytes.as_mut_ptr().expose_provenance(), width);
+        // SAFETY: the caller vouches for the source, and the vector has room for all rows.
+        unsafe { copy_rows((from.address, from.pitch), target, width, height) };
+        staged = Some(bytes);
+    } else {
+        spans.push((from.address, extent(width, height, from.pitch).unwrap_or(len)));
+    }
+    spans.push((to.address, extent(width, height, to.pitch).unwrap_or(len)));
+    if from.place == Place::Pageable || to.place == Place::Pageable {
+        state.counters.pageable_copies += 1;
+        state.counters.pageable_bytes += len as u64;
+    }
+    let loses = state.counters.submitted >= state.settings.lose_after;
+    state.counters.submitted += 1;
+    let work = Work::Copy(Copy { from, to, width, height, staged, direction, loses });
+    let number = state.submit(stream, work, spans, Vec::new())?;
+    Ok((number, to.place))
 }
 
 /// Makes one exported function of a flat copy: its name, then the kinds of destination and source.
@@ -215,6 +229,70 @@ unsafe extern "C" fn cuMemcpy2DUnaligned_v2(description: *const Copy2D) -> Code 
 unsafe extern "C" fn cuMemcpy2DAsync_v2(description: *const Copy2D, stream: usize) -> Code {
     // SAFETY: the caller's duty.
     unsafe { copy_2d("cuMemcpy2DAsync_v2", description, Some(stream)) }
+}
+
+/// What `cuMemcpyBatchAsync` takes for a run of its copies: `CUmemcpyAttributes`.
+#[repr(C)]
+struct Attributes {
+    order: c_uint,
+    from: [c_uint; 2],
+    to: [c_uint; 2],
+    flags: c_uint,
+}
+
+/// The copies are made in order; the driver promises none. As the driver's first version of it, all copies have one
+/// kind of attributes here. A pageable source is staged at once, which the driver does only where it is asked to.
+///
+/// # Safety
+/// The first three pointers have `count` elements, the next two `attribute_count`; `failed` may be written. Host ranges
+/// that are not registered are mapped.
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuMemcpyBatchAsync(
+    to: *const u64,
+    from: *const u64,
+    lens: *const usize,
+    count: usize,
+    attributes: *const Attributes,
+    attribute_starts: *const usize,
+    attribute_count: usize,
+    failed: *mut usize,
+    stream: usize,
+) -> Code {
+    call(|| {
+        let (mut state, device) = enter_context("cuMemcpyBatchAsync")?;
+        // The default stream is refused.
+        let default = stream <= 1;
+        if default || count == 0 || attribute_count != 1 || failed.is_null() {
+            return Err(codes::INVALID_VALUE);
+        }
+        if [to.is_null(), from.is_null(), lens.is_null(), attributes.is_null(), attribute_starts.is_null()]
+            .contains(&true)
+        {
+            return Err(codes::INVALID_VALUE);
+        }
+        // SAFETY: the caller's duty.
+        let (to, from, lens, attributes, first) = unsafe {
+            let slice = std::slice::from_raw_parts::<u64>;
+            let lens = std::slice::from_raw_parts(lens, count);
+            (slice(to, count), slice(from, count), lens, &*attributes, *attribute_starts)
+        };
+        let Attributes { order, from: _, to: _, flags } = attributes;
+        if first != 0 || !(1..=3).contains(order) || *flags > 1 {
+            return Err(codes::INVALID_VALUE);
+        }
+        let stream = state.resolve_stream(stream, device)?;
+        for (number, ((to, from), len)) in to.iter().zip(from).zip(lens).enumerate() {
+            // SAFETY: the caller's duty.
+            unsafe { failed.write(number) };
+            let ends = (End::new(Kind::Any, *to)?, End::new(Kind::Any, *from)?);
+            if *len == 0 {
+                return Err(codes::INVALID_VALUE);
+            }
+            // SAFETY: the caller's duty.
+            unsafe { submit(&mut state, stream, ends, (*len, 1))? };
+        }
+        Ok(())
+    })
 }
 
 fn fill(symbol: &'static str, pointer: u64, value: u8, len: usize, stream: Option<usize>) -> Code {

@@ -1,25 +1,20 @@
 //! CUDA through its driver, loaded at run time. Every error of the driver is an error of the call.
 
+mod stream;
+
 use std::ffi::{CStr, c_char, c_uint};
 use std::ptr;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::sys;
 
 use super::ipc::{Exported, HANDLE_LEN};
-use super::{Backend, BackendStream, DeviceError, Mark, Memory, Source};
-use crate::plan::PieceCopy;
+use super::{Backend, BackendStream, DeviceError, Memory};
+use stream::CudaStream;
 
-/// Largest pitch that the driver's two-dimensional copy takes, in bytes (CU_DEVICE_ATTRIBUTE_MAX_PITCH).
-const MAX_PITCH: u64 = (1 << 31) - 1;
 /// cuMemHostRegister: usable by all contexts; the memory is only read.
 const REGISTER_PORTABLE: c_uint = 0x01;
 const REGISTER_READ_ONLY: c_uint = 0x08;
-/// cuEventCreate: no timing, which makes events cheap; block instead of spinning.
-const EVENT_DISABLE_TIMING: c_uint = 0x02;
-const EVENT_BLOCKING_SYNC: c_uint = 0x01;
-/// cuStreamCreate: does not wait for the default stream.
-const STREAM_NON_BLOCKING: c_uint = 0x01;
 /// cuIpcOpenMemHandle: the only flag there is.
 const IPC_LAZY_ENABLE_PEER_ACCESS: c_uint = 0x01;
 
@@ -294,13 +289,7 @@ impl Backend for Cuda {
     }
 
     fn stream(&self) -> Result<Box<dyn BackendStream>, DeviceError> {
-        let _current = self.context.enter()?;
-        let mut stream = ptr::null_mut();
-        // SAFETY: a context is current; destroyed in `CudaStream::drop`.
-        self.context.check("make a stream", unsafe { sys::cuStreamCreate(&mut stream, STREAM_NON_BLOCKING) })?;
-        let events =
-            Events { context: Arc::clone(&self.context), blocking: self.blocking_wait, spare: Mutex::default() };
-        Ok(Box::new(CudaStream { context: Arc::clone(&self.context), stream, events: Arc::new(events) }))
+        Ok(Box::new(CudaStream::new(&self.context, self.blocking_wait)?))
     }
 
     unsafe fn pin(&self, ptr: *mut u8, len: usize, read_only: bool) -> Result<(), DeviceError> {
@@ -365,164 +354,5 @@ impl Drop for Opened {
             // SAFETY: opened by `open_shared`, closed once. The driver counts how often it is open.
             let _ = unsafe { sys::cuIpcCloseMemHandle(self.addr) };
         }
-    }
-}
-
-#[derive(Debug)]
-struct CudaStream {
-    context: Arc<Context>,
-    stream: sys::CUstream,
-    events: Arc<Events>,
-}
-
-// SAFETY: the driver's stream calls may come from any thread.
-unsafe impl Send for CudaStream {}
-// SAFETY: as above, several at once.
-unsafe impl Sync for CudaStream {}
-
-impl BackendStream for CudaStream {
-    unsafe fn copy(&self, source: Source, dst: u64, copy: &PieceCopy) -> Result<(), DeviceError> {
-        let _current = self.context.enter()?;
-        let (src, src_device) = match source {
-            Source::Buffer(src) | Source::FilePages(src) => (src, None),
-            Source::Device(addr) => (ptr::null(), Some(addr)),
-        };
-        let fits = |n: u64| usize::try_from(n).map_err(|_| DeviceError::OutOfBounds);
-        let (rows, row_len) = (fits(copy.rows)?, fits(copy.row_len)?);
-        let (src_pitch, dst_pitch) = (fits(copy.src_pitch)?, fits(copy.dst_pitch)?);
-        if rows > 1 && copy.src_pitch.max(copy.dst_pitch) <= MAX_PITCH {
-            let rectangle = sys::CUDA_MEMCPY2D {
-                srcXInBytes: 0,
-                srcY: 0,
-                srcMemoryType: match src_device {
-                    None => sys::CUmemorytype::CU_MEMORYTYPE_HOST,
-                    Some(_) => sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
-                },
-                srcHost: src.cast(),
-                srcDevice: src_device.unwrap_or(0),
-                srcArray: ptr::null_mut(),
-                srcPitch: src_pitch,
-                dstXInBytes: 0,
-                dstY: 0,
-                dstMemoryType: sys::CUmemorytype::CU_MEMORYTYPE_DEVICE,
-                dstHost: ptr::null_mut(),
-                dstDevice: dst,
-                dstArray: ptr::null_mut(),
-                dstPitch: dst_pitch,
-                WidthInBytes: row_len,
-                Height: rows,
-            };
-            // SAFETY: all rows lie in live memory until the work is done, by the caller's word.
-            let code = unsafe { sys::cuMemcpy2DAsync_v2(&rectangle, self.stream) };
-            return self.context.check("copy rows", code);
-        }
-        for row in 0..rows {
-            let to = dst + (row * dst_pitch) as u64;
-            // SAFETY: as above; row `row` begins a pitch after the one before.
-            let code = unsafe {
-                match src_device {
-                    None => sys::cuMemcpyHtoDAsync_v2(to, src.add(row * src_pitch).cast(), row_len, self.stream),
-                    Some(from) => sys::cuMemcpyDtoDAsync_v2(to, from + (row * src_pitch) as u64, row_len, self.stream),
-                }
-            };
-            self.context.check("copy", code)?;
-        }
-        Ok(())
-    }
-
-    fn mark(&self) -> Result<Box<dyn Mark>, DeviceError> {
-        let _current = self.context.enter()?;
-        let mark = CudaMark { event: self.events.take()?, events: Arc::clone(&self.events) };
-        // SAFETY: both handles are live.
-        self.context.check("record an event", unsafe { sys::cuEventRecord(mark.event.0, self.stream) })?;
-        Ok(Box::new(mark))
-    }
-
-    fn synchronize(&self) -> Result<(), DeviceError> {
-        let _current = self.context.enter()?;
-        // SAFETY: the stream is live.
-        self.context.check("wait for its copies", unsafe { sys::cuStreamSynchronize(self.stream) })
-    }
-}
-
-impl Drop for CudaStream {
-    fn drop(&mut self) {
-        if let Ok(_current) = self.context.enter() {
-            // SAFETY: made by `stream`, destroyed once.
-            let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
-        }
-    }
-}
-
-/// An event of the driver.
-#[derive(Debug, Clone, Copy)]
-struct Event(sys::CUevent);
-
-// SAFETY: an event may be recorded and waited for in any thread.
-unsafe impl Send for Event {}
-
-/// A stream's events, used again and again: making one takes a lock that the copies of all threads need.
-#[derive(Debug)]
-struct Events {
-    context: Arc<Context>,
-    /// Waiting for them blocks the thread instead of spinning.
-    blocking: bool,
-    spare: Mutex<Vec<Event>>,
-}
-
-impl Events {
-    /// An event that nobody uses. A context is current.
-    fn take(&self) -> Result<Event, DeviceError> {
-        if let Some(event) = self.lock().pop() {
-            return Ok(event);
-        }
-        let flags = EVENT_DISABLE_TIMING | if self.blocking { EVENT_BLOCKING_SYNC } else { 0 };
-        let mut event = ptr::null_mut();
-        // SAFETY: a context is current; destroyed when `self` is dropped.
-        self.context.check("make an event", unsafe { sys::cuEventCreate(&mut event, flags) })?;
-        Ok(Event(event))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Vec<Event>> {
-        self.spare.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Events {
-    fn drop(&mut self) {
-        if let Ok(_current) = self.context.enter() {
-            for event in self.spare.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
-                // SAFETY: made by `take`, destroyed once: each mark gave its event back and keeps `self`.
-                let _ = unsafe { sys::cuEventDestroy_v2(event.0) };
-            }
-        }
-    }
-}
-
-/// An event that was recorded.
-#[derive(Debug)]
-struct CudaMark {
-    event: Event,
-    events: Arc<Events>,
-}
-
-impl Mark for CudaMark {
-    fn is_done(&self) -> bool {
-        let Ok(_current) = self.events.context.enter() else { return true };
-        // SAFETY: the event is live. An error is found by `wait`.
-        unsafe { sys::cuEventQuery(self.event.0) != sys::CUresult::CUDA_ERROR_NOT_READY }
-    }
-
-    fn wait(&self) -> Result<(), DeviceError> {
-        let _current = self.events.context.enter()?;
-        // SAFETY: the event is live.
-        self.events.context.check("finish a copy", unsafe { sys::cuEventSynchronize(self.event.0) })
-    }
-}
-
-impl Drop for CudaMark {
-    fn drop(&mut self) {
-        // Recording it anew is allowed whatever has become of it.
-        self.events.lock().push(self.event);
     }
 }
