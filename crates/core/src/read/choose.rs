@@ -19,6 +19,8 @@ pub const PREAD_CPUS: usize = 8;
 pub const MAX_LANES: usize = 12;
 /// Pieces that are looked at where it is forced how all are read.
 const SAMPLES: usize = 64;
+/// Pieces that one thread asks the system about before another is worth starting.
+const ASKED_BY_ONE: usize = 256;
 /// Threads that keep a disk busy where each has one read in flight.
 pub const COLD_LANES: usize = 8;
 /// Buffers of a pread lane: one is filled while the other is copied. More leave the processor's cache.
@@ -123,20 +125,13 @@ fn split<'a>(files: &[DataFile], pieces: Vec<&'a Piece>, all: Option<bool>) -> R
     let mut residency = Residency::default();
     let total = pieces.iter().map(|piece| piece.len).sum::<u64>().max(1);
     let mut cached_bytes = 0;
-    let mut unknown = false;
-    for piece in pieces {
-        let cached = match (all, files.get(piece.file)) {
-            (Some(all), _) => all,
-            (None, Some(file)) => match is_cached(file, piece.offset, piece.len) {
-                Some(cached) => cached,
-                None => {
-                    unknown = true;
-                    true
-                }
-            },
-            (None, None) => true,
-        };
-        if cached {
+    let answers = match all {
+        Some(all) => vec![Some(all); pieces.len()],
+        None => ask(files, &pieces),
+    };
+    let unknown = answers.contains(&None);
+    for (piece, answer) in pieces.into_iter().zip(answers) {
+        if answer != Some(false) {
             cached_bytes += piece.len;
             residency.cached.push(piece);
         } else {
@@ -151,6 +146,31 @@ fn split<'a>(files: &[DataFile], pieces: Vec<&'a Piece>, all: Option<bool>) -> R
         None => format!("{} % of the bytes are in the page cache", cached_bytes * 100 / total),
     };
     residency
+}
+
+/// Whether each of these pieces is cached; `None` where the system does not say. For a large model it is asked ten
+/// thousand times, which takes one thread 3 to 8 ms: so threads share the pieces.
+fn ask(files: &[DataFile], pieces: &[&Piece]) -> Vec<Option<bool>> {
+    let answer = |piece: &Piece| files.get(piece.file).and_then(|file| is_cached(file, piece.offset, piece.len));
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = (pieces.len() / ASKED_BY_ONE).clamp(1, processors.min(MAX_LANES));
+    let share = pieces.len().div_ceil(threads).max(1);
+    let mut answers = vec![None; pieces.len()];
+    std::thread::scope(|scope| {
+        let mut parts = pieces.chunks(share).zip(answers.chunks_mut(share));
+        let first = parts.next();
+        let fill = |(pieces, answers): (&[&Piece], &mut [Option<bool>])| {
+            for (piece, place) in pieces.iter().zip(answers) {
+                *place = answer(piece);
+            }
+        };
+        for part in parts {
+            // Where no thread can be had, its pieces stay unknown.
+            let _ = std::thread::Builder::new().name("sllm-ask".into()).spawn_scoped(scope, move || fill(part));
+        }
+        first.map(fill);
+    });
+    answers
 }
 
 /// Whether most of these pieces come from the disk, by a sample.
