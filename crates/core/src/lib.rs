@@ -78,7 +78,7 @@ pub use verify::{VerifyReport, verify};
 #[doc(hidden)]
 pub mod tuning {
     pub use crate::format::manifest::CHUNK_LEN;
-    pub use crate::load::{MAPPED_IN_FLIGHT, PIECE_LEN, PINNED_LEN};
+    pub use crate::load::{BUSY, MAPPED_IN_FLIGHT, MAX_BATCH, PIECE_LEN, PINNED_LEN};
     pub use crate::read::WINDOW;
     pub use crate::read::choose::{
         COLD_LANES, MAX_LANES, PREAD_BUFFERS, PREAD_CPUS, URING_DEPTH, URING_LANES, URING_SPARE,

@@ -11,9 +11,9 @@ use crate::plan::PieceCopy;
 use crate::read::Filled;
 
 /// Pieces that are issued together at most: their buffers come back together.
-const MAX_BATCH: usize = 8;
+pub const MAX_BATCH: usize = 8;
 /// Batches a device that keep it busy: one is copied while the next is there already.
-const BUSY: usize = 2;
+pub const BUSY: usize = 2;
 
 /// What lanes send copies by.
 #[derive(Debug)]
