@@ -9,9 +9,9 @@ pub(crate) struct Host {
     pub(crate) gpus: usize,
     /// One large pinned copy.
     pub(crate) link: f64,
-    /// What a copy costs the link beside its bytes.
+    /// What a copy, or a batch of copies, costs the link beside its bytes.
     pub(crate) copy_overhead: f64,
-    /// What issuing a copy costs the thread.
+    /// What issuing a copy costs the thread, in a batch too.
     pub(crate) copy_issue: f64,
     /// One thread, page cache to a buffer in the processor's cache.
     pub(crate) read_each: f64,

@@ -12,6 +12,7 @@
 
 mod host;
 mod model;
+mod outbox;
 mod peers;
 mod pipeline;
 mod resource;

@@ -7,6 +7,7 @@ use sllm_core::tuning::MAPPED_IN_FLIGHT;
 
 use crate::host::Host;
 use crate::model::Piece;
+use crate::outbox::Outbox;
 use crate::resource::{Serial, Shared};
 use crate::way::{Engine, Way};
 
@@ -67,9 +68,9 @@ enum State {
     Read(usize),
     /// Its bytes are there.
     Filled(usize),
-    /// Verified: issues its copies.
-    Issue(usize),
-    /// Copies are issued.
+    /// Verified: is sent.
+    Send(usize),
+    /// Has issued this batch of its outbox.
     Issued(usize),
     /// Waits for its last copies.
     Drain,
@@ -83,8 +84,10 @@ struct Lane {
     spare: usize,
     quota: usize,
     pinned: usize,
-    /// Ends of its copies, in order.
-    copies: VecDeque<f64>,
+    /// Batches of its pieces that were sent and did not come back, in order.
+    sent: VecDeque<usize>,
+    /// What it does once it has issued a batch.
+    then: State,
     /// Reads in flight, and pieces that came back (io_uring).
     in_flight: usize,
     back: VecDeque<usize>,
@@ -119,6 +122,8 @@ struct Run<'a> {
     resources: [Shared; 3],
     disk: Serial,
     links: Vec<Serial>,
+    /// One a process, by its first device.
+    outboxes: Vec<Outbox>,
     timers: BinaryHeap<Reverse<(Time, usize, Wake)>>,
     timer_count: usize,
     now: f64,
@@ -133,6 +138,14 @@ impl<'a> Run<'a> {
         let devices =
             shares.iter().flat_map(|s| s.pieces.iter().flat_map(|p| &p.copies).map(|(d, _)| d + s.first_device));
         let links = vec![Serial::new(host.link, host.copy_overhead); devices.max().unwrap_or(0) + 1];
+        let outbox = |first_device| {
+            let mine = || shares.iter().filter(|share| share.first_device == first_device);
+            let devices = mine().flat_map(|share| share.pieces.iter().flat_map(|piece| &piece.copies)).map(|(d, _)| d);
+            // Ways of one load have one number of pieces a batch.
+            let most = mine().map(|share| share.way.batch).max().unwrap_or(1);
+            Outbox::new(most, devices.max().map_or(0, |last| last + 1))
+        };
+        let outboxes = (0..links.len()).map(outbox).collect();
         let lanes = shares.iter().enumerate().flat_map(|(number, share)| {
             (0..share.way.lanes).map(move |_| Lane {
                 share: number,
@@ -140,7 +153,8 @@ impl<'a> Run<'a> {
                 spare: 0,
                 quota: share.way.buffers,
                 pinned: 0,
-                copies: VecDeque::new(),
+                sent: VecDeque::new(),
+                then: State::Next,
                 in_flight: 0,
                 back: VecDeque::new(),
                 idle: false,
@@ -161,6 +175,7 @@ impl<'a> Run<'a> {
             resources,
             disk: Serial::new(host.disk, 0.0),
             links,
+            outboxes,
             timers: BinaryHeap::new(),
             timer_count: 0,
             now: 0.0,
@@ -235,29 +250,21 @@ impl<'a> Run<'a> {
             State::Read(piece) => self.read(number, piece),
             State::Filled(piece) if share.way.verify => {
                 let verifying = share.pieces[piece].len as f64 / self.host.checksum;
-                self.then_at(number, verifying, State::Issue(piece))
+                self.then_at(number, verifying, State::Send(piece))
             }
-            State::Filled(piece) => Some(State::Issue(piece)),
-            State::Issue(piece) => {
-                if share.way.engine == Engine::Mapped && self.lanes[number].copies.len() >= MAPPED_IN_FLIGHT {
-                    let end = self.lanes[number].copies.pop_front()?;
-                    return self.then_at(number, (end - self.now).max(0.0), State::Issue(piece));
+            State::Filled(piece) => Some(State::Send(piece)),
+            State::Send(piece) => self.send(number, piece),
+            State::Issued(batch) => {
+                let (end, waiting) = self.outboxes[share.first_device].issue(batch, self.now, &mut self.links);
+                for lane in waiting {
+                    self.wake_at(end, Wake::Lane(lane));
                 }
-                let issuing = share.pieces[piece].copies.len() as f64 * self.host.copy_issue;
-                self.then_at(number, issuing, State::Issued(piece))
+                Some(self.lanes[number].then)
             }
-            State::Issued(piece) => {
-                let mut end = self.now;
-                for &(device, len) in &share.pieces[piece].copies {
-                    end = end.max(self.links[device + share.first_device].push(self.now, len as f64));
-                }
-                self.lanes[number].copies.push_back(end);
-                Some(State::Next)
-            }
-            State::Drain => {
-                let last = self.lanes[number].copies.drain(..).fold(self.now, f64::max);
-                self.then_at(number, last - self.now, State::Done)
-            }
+            State::Drain => match self.lanes[number].sent.front() {
+                Some(&oldest) => self.retire(number, oldest, State::Drain),
+                None => Some(State::Done),
+            },
             State::Done => None,
         }
     }
@@ -286,7 +293,7 @@ impl<'a> Run<'a> {
 
     /// What the thread does when it is free.
     fn take(&mut self, number: usize) -> Option<State> {
-        let share = self.lanes[number].share;
+        let (share, now) = (self.lanes[number].share, self.now);
         match self.shares[share].way.engine {
             Engine::Pread => Some(self.pop(share).map_or(State::Drain, State::Acquire)),
             Engine::Uring { depth } => {
@@ -294,14 +301,18 @@ impl<'a> Run<'a> {
                 if let Some(piece) = lane.back.pop_front() {
                     return Some(State::Filled(piece));
                 }
-                let has_room =
-                    lane.quota > 0 || lane.spare > 0 || lane.copies.front().is_some_and(|&end| end <= self.now);
                 let in_flight = lane.in_flight;
-                if in_flight < depth
-                    && (in_flight == 0 || has_room)
-                    && let Some(piece) = self.pop(share)
-                {
-                    return Some(State::Acquire(piece));
+                if in_flight < depth && self.next[share] < self.shares[share].pieces.len() {
+                    let mut has_room = in_flight == 0 || lane.quota > 0 || lane.spare > 0;
+                    if let (false, Some(&oldest)) = (has_room, lane.sent.front()) {
+                        if self.outbox(number).is_overdue(oldest, now) {
+                            return self.issue(number, State::Next);
+                        }
+                        has_room = self.outbox(number).is_done(oldest, now);
+                    }
+                    if has_room && let Some(piece) = self.pop(share) {
+                        return Some(State::Acquire(piece));
+                    }
                 }
                 self.lanes[number].idle = in_flight > 0;
                 (in_flight == 0).then_some(State::Drain)
@@ -324,16 +335,22 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// A buffer: a free one, a new one, or that of the oldest copy.
+    /// A buffer: a free one, that of the oldest copy if it is done, a new one, or that of the oldest copy.
     fn acquire(&mut self, number: usize, piece: usize) -> Option<State> {
-        let way = self.shares[self.lanes[number].share].way;
-        let lane = &mut self.lanes[number];
-        let oldest = lane.copies.front().copied();
-        if lane.spare > 0 {
-            lane.spare -= 1;
+        let (way, now) = (self.shares[self.lanes[number].share].way, self.now);
+        if self.lanes[number].spare > 0 {
+            self.lanes[number].spare -= 1;
             return Some(State::Read(piece));
         }
-        if lane.quota > 0 && oldest.is_none_or(|end| end > self.now) {
+        let oldest = self.lanes[number].sent.front().copied();
+        if let Some(batch) = oldest
+            && self.outbox(number).is_overdue(batch, now)
+        {
+            return self.issue(number, State::Acquire(piece));
+        }
+        let done = oldest.is_some_and(|batch| self.outbox(number).is_done(batch, now));
+        let lane = &mut self.lanes[number];
+        if lane.quota > 0 && !done {
             lane.quota -= 1;
             if lane.pinned > 0 {
                 lane.pinned -= 1;
@@ -347,13 +364,49 @@ impl<'a> Run<'a> {
                 State::Pinned(piece, buffers),
             );
         }
-        let end = oldest?;
-        if end > self.now {
-            return self.then_at(number, end - self.now, State::Acquire(piece));
+        self.retire(number, oldest?, State::Acquire(piece))
+    }
+
+    fn outbox(&mut self, number: usize) -> &mut Outbox {
+        &mut self.outboxes[self.shares[self.lanes[number].share].first_device]
+    }
+
+    /// Sends a piece, and issues the open batch if it is due.
+    fn send(&mut self, number: usize, piece: usize) -> Option<State> {
+        let (share, now) = (&self.shares[self.lanes[number].share], self.now);
+        let sent = &self.lanes[number].sent;
+        if let (Engine::Mapped, Some(&oldest), MAPPED_IN_FLIGHT..) = (share.way.engine, sent.front(), sent.len()) {
+            return self.retire(number, oldest, State::Send(piece));
         }
-        lane.copies.pop_front();
-        lane.spare += 1;
-        Some(State::Acquire(piece))
+        let copies = share.pieces[piece].copies.iter().map(|&(device, len)| (device + share.first_device, len));
+        let batch = self.outbox(number).send(copies);
+        self.lanes[number].sent.push_back(batch);
+        if self.outbox(number).is_due(now) { self.issue(number, State::Next) } else { Some(State::Next) }
+    }
+
+    /// Issues the open batch, and goes on in another state.
+    fn issue(&mut self, number: usize, then: State) -> Option<State> {
+        let (batch, copies) = self.outbox(number).take();
+        self.lanes[number].then = then;
+        self.then_at(number, copies as f64 * self.host.copy_issue, State::Issued(batch))
+    }
+
+    /// Takes back the oldest piece, of this batch, or waits for it in the state in which it asks again.
+    fn retire(&mut self, number: usize, batch: usize, again: State) -> Option<State> {
+        let now = self.now;
+        match self.outbox(number).end(batch) {
+            Some(end) if end <= now => {
+                let lane = &mut self.lanes[number];
+                lane.sent.pop_front();
+                lane.spare += 1;
+                return Some(again);
+            }
+            Some(end) => self.wake_at(end, Wake::Lane(number)),
+            None if self.outbox(number).is_open(batch) => return self.issue(number, again),
+            None => self.outbox(number).wait(batch, number),
+        }
+        self.lanes[number].state = again;
+        None
     }
 
     fn read(&mut self, number: usize, piece: usize) -> Option<State> {
@@ -406,7 +459,7 @@ mod tests {
     }
 
     fn share(engine: Engine, lanes: usize, buffers: usize, pieces: usize) -> Share {
-        let way = Way { engine, lanes, buffers, piece_len: LEN, verify: false };
+        let way = Way { engine, lanes, buffers, piece_len: LEN, verify: false, batch: 1 };
         let piece = |number| Piece { len: LEN, copies: vec![(0, LEN)], window: (0, number / 4), place: 0.0..1.0 };
         Share { way, from: From::Cache, pieces: (0..pieces as u64).map(piece).collect(), first_device: 0 }
     }
@@ -510,5 +563,31 @@ mod tests {
     fn copies_and_their_issue_cost_what_they_do_each() {
         let host = Host { copy_overhead: 1e-3, copy_issue: 5e-4, setup: 7e-3, ..host() };
         assert_eq!(ms(&host, &[share(Engine::Pread, 1, 1, 10)]), 7.0 + 10.0 * (1.0 + 0.5 + 1.0 + 3.0));
+    }
+
+    #[test]
+    fn a_batch_rests_once_and_its_buffers_come_back_at_its_end() {
+        let host = Host { copy_overhead: 1e-3, ..host() };
+        let one = |buffers, batch| {
+            let mut one = share(Engine::Pread, 1, buffers, 10);
+            one.way.batch = batch;
+            ms(&host, &[one])
+        };
+        assert_eq!(one(10, 1), 1.0 + 10.0 + 10.0 * 3.0);
+        // Pieces 1, 2, 3 to 5, 6 to 9, 10.
+        assert_eq!(one(10, 4), 1.0 + 5.0 + 10.0 * 3.0);
+        // 1, 2, 3 and 4, 5, 6, 7 and 8, 9, 10.
+        assert_eq!(one(3, 4), 1.0 + 8.0 + 10.0 * 3.0);
+        // When the next piece is there, one batch is left.
+        assert_eq!(one(2, 4), one(2, 1));
+    }
+
+    #[test]
+    fn a_lane_that_waits_for_a_piece_issues_it_and_others_wait_for_that() {
+        let host = Host { copy_overhead: 1e-3, copy_issue: 1e-3, ..host() };
+        let mut lanes = share(Engine::Pread, 4, 2, 10);
+        lanes.way.batch = 8;
+        // 1, 2, then 3 to 5 by the third lane, which waits for 3; 6 to 8 by the first, which waits for its last; 9; 10.
+        assert_eq!(ms(&host, &[lanes]), 1.0 + 1.0 + 6.0 + 10.0 * 3.0);
     }
 }

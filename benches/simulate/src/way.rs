@@ -23,6 +23,8 @@ pub(crate) struct Way {
     pub(crate) buffers: usize,
     pub(crate) piece_len: u64,
     pub(crate) verify: bool,
+    /// Pieces that are issued together at most; 1 in builds that issued each at once.
+    pub(crate) batch: usize,
 }
 
 impl Way {
@@ -37,21 +39,22 @@ impl Way {
 
     /// Pages in place: one thread registers them, and there is no buffer to take checksums of.
     pub(crate) fn mapped() -> Way {
-        Way { engine: Engine::Mapped, lanes: 1, buffers: 0, piece_len: piece_len(false), verify: false }
+        let (piece_len, batch) = (piece_len(false), tuning::MAX_BATCH);
+        Way { engine: Engine::Mapped, lanes: 1, buffers: 0, piece_len, verify: false, batch }
     }
 
     /// What the loader chooses for uncached bytes.
     pub(crate) fn uncached(verify: bool) -> Way {
         let depth = tuning::URING_DEPTH;
         let buffers = depth + tuning::URING_SPARE;
-        let engine = Engine::Uring { depth };
-        Way { engine, lanes: tuning::URING_LANES, buffers, piece_len: piece_len(verify), verify }
+        let (engine, lanes) = (Engine::Uring { depth }, tuning::URING_LANES);
+        Way { engine, lanes, buffers, piece_len: piece_len(verify), verify, batch: tuning::MAX_BATCH }
     }
 
     /// Threads with the buffers that the loader gives them.
     pub(crate) fn pread(lanes: usize, verify: bool) -> Way {
-        let buffers = tuning::PREAD_BUFFERS;
-        Way { engine: Engine::Pread, lanes, buffers, piece_len: piece_len(verify), verify }
+        let (engine, buffers) = (Engine::Pread, tuning::PREAD_BUFFERS);
+        Way { engine, lanes, buffers, piece_len: piece_len(verify), verify, batch: tuning::MAX_BATCH }
     }
 
     /// Fewer lanes and buffers where the staging memory is small, as in `load/staging.rs`.
