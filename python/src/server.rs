@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use pyo3::prelude::*;
-use sllm_client::{Address, ClientOptions, Error, RemoteOptions, Result, StoreRemote};
+use sllm_client::{ClientOptions, Error, RemoteOptions, Result, StoreRemote, find_address};
 use sllm_core::LoaderBuilder;
 
 use crate::error::{Raise, raise};
@@ -94,11 +94,11 @@ pub(crate) fn asked(
 ) -> sllm_core::Result<LoaderBuilder> {
     let address = match server {
         None => return Ok(builder),
-        Some("auto") => match Address::find(None) {
+        Some("auto") => match find_address(None) {
             Err(Error::NotThere { .. }) => return Ok(builder),
             found => found?,
         },
-        Some(text) => text.parse()?,
+        Some(text) => find_address(Some(text))?,
     };
     let options = ClientOptions::new().address(address.to_string()).token(token);
     Ok(builder.remote(Box::new(StoreRemote::at(options, RemoteOptions::new()))))

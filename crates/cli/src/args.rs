@@ -206,7 +206,7 @@ pub(crate) struct StartArgs {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true",
           value_parser = BoolishValueParser::new())]
     pub(crate) registration_required: Option<bool>,
-    /// Listen here: unix:/path or host:port; may be given several times [default: a socket in $XDG_RUNTIME_DIR, /run or /tmp]
+    /// Listen here: unix:/PATH, /PATH or HOST:PORT; may be given several times [default: a socket in $XDG_RUNTIME_DIR, /run or /tmp]
     #[arg(long, value_name = "ADDR")]
     pub(crate) listen: Vec<Address>,
     /// Give metrics for Prometheus here, at http://ADDR/metrics

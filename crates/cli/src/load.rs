@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use serde::Serialize;
-use sllm_client::{Address, RemoteOptions, StoreRemote};
+use sllm_client::{RemoteOptions, StoreRemote, find_address};
 use sllm_core::{Device, EngineChoice, Error, LoadReport, Loader, LoaderBuilder, Result};
 
 use crate::args::LoadArgs;
@@ -62,7 +62,7 @@ fn remote(address: &str, token_file: Option<&Path>, staging: Option<u64>) -> Res
     let given = Some(address).filter(|address| !address.is_empty());
     // What is no address is an error of the call, not of the server.
     if let Some(text) = given {
-        text.parse::<Address>()?;
+        find_address(Some(text))?;
     }
     let options = client::options(given.map(str::to_owned), token_file)?;
     let mut remote = RemoteOptions::new();

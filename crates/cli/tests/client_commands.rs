@@ -17,7 +17,8 @@ impl Server {
         let socket = models.join("socket");
         let address = format!("unix:{}", socket.display());
         let mut command = Command::new(assert_cmd::cargo::cargo_bin("sllm-store"));
-        command.args(["start", "--mem-pool-size", "64MB", "--listen", &address, "--storage-path"]).arg(models);
+        command.args(["start", "--mem-pool-size", "64MB", "--storage-path"]).arg(models);
+        command.arg("--listen").arg(&socket);
         let mut server = Server(command.stderr(Stdio::null()).spawn().unwrap(), address);
         while UnixStream::connect(&socket).is_err() {
             assert!(server.0.try_wait().unwrap().is_none(), "the server ended");
@@ -63,6 +64,8 @@ fn without_a_server_every_command_says_where_it_looked_and_what_to_do() {
         assert!(message.contains("unix:/nonexistent/s") && message.contains("sllm-store start"), "{message}");
         assert!(ran.stderr.starts_with("error: no store server answers at "), "{}", ran.stderr);
     }
+    // As where the variable is empty.
+    assert_eq!(ran(&["list", "--address", ""]).code, 11);
 }
 
 #[test]

@@ -216,7 +216,8 @@ fn what_cannot_be_is_refused_with_the_reason() {
     refuse(&["--num-thread", "0"], "--num-thread");
     refuse(&["--max-loads", "0"], "--max-loads");
     refuse(&["--host", "0.0.0.0", "--port", "0"], "token");
-    refuse(&["--listen", "somewhere"], "unix:/path");
+    refuse(&["--listen", "somewhere"], "unix:/PATH");
+    refuse(&["--host", "some where"], "--host");
     refuse(&["--quota", "32GB"], "PREFIX=SIZE");
     refuse(&["--log-format", "xml"], "json");
     refuse(&["--config", &path(&write("bad.toml", "mem_pool = 1"))], "mem_pool");

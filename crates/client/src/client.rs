@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use sllm_core::{Control, Progress};
 use sllm_proto::store as pb;
 use sllm_proto::store::store_client::StoreClient as Rpc;
-use sllm_proto::{MAX_MESSAGE_LEN, TOKEN_VARIABLE};
+use sllm_proto::{Address, MAX_MESSAGE_LEN, TOKEN_VARIABLE};
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Response};
@@ -15,7 +15,7 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-use crate::address::Address;
+use crate::address::find_address;
 use crate::error::{Error, Result, innermost};
 use crate::events::Events;
 use crate::runtime::Runtime;
@@ -115,7 +115,7 @@ impl std::fmt::Debug for StoreClient {
 impl StoreClient {
     /// Connects to a server.
     pub fn connect(options: &ClientOptions) -> Result<StoreClient> {
-        let address = Address::find(options.address.as_deref())?;
+        let address = find_address(options.address.as_deref())?;
         let token = options.token.clone().or_else(|| std::env::var(TOKEN_VARIABLE).ok());
         let token = token.map(|token| token.trim().to_owned()).filter(|token| !token.is_empty());
         let token = token.map(|token| format!("Bearer {token}").parse().map_err(|_| Error::Token)).transpose()?;
@@ -125,14 +125,14 @@ impl StoreClient {
                 let wrong = || Error::Address { address: path.display().to_string(), reason: reason() };
                 format!("unix://{}", path.to_str().ok_or_else(wrong)?)
             }
-            Address::Tcp(address) => format!("http://{address}"),
+            Address::Tcp { .. } => format!("http://{address}"),
         };
         let endpoint = Endpoint::from_shared(uri)
             .map_err(|e| Error::Address { address: address.to_string(), reason: innermost(&e) })?;
         let endpoint = endpoint.connect_timeout(options.connect_limit).tcp_nodelay(true);
         let endpoint = match address {
             Address::Unix(_) => endpoint,
-            Address::Tcp(_) => endpoint.http2_keep_alive_interval(KEEP_ALIVE).keep_alive_timeout(KEEP_ALIVE),
+            Address::Tcp { .. } => endpoint.http2_keep_alive_interval(KEEP_ALIVE).keep_alive_timeout(KEEP_ALIVE),
         };
         let runtime = Runtime::start()?;
         let named = address.to_string();

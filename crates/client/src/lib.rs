@@ -33,8 +33,9 @@ mod session;
 mod staging;
 mod types;
 
-pub use address::Address;
+pub use address::find_address;
 pub use client::{ClientOptions, StoreClient};
 pub use error::{Error, Refusal, Result};
 pub use remote::{Moved, RemoteOptions, StoreRemote};
+pub use sllm_proto::Address;
 pub use types::{Job, Model, Pool, Status};

@@ -8,11 +8,10 @@ use std::path::PathBuf;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::rand::{GetRandomFlags, getrandom};
 use sllm_core::MemoryFile;
-use sllm_proto::{PASS_MEMORY, TICKET_LEN};
+use sllm_proto::{Address, PASS_MEMORY, TICKET_LEN};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
-use crate::address::Address;
 use crate::client::StoreClient;
 use crate::error::{Error, Result};
 

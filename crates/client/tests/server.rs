@@ -24,7 +24,7 @@ struct Served {
 impl Served {
     fn start(storage: &Path, change: impl FnOnce(&mut Config)) -> Served {
         let mut config = Config::new(storage);
-        config.listen = vec![Address::Unix(storage.join("socket")), Address::Tcp("127.0.0.1:0".into())];
+        config.listen = vec![Address::Unix(storage.join("socket")), Address::tcp("127.0.0.1", 0).unwrap()];
         config.pool_len = 64 << 20;
         config.chunk_len = 4 << 20;
         config.token = Some(sllm_server::Token::new(TOKEN).unwrap());

@@ -1,4 +1,6 @@
-//! The RPCs of the store server, made of the files in `proto/`.
+//! What the store server and its clients agree on: the RPCs, made of the files in `proto/`, and addresses.
+
+mod address;
 
 /// The original's service, `storage.Storage`.
 #[allow(missing_docs, unreachable_pub, clippy::all)]
@@ -11,6 +13,8 @@ pub mod storage {
 pub mod store {
     tonic::include_proto!("sllm.v1");
 }
+
+pub use address::Address;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

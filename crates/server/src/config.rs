@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
 use sllm_core::{Error, Result, parse_size};
+use sllm_proto::Address;
 
-use crate::listen::{Address, default_socket};
+use crate::listen::default_socket;
 use crate::token::Token;
 
 /// Bytes that a chunk of the pool is a multiple of: the chunk of a store.
@@ -107,6 +108,13 @@ impl<'de> Deserialize<'de> for Size {
     }
 }
 
+fn addresses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Address>, D::Error> {
+    let address = |text: String| {
+        text.parse().map_err(|reason: String| serde::de::Error::custom(format!("{text:?} is no address: {reason}")))
+    };
+    Vec::<String>::deserialize(deserializer)?.into_iter().map(address).collect()
+}
+
 /// What was typed, as flags or as a file; everything may be left out.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -126,6 +134,7 @@ pub struct Settings {
     /// Its port, on the loopback interface where no host is given.
     pub port: Option<u16>,
     /// See [`Config::listen`]; a Unix socket unless given.
+    #[serde(deserialize_with = "addresses")]
     pub listen: Vec<Address>,
     /// See [`Config::metrics_listen`].
     pub metrics_listen: Option<SocketAddr>,
@@ -207,8 +216,9 @@ impl Settings {
         let told = !config.listen.is_empty();
         if self.host.is_some() || self.port.is_some() {
             let host = self.host.unwrap_or_else(|| "127.0.0.1".into());
-            let host = if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host };
-            config.listen.push(Address::Tcp(format!("{host}:{}", self.port.unwrap_or(PORT))));
+            config.listen.push(
+                Address::tcp(&host, self.port.unwrap_or(PORT)).map_err(|e| Error::Invalid(format!("--host: {e}")))?,
+            );
             // With the original's flags alone the socket is there too: our clients find the server without being told.
             // A second server at another port does without.
             config.listen_if_free = (!told).then(default_socket);
@@ -310,7 +320,7 @@ mod tests {
         assert_eq!((config.pool_len, config.chunk_len), (8 << 30, 4 << 20));
         assert_eq!(config.pin, ["m"]);
         // A typed port is where to listen; the file's addresses are not added to it.
-        assert_eq!(config.listen, [Address::Tcp("127.0.0.1:0".into())]);
+        assert_eq!(config.listen, [Address::tcp("127.0.0.1", 0).unwrap()]);
     }
 
     #[test]
@@ -322,7 +332,7 @@ mod tests {
             let config = settings.resolve(None).unwrap();
             (config.listen, config.listen_if_free)
         };
-        let (unix, tcp) = (Address::Unix("/a".into()), Address::Tcp("127.0.0.1:1".into()));
+        let (unix, tcp) = (Address::Unix("/a".into()), Address::tcp("127.0.0.1", 1).unwrap());
         assert_eq!(of(&|_| ()), (vec![Address::Unix(socket())], None));
         assert_eq!(of(&|s| s.port = Some(1)), (vec![tcp.clone()], Some(socket())));
         assert_eq!(of(&|s| s.listen = vec![unix.clone()]), (vec![unix.clone()], None));

@@ -85,7 +85,7 @@ impl Reception {
                     }
                 }
             }
-            Listener::Tcp(listener) => {
+            Listener::Tcp(listener, _) => {
                 let listener = tokio::net::TcpListener::from_std(listener)?;
                 loop {
                     if let Some((stream, _)) = taken(listener.accept().await).await {

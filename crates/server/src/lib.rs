@@ -29,9 +29,9 @@ mod store;
 mod token;
 
 pub use config::{Config, Quota, Settings, Size};
-pub use listen::{Address, default_socket};
+pub use listen::default_socket;
 pub use log::{LogFormat, log_to_stderr};
 pub use serve::serve;
 pub use server::Server;
-pub use sllm_proto::TOKEN_VARIABLE;
+pub use sllm_proto::{Address, TOKEN_VARIABLE};
 pub use token::Token;

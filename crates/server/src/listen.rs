@@ -9,56 +9,11 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, FlockOperation, Mode};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
-use serde::{Deserialize, Deserializer};
 use sllm_core::{Error, Result};
+use sllm_proto::Address;
 
 /// Who may use a socket: its owner and group.
 const SOCKET_MODE: u32 = 0o660;
-
-/// An address to listen at.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Address {
-    /// A Unix socket.
-    Unix(PathBuf),
-    /// `host:port`.
-    Tcp(String),
-}
-
-impl std::str::FromStr for Address {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Address, String> {
-        if let Some(path) = text.strip_prefix("unix:") {
-            let path = path.strip_prefix("//").unwrap_or(path);
-            return if path.starts_with('/') {
-                Ok(Address::Unix(path.into()))
-            } else {
-                Err("a Unix socket is unix: and an absolute path, such as unix:/run/sllm-store.sock".into())
-            };
-        }
-        let port =
-            text.rsplit_once(':').filter(|(host, _)| !host.is_empty()).and_then(|(_, port)| port.parse::<u16>().ok());
-        match port {
-            Some(_) => Ok(Address::Tcp(text.to_owned())),
-            None => Err("an address is unix:/path or host:port".into()),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for Address {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Address, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-impl std::fmt::Display for Address {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Address::Unix(path) => write!(f, "unix:{}", path.display()),
-            Address::Tcp(address) => f.write_str(address),
-        }
-    }
-}
 
 /// The socket where nothing else is asked for: in the user's runtime directory, else in `/run`, else in `/tmp`.
 pub fn default_socket() -> PathBuf {
@@ -74,7 +29,7 @@ pub fn default_socket() -> PathBuf {
 #[derive(Debug)]
 pub(crate) enum Listener {
     Unix(UnixListener, SocketFile),
-    Tcp(TcpListener),
+    Tcp(TcpListener, SocketAddr),
 }
 
 /// A socket's place in the file system, removed when dropped unless somebody else took it.
@@ -104,8 +59,9 @@ impl Listener {
                     Err(Error::Invalid(format!("a server listens on {path} already: {reason}")))
                 }
             },
-            Address::Tcp(text) => {
-                let addresses: Vec<SocketAddr> = text.to_socket_addrs().map_err(cannot("resolve", text))?.collect();
+            Address::Tcp { host, port } => {
+                let found = (host.as_str(), *port).to_socket_addrs().map_err(cannot("resolve", address.to_string()))?;
+                let addresses: Vec<SocketAddr> = found.collect();
                 if let Some(open) = addresses.iter().find(|address| !address.ip().is_loopback())
                     && !secret
                 {
@@ -117,7 +73,7 @@ impl Listener {
                 let bound = addresses.iter().map(|address| bind_tcp(*address));
                 let bound = bound.collect::<Result<Vec<Listener>>>()?;
                 if bound.is_empty() {
-                    return Err(Error::Invalid(format!("{text} names no address")));
+                    return Err(Error::Invalid(format!("{address} names no address")));
                 }
                 Ok(bound)
             }
@@ -128,9 +84,7 @@ impl Listener {
     pub(crate) fn address(&self) -> Address {
         match self {
             Listener::Unix(_, file) => Address::Unix(file.path.clone()),
-            Listener::Tcp(listener) => {
-                Address::Tcp(listener.local_addr().map_or_else(|e| e.to_string(), |address| address.to_string()))
-            }
+            Listener::Tcp(_, address) => (*address).into(),
         }
     }
 }
@@ -139,7 +93,8 @@ impl Listener {
 pub(crate) fn bind_tcp(address: SocketAddr) -> Result<Listener> {
     let listener = TcpListener::bind(address).map_err(cannot("listen on", address.to_string()))?;
     listener.set_nonblocking(true).map_err(cannot("listen on", address.to_string()))?;
-    Ok(Listener::Tcp(listener))
+    let got = listener.local_addr().map_err(cannot("listen on", address.to_string()))?;
+    Ok(Listener::Tcp(listener, got))
 }
 
 /// Listens at a Unix socket; `None` where somebody else does.
@@ -196,16 +151,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses_are_told_apart() {
-        assert_eq!("unix:/run/a.sock".parse(), Ok(Address::Unix("/run/a.sock".into())));
-        assert_eq!("unix:///run/a.sock".parse(), Ok(Address::Unix("/run/a.sock".into())));
-        assert_eq!("[::1]:80".parse(), Ok(Address::Tcp("[::1]:80".into())));
-        for wrong in ["", "unix:", "unix:a.sock", "8073", ":8073", "host", "host:port", "host:99999"] {
-            assert!(wrong.parse::<Address>().is_err(), "{wrong}");
-        }
-    }
-
-    #[test]
     fn a_left_socket_is_replaced_and_a_live_one_is_not() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
@@ -238,9 +183,9 @@ mod tests {
 
     #[test]
     fn addresses_that_others_reach_need_a_token() {
-        let anywhere = Address::Tcp("0.0.0.0:0".into());
+        let anywhere = "0.0.0.0:0".parse().unwrap();
         assert!(Listener::bind(&anywhere, false).unwrap_err().to_string().contains("token"));
         assert_eq!(Listener::bind(&anywhere, true).unwrap().len(), 1);
-        assert_eq!(Listener::bind(&Address::Tcp("127.0.0.1:0".into()), false).unwrap().len(), 1);
+        assert_eq!(Listener::bind(&"127.0.0.1:0".parse().unwrap(), false).unwrap().len(), 1);
     }
 }

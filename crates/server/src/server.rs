@@ -8,7 +8,7 @@ use std::time::Duration;
 use sllm_core::{Error, Result};
 use sllm_proto::storage::storage_server::StorageServer;
 use sllm_proto::store::store_server::StoreServer;
-use sllm_proto::{MAX_MESSAGE_LEN, storage, store as store_proto};
+use sllm_proto::{Address, MAX_MESSAGE_LEN, storage, store as store_proto};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
@@ -18,7 +18,7 @@ use tonic_health::ServingStatus;
 
 use crate::config::Config;
 use crate::connection::{Peer, Reception};
-use crate::listen::{Address, Listener, bind_tcp, bind_unix};
+use crate::listen::{Listener, bind_tcp, bind_unix};
 use crate::rpc::{StorageRpc, StoreRpc};
 use crate::scrape;
 use crate::store::Store;
@@ -65,7 +65,7 @@ impl Server {
             }
         }
         let metrics = match store.config.metrics_listen.map(bind_tcp).transpose()? {
-            Some(Listener::Tcp(listener)) => Some(listener),
+            Some(Listener::Tcp(listener, _)) => Some(listener),
             _ => None,
         };
         Ok(Server { store: Arc::new(store), listeners, metrics })

@@ -46,11 +46,11 @@ async fn a_server_says_that_it_serves_and_how_large_its_pool_is() {
 async fn a_port_wants_the_token_for_every_request_and_a_socket_does_not() {
     let token = "0123456789abcdef0123";
     let change = |config: &mut sllm_server::Config| {
-        config.listen.push(Address::Tcp("127.0.0.1:0".into()));
+        config.listen.push(Address::tcp("127.0.0.1", 0).unwrap());
         config.token = Some(Token::new(token).unwrap());
     };
     let served = Served::start(|_| (), change);
-    let [_, Address::Tcp(port)] = served.addresses.as_slice() else { panic!("{:?}", served.addresses) };
+    let [_, port @ Address::Tcp { .. }] = served.addresses.as_slice() else { panic!("{:?}", served.addresses) };
     let channel = Endpoint::from_shared(format!("http://{port}")).unwrap().connect().await.unwrap();
     let mut client = StorageClient::new(channel.clone());
     let with = |shown: Option<&str>| {

@@ -135,7 +135,8 @@ pub(crate) fn options(address: Option<String>, token_file: Option<&Path>) -> Res
         std::fs::read_to_string(path).map_err(io)
     };
     let token = token_file.map(read).transpose()?;
-    Ok(ClientOptions::new().address(address).token(token))
+    // As where the variable is read that may hold it: empty is not given.
+    Ok(ClientOptions::new().address(address.filter(|address| !address.is_empty())).token(token))
 }
 
 /// Rows below their heads, each column as wide as it must be; the last one, of names, is at the left.
