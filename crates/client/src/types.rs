@@ -59,7 +59,7 @@ pub struct Pool {
     pub pinned: u64,
     /// Those that the driver has pinned for copies.
     pub page_locked: u64,
-    /// Why not all are, where something refused it.
+    /// Why not all are, where something refused it: the last refusal, until memory was page-locked again.
     pub refusal: Option<String>,
     /// Chunks that were there when they were wanted.
     pub hits: u64,

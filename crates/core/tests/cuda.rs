@@ -468,8 +468,9 @@ fn a_pin_that_is_refused_after_unpinning_is_tried_again_after_the_next() {
     let usage = cache.usage();
     assert!(usage.page_locked == 0 && usage.refusal.is_some(), "{usage:?}");
     driver.set_registered_total(1 << 30);
+    let refusal = usage.refusal;
     assert!(cache.unpin_memory());
-    assert_eq!(driver.get("contexts"), 0);
+    assert_eq!((driver.get("contexts"), &cache.usage().refusal), (0, &refusal), "it is told until a pin succeeded");
     load_and_compare(&model, &cache, 0);
     let usage = cache.usage();
     assert!(usage.page_locked == 64 << 20 && usage.refusal.is_none(), "{usage:?}");

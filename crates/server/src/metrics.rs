@@ -65,6 +65,7 @@ pub(crate) struct Moment {
     pub(crate) resident: u64,
     pub(crate) pinned: u64,
     pub(crate) page_locked: u64,
+    pub(crate) pin_refused: bool,
     pub(crate) hits: u64,
     pub(crate) misses: u64,
     pub(crate) evictions: u64,
@@ -114,6 +115,7 @@ impl Metrics {
         registry.register_with_unit("load", "Time of loads", Unit::Seconds, self.seconds.clone());
         registry.register_with_unit("read", "Bytes read for loads by source", Unit::Bytes, self.bytes.clone());
         let gauge = |value: u64| ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
+        registry.register("pool_pin_refused", "Whether the last page-lock was refused", gauge(now.pin_refused.into()));
         registry.register("loads_queued", "Loads that wait", gauge(now.queued));
         registry.register("loads_running", "Loads that run", gauge(now.running));
         registry.register("clients", "Connections of clients", gauge(now.clients));
@@ -156,6 +158,7 @@ mod tests {
         let text = metrics.text(&Moment { resident: 3, hits: 2, ..Moment::default() });
         for line in [
             "sllm_pool_bytes{state=\"resident\"} 3",
+            "sllm_pool_pin_refused 0",
             "sllm_pool_hits_total 2",
             "sllm_loads_total{kind=\"cuda\",outcome=\"ok\"} 1",
             "sllm_loads_total{kind=\"cuda\",outcome=\"corrupt\"} 1",

@@ -1,6 +1,6 @@
 //! The pool: made when it is first needed, unpinned when no GPU is used.
 
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use sllm_core::{Cache, Checkpoint, Device, Result};
@@ -18,6 +18,7 @@ pub(crate) struct Pool {
     quotas: Vec<Quota>,
     made: OnceLock<Made>,
     making: Mutex<()>,
+    logged: Arc<Logged>,
 }
 
 #[derive(Debug)]
@@ -26,11 +27,31 @@ struct Made {
     at: Instant,
 }
 
+/// The refusal to pin that the log has.
+#[derive(Debug, Default)]
+struct Logged(Mutex<Option<String>>);
+
+impl Logged {
+    /// Logs a refusal that is new, or that there is none any more; whether there was anything to log.
+    fn tell(&self, now: Option<String>) -> bool {
+        let mut logged = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if *logged == now {
+            return false;
+        }
+        match &now {
+            Some(refusal) => tracing::warn!(%refusal, "the pool cannot be page-locked: copies to GPUs are slower"),
+            None => tracing::info!("the pool can be page-locked again"),
+        }
+        *logged = now;
+        true
+    }
+}
+
 impl Pool {
     pub(crate) fn new(chunk_len: u64, len: u64, mut quotas: Vec<Quota>) -> Pool {
         // Of several prefixes the longest is meant.
         quotas.sort_by_key(|quota| std::cmp::Reverse(quota.prefix.len()));
-        Pool { chunk_len, len, quotas, made: OnceLock::new(), making: Mutex::default() }
+        Pool { chunk_len, len, quotas, made: OnceLock::new(), making: Mutex::default(), logged: Arc::default() }
     }
 
     /// What was made of it, if it was.
@@ -51,18 +72,13 @@ impl Pool {
         let device = if Device::cuda_count() > 0 { Some(Device::cuda(0)?) } else { None };
         let cache = Cache::new(self.chunk_len, self.len, device.as_ref())?;
         if device.is_some() {
-            let preparing = cache.clone();
+            let (preparing, logged) = (cache.clone(), Arc::clone(&self.logged));
             let threads = std::thread::available_parallelism().map_or(1, usize::from).min(PREPARING);
             let work = move || {
                 preparing.prepare(threads);
                 let usage = preparing.usage();
-                let refusal = usage.refusal.as_deref().unwrap_or("none");
-                tracing::info!(
-                    page_locked = usage.page_locked,
-                    capacity = usage.capacity,
-                    refusal,
-                    "the pool is prepared"
-                );
+                tracing::info!(page_locked = usage.page_locked, capacity = usage.capacity, "the pool is prepared");
+                logged.tell(usage.refusal);
             };
             if let Err(error) = std::thread::Builder::new().name("pool".into()).spawn(work) {
                 // Loads pin what they need.
@@ -70,6 +86,13 @@ impl Pool {
             }
         }
         Ok(&self.made.get_or_init(|| Made { cache, at: Instant::now() }).cache)
+    }
+
+    /// Logs a refusal to pin, of whichever load, and its end.
+    pub(crate) fn log_refusal(&self) {
+        if let Some(cache) = self.made() {
+            self.logged.tell(cache.usage().refusal);
+        }
     }
 
     /// Unpins its memory, and so lets go of the context that pins it, unless it was made not so long ago or a load uses
@@ -102,5 +125,18 @@ impl Pool {
     /// Drops a checkpoint; gives its bytes.
     pub(crate) fn evict(&self, checkpoint: &Checkpoint) -> u64 {
         self.made().map_or(0, |cache| cache.evict(checkpoint))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_is_logged_once_and_its_end_too() {
+        let logged = Logged::default();
+        let told = [None, Some("a"), Some("a"), Some("b"), None, None, Some("b")];
+        let told = told.map(|now| logged.tell(now.map(str::to_owned)));
+        assert_eq!(told, [false, true, false, true, true, false, true]);
     }
 }

@@ -158,6 +158,7 @@ impl Store {
             }
         }
         self.models.sweep();
+        self.pool.log_refusal();
         if self.devices.sweep(self.config.gpu_idle) {
             self.pool.sweep(self.config.gpu_idle);
         }
@@ -181,6 +182,7 @@ impl Store {
             resident: usage.resident,
             pinned: usage.pinned,
             page_locked: usage.page_locked,
+            pin_refused: usage.refusal.is_some(),
             hits: usage.hits,
             misses: usage.misses,
             evictions: usage.evictions,

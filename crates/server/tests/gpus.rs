@@ -319,18 +319,28 @@ async fn a_failure_of_the_device_is_told_by_confirming_and_the_next_load_works()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn memory_that_cannot_be_pinned_is_used_all_the_same_and_said() {
+async fn memory_that_cannot_be_pinned_is_used_all_the_same_and_said_until_it_can() {
     let driver = Driver::load();
     driver.set_registered_total(4096);
-    let served = Served::start(fill, |_| ());
+    let served = Served::start(fill, |config| config.gpu_idle = Duration::ZERO);
     let source = models::bytes(&served.models().join("plain"));
     let mut owner = Owner::start(0, source.len() as u64);
     let asked = request("plain", "r", &owner, vec![chunk(0, source.len() as u64, 0)]);
-    served.storage().await.load_model_async(asked).await.unwrap();
-    confirm(&served, "plain", "r", DeviceType::Gpu).await.unwrap();
-    assert!(owner.bytes(served.dir.path()) == source);
-    let pool = served.store().await.status(StatusRequest {}).await.unwrap().into_inner().pool.unwrap();
-    assert!(pool.page_locked < pool.resident && !pool.refusal.is_empty(), "{pool:?}");
+    let pool = async || served.store().await.status(StatusRequest {}).await.unwrap().into_inner().pool.unwrap();
+    let mut load = async || {
+        served.storage().await.load_model_async(asked.clone()).await.unwrap();
+        confirm(&served, "plain", "r", DeviceType::Gpu).await.unwrap();
+        assert!(owner.bytes(served.dir.path()) == source);
+        pool().await
+    };
+    let refused = load().await;
+    assert!(refused.page_locked < refused.resident && !refused.refusal.is_empty(), "{refused:?}");
+    while driver.get("contexts") > 0 {
+        tokio::time::sleep(PAUSE).await;
+    }
+    assert_eq!(pool().await.refusal, refused.refusal, "it was forgotten with the idle GPU");
+    driver.set_registered_total(1 << 30);
+    assert_eq!(load().await.refusal, "");
 }
 
 #[tokio::test(flavor = "multi_thread")]

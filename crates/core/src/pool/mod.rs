@@ -68,7 +68,9 @@ struct State {
     device: Option<Device>,
     /// Users that copy out of the memory: while there are some, nothing is unpinned.
     holds: usize,
-    /// Why memory is not pinned, once the driver refused.
+    /// The driver refused, and is not asked again before the pool was unpinned.
+    gave_up: bool,
+    /// The last refusal, until a pin after it succeeded: what is told outlives the unpinning.
     refused: Option<String>,
 }
 
@@ -164,7 +166,7 @@ impl BufferPool {
             // no hold when the step was taken on, and whoever has one by now waits for the step.
             unsafe { device.unpin(shared.memory.ptr().add(offset).as_ptr()) };
             shared.pinned.fetch_sub(len as u64, Ordering::Relaxed);
-            shared.settle(step, Pin::Plain, None);
+            shared.settle(step, Pin::Plain, |_| ());
         }
         let Some((device, mut state)) = shared.unused() else { return false };
         if state.steps.iter().any(|step| *step != Pin::Plain) {
@@ -172,7 +174,7 @@ impl BufferPool {
             return false;
         }
         state.device = None;
-        state.refused = None;
+        state.gave_up = false;
         drop(state);
         // With the last holder the context goes, which may take its time.
         drop(device);
@@ -194,7 +196,8 @@ impl BufferPool {
         self.shared.pinned.load(Ordering::Relaxed)
     }
 
-    /// Why memory is not pinned, where the driver or a limit refused it.
+    /// Why memory is not pinned, where the driver or a limit refused it: the last refusal, until it was unpinned and
+    /// pinned again.
     pub fn refusal(&self) -> Option<String> {
         self.shared.lock().refused.clone()
     }
@@ -217,7 +220,7 @@ impl Shared {
         state.claimed_steps += 1;
         state.preparing += 1;
         state.steps[step] = Pin::Changing;
-        let device = state.device.clone().filter(|_| state.refused.is_none());
+        let device = state.device.clone().filter(|_| !state.gave_up);
         drop(state);
         let (buffers, offset, len) = self.step(step);
         // SAFETY: the step lies in the mapping; it was claimed under the lock by this thread alone, and none of its
@@ -225,7 +228,7 @@ impl Shared {
         unsafe { self.memory.touch(offset, len) };
         match device {
             Some(device) => self.pin(step, &device),
-            None => self.settle(step, Pin::Plain, None),
+            None => self.settle(step, Pin::Plain, |_| ()),
         }
         let mut state = self.lock();
         state.free.extend(buffers.rev());
@@ -249,17 +252,24 @@ impl Shared {
         match unsafe { device.pin(self.memory.ptr().add(offset).as_ptr(), len, false) } {
             Ok(()) => {
                 self.pinned.fetch_add(len as u64, Ordering::Relaxed);
-                self.settle(step, Pin::Pinned, None);
+                // A pin that began before another was refused is no news of what came after.
+                self.settle(step, Pin::Pinned, |state| {
+                    if !state.gave_up {
+                        state.refused = None;
+                    }
+                });
             }
-            Err(e) => self.settle(step, Pin::Plain, Some(e.to_string())),
+            Err(e) => self.settle(step, Pin::Plain, |state| {
+                (state.gave_up, state.refused) = (true, Some(e.to_string()));
+            }),
         }
     }
 
-    /// Ends a change of a step.
-    fn settle(&self, step: usize, pin: Pin, refused: Option<String>) {
+    /// Ends a change of a step; `note` says how it went.
+    fn settle(&self, step: usize, pin: Pin, note: impl FnOnce(&mut State)) {
         let mut state = self.lock();
         state.steps[step] = pin;
-        state.refused = refused.or(state.refused.take());
+        note(&mut state);
         drop(state);
         self.prepared.notify_all();
     }
@@ -311,7 +321,7 @@ impl Hold {
         while state.steps[step] == Pin::Changing {
             state = shared.prepared.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
-        if state.steps[step] == Pin::Pinned || state.refused.is_some() {
+        if state.steps[step] == Pin::Pinned || state.gave_up {
             return;
         }
         state.steps[step] = Pin::Changing;
