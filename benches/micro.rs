@@ -24,8 +24,7 @@ fn sparse_safetensors(path: &Path, tensors: u64, len: u64) {
         format!(r#""model.layers.{i}.weight":{{"dtype":"U8","shape":[{len}],"data_offsets":[{start},{end}]}}"#)
     };
     let json = format!("{{{}}}", (0..tensors).map(entry).collect::<Vec<_>>().join(","));
-    let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(json.as_bytes());
+    let bytes = test_support::safetensors(json, &[]);
     fs::write(path, &bytes).expect("the header can be written");
     let file = File::options().write(true).open(path).expect("the file was just written");
     file.set_len(bytes.len() as u64 + tensors * len).expect("the file can be lengthened");

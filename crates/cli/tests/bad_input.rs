@@ -214,9 +214,7 @@ fn ctrl_c_stops_a_conversion_with_130_and_makes_no_store() {
     // A tensor of many chunks, without disk blocks.
     let source = fixture.path("large.safetensors");
     let len = 512u64 << 20;
-    let header = format!(r#"{{"t":{{"dtype":"U8","shape":[{len}],"data_offsets":[0,{len}]}}}}"#);
-    let mut head = (header.len() as u64).to_le_bytes().to_vec();
-    head.extend(header.as_bytes());
+    let head = test_support::safetensors(test_support::header(len), &[]);
     fs::write(&source, &head).unwrap();
     fs::OpenOptions::new().write(true).open(&source).unwrap().set_len(head.len() as u64 + len).unwrap();
 

@@ -101,9 +101,7 @@ fn inspect_escapes_names_that_a_terminal_would_obey() {
     let fixture = model();
     let path = fixture.path("odd.safetensors");
     let header = br#"{"a\u001b[2J":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#;
-    let mut file = (header.len() as u64).to_le_bytes().to_vec();
-    file.extend(header);
-    fs::write(&path, file).unwrap();
+    fs::write(&path, test_support::safetensors(header, &[])).unwrap();
     let ran = run("inspect", &[&path], &[]);
     assert!(ran.stdout.contains("a\\u{1b}[2J") && !ran.stdout.contains('\u{1b}'), "{:?}", ran.stdout);
 }

@@ -3,9 +3,7 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
 use common::{TestServer, model};
@@ -14,70 +12,46 @@ use cudarc::driver::{result, sys};
 use sllm_client::{ClientOptions, Error, Refusal, RemoteOptions, StoreClient, StoreRemote};
 use sllm_core::{Block, Control, Device, Loader, Segment};
 use sllm_server::{Address, Config, Server};
+use test_support::Other;
 
 /// Set in the servers that these tests start.
 const SERVER: &str = "SLLM_TEST_SERVER";
 
 /// A server in a process of its own.
-struct Other {
-    child: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
+struct Served {
+    process: Other,
     address: String,
 }
 
-impl Other {
+impl Served {
     /// The one that does what a script says.
-    fn start() -> Other {
-        Other::of("script", &[])
+    fn start() -> Served {
+        Served::of("script", &[])
     }
 
     /// The real one, for models below a directory.
-    fn real(models: &Path, settings: &[(&str, &str)]) -> Other {
-        Other::of(models.to_str().unwrap(), settings)
+    fn real(models: &Path, settings: &[(&str, &str)]) -> Served {
+        Served::of(models.to_str().unwrap(), settings)
     }
 
-    fn of(what: &str, settings: &[(&str, &str)]) -> Other {
-        let folder = Driver::find().parent().unwrap().to_owned();
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "server", "--nocapture", "--test-threads=1"]).env(SERVER, what);
-        command.envs(settings.iter().copied());
-        command.env("LD_LIBRARY_PATH", folder).env("FAKE_CUDA_DEVICES", "2");
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let input = child.stdin.take().unwrap();
-        let output = BufReader::new(child.stdout.take().unwrap());
-        let mut other = Other { child, input, output, address: String::new() };
-        other.address = other.answer("address");
-        other
-    }
-
-    fn answer(&mut self, word: &str) -> String {
-        loop {
-            let mut line = String::new();
-            assert_ne!(self.output.read_line(&mut line).unwrap(), 0, "the server ended");
-            // The harness may have begun the line.
-            if let Some((_, rest)) = line.trim_end().split_once(&format!("{word}: ")) {
-                return rest.to_owned();
-            }
-        }
+    fn of(what: &str, settings: &[(&str, &str)]) -> Served {
+        let mut process = Other::start("server", |command| {
+            command.env(SERVER, what).envs(settings.iter().copied()).env("FAKE_CUDA_DEVICES", "2");
+            command.env("LD_LIBRARY_PATH", Driver::find().parent().unwrap());
+        });
+        let address = process.answer("address");
+        Served { process, address }
     }
 
     /// How many blocks were attached.
     fn attached(&mut self) -> usize {
-        writeln!(self.input, "attached").unwrap();
-        self.answer("attached").parse().unwrap()
+        self.process.tell("attached");
+        self.process.answer("attached").parse().unwrap()
     }
 
     fn remote(&self) -> StoreRemote {
         let client = StoreClient::connect(&ClientOptions::new().address(self.address.clone())).unwrap();
         StoreRemote::new(client, RemoteOptions::new().staging_bytes(4 << 20))
-    }
-}
-
-impl Drop for Other {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -145,7 +119,7 @@ impl Gpu {
 #[test]
 fn exported_memory_is_filled_in_place_and_each_allocation_is_attached_once() {
     let driver = Driver::load();
-    let mut other = Other::start();
+    let mut other = Served::start();
     let model = model(6_000_000);
     let (segments, lens) = model.segments();
     let gpu = Gpu::new(0);
@@ -176,7 +150,7 @@ fn exported_memory_is_filled_in_place_and_each_allocation_is_attached_once() {
 #[test]
 fn memory_that_cannot_be_exported_is_filled_by_way_of_memory_that_can() {
     let driver = Driver::load();
-    let mut other = Other::start();
+    let mut other = Served::start();
     let model = model(12_000_000);
     let (segments, lens) = model.segments();
     let gpu = Gpu::new(0);
@@ -206,7 +180,7 @@ fn memory_that_cannot_be_exported_is_filled_by_way_of_memory_that_can() {
 #[test]
 fn staging_memory_is_given_back_when_the_server_has_let_go_of_it() {
     let driver = Driver::load();
-    let other = Other::start();
+    let other = Served::start();
     let model = model(1000);
     let gpu = Gpu::new(0);
     let block = gpu.alloc(1000);
@@ -228,7 +202,7 @@ fn staging_memory_is_given_back_when_the_server_has_let_go_of_it() {
 fn blocks_of_two_devices_and_the_host_are_filled_by_one_load() {
     let driver = Driver::load();
     driver.set_devices(2);
-    let other = Other::start();
+    let other = Served::start();
     let model = model(3_000_000);
     let gpus = [Gpu::new(0), Gpu::new(1)];
     let blocks = [gpus[0].alloc(1_000_000), gpus[1].alloc(1_000_000)];
@@ -254,7 +228,7 @@ fn a_server_that_cannot_open_the_memory_refuses() {
 #[test]
 fn staging_memory_is_as_large_as_there_is_room() {
     let driver = Driver::load();
-    let other = Other::start();
+    let other = Served::start();
     let model = model(30 << 20);
     let gpu = Gpu::new(0);
     let block = gpu.alloc(30 << 20);
@@ -272,7 +246,7 @@ fn staging_memory_is_as_large_as_there_is_room() {
 fn the_real_server_fills_exported_memory_and_memory_that_cannot_be() {
     let driver = Driver::load();
     let model = model(12_000_000);
-    let other = Other::real(model.dir.path(), &[]);
+    let other = Served::real(model.dir.path(), &[]);
     let (segments, lens) = model.segments();
     let gpu = Gpu::new(0);
     let remote = other.remote();
@@ -294,13 +268,13 @@ fn a_server_that_is_killed_in_the_middle_is_noted_once_and_the_bytes_are_right()
     let _driver = Driver::load();
     let model = model(40_000_000);
     // 20 MB a second.
-    let other = Arc::new(Mutex::new(Other::real(model.dir.path(), &[("FAKE_CUDA_BANDWIDTH", "20000000")])));
+    let other = Arc::new(Mutex::new(Served::real(model.dir.path(), &[("FAKE_CUDA_BANDWIDTH", "20000000")])));
     let gpu = Gpu::new(0);
     let remote = other.lock().unwrap().remote();
     let victim = Arc::clone(&other);
     let control = Control::new().on_progress(move |progress| {
         if progress.done > 0 && progress.done < progress.total {
-            let _ = victim.lock().unwrap().child.kill();
+            victim.lock().unwrap().process.kill();
         }
     });
     let loader =
@@ -310,5 +284,5 @@ fn a_server_that_is_killed_in_the_middle_is_noted_once_and_the_bytes_are_right()
     assert_ne!(report.engines[0].engine, "server");
     assert_eq!(report.notes.len(), 1, "{:?}", report.notes);
     assert!(report.notes[0].contains("the connection to the store server was lost"), "{:?}", report.notes);
-    assert!(model.bytes.ends_with(&loaded.tensor("t").unwrap().to_vec().unwrap()));
+    assert!(model.bytes.ends_with(&loaded.tensor("w").unwrap().to_vec().unwrap()));
 }

@@ -257,7 +257,7 @@ fn load_by(remote: StoreRemote, model: &common::Model) -> LoadReport {
     let loader = Loader::builder().remote(Box::new(remote)).build().unwrap();
     let checkpoint = Checkpoint::open(&model.path).unwrap();
     let loaded = loader.load(&checkpoint).unwrap();
-    let bytes = loaded.tensor("t").unwrap().to_vec().unwrap();
+    let bytes = loaded.tensor("w").unwrap().to_vec().unwrap();
     assert!(model.bytes.ends_with(&bytes) && !bytes.is_empty());
     loaded.report().clone()
 }

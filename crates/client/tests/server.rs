@@ -105,7 +105,7 @@ fn a_verified_load_of_a_store_is_left_to_the_server() {
     let loader = Loader::builder().remote(Box::new(served.remote())).verify(true).build().unwrap();
     for _ in 0..2 {
         let loaded = loader.load(&store).unwrap();
-        assert!(model.bytes.ends_with(&loaded.tensor("t").unwrap().to_vec().unwrap()));
+        assert!(model.bytes.ends_with(&loaded.tensor("w").unwrap().to_vec().unwrap()));
         let report = loaded.report();
         assert_eq!((report.engines[0].engine, report.verified, report.notes.len()), ("server", true, 0));
     }
@@ -117,7 +117,7 @@ fn a_model_larger_than_the_pool_streams_through_it() {
     let served = Served::start(model.dir.path(), |config| (config.pool_len, config.chunk_len) = (16 << 20, 4 << 20));
     let loader = Loader::builder().remote(Box::new(served.remote())).build().unwrap();
     let loaded = loader.load(&model.checkpoint).unwrap();
-    assert!(model.bytes.ends_with(&loaded.tensor("t").unwrap().to_vec().unwrap()));
+    assert!(model.bytes.ends_with(&loaded.tensor("w").unwrap().to_vec().unwrap()));
     assert_eq!((loaded.report().engines[0].engine, loaded.report().notes.len()), ("server", 0));
 }
 
@@ -151,7 +151,7 @@ fn a_path_that_the_server_must_not_serve_is_refused_and_files_are_read() {
     let served = Served::start(inside.dir.path(), |_| {});
     let loader = Loader::builder().remote(Box::new(served.remote())).build().unwrap();
     let loaded = loader.load(&outside.checkpoint).unwrap();
-    assert!(outside.bytes.ends_with(&loaded.tensor("t").unwrap().to_vec().unwrap()));
+    assert!(outside.bytes.ends_with(&loaded.tensor("w").unwrap().to_vec().unwrap()));
     assert!(loaded.report().notes[0].contains("refused to load the model"), "{:?}", loaded.report().notes);
 }
 
@@ -218,7 +218,7 @@ fn a_server_that_stops_is_missed_by_nobody() {
     served.stop();
     for notes in [1, 0] {
         let loaded = loader.load(&model.checkpoint).unwrap();
-        assert!(model.bytes.ends_with(&loaded.tensor("t").unwrap().to_vec().unwrap()));
+        assert!(model.bytes.ends_with(&loaded.tensor("w").unwrap().to_vec().unwrap()));
         assert_eq!(loaded.report().notes.len(), notes, "{:?}", loaded.report().notes);
     }
 }
@@ -232,7 +232,7 @@ fn many_clients_load_at_once() {
             scope.spawn(|| {
                 let loader = Loader::builder().remote(Box::new(served.remote())).build().unwrap();
                 let loaded = loader.load(&model.checkpoint).unwrap();
-                assert!(model.bytes.ends_with(&loaded.tensor("t").unwrap().to_vec().unwrap()));
+                assert!(model.bytes.ends_with(&loaded.tensor("w").unwrap().to_vec().unwrap()));
                 assert_eq!(loaded.report().notes, [] as [&str; 0]);
             });
         }

@@ -301,9 +301,7 @@ proptest! {
         mutate(&mut json, &changes);
         let dir = tempdir().unwrap();
         let path = dir.path().join("model.safetensors");
-        let mut file = (json.len() as u64).to_le_bytes().to_vec();
-        file.extend(json);
-        file.resize(file.len() + usize::try_from(data).unwrap(), 0);
+        let file = test_support::safetensors(json, &vec![0; usize::try_from(data).unwrap()]);
         fs::write(&path, &file).unwrap();
         match Checkpoint::open(&path) {
             Ok(checkpoint) => {

@@ -3,8 +3,6 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
 use common::{Made, every_dtype, write_safetensors};
@@ -14,6 +12,7 @@ use sllm_core::{
     Block, Checkpoint, Device, DeviceError, EngineChoice, Error, ErrorKind, Filter, Loader, Placement, SharedBlock,
     SharedMemory, format_uuid,
 };
+use test_support::{Other, hex, unhex};
 
 /// Set in the exporters that these tests start: the ordinal of the device.
 const EXPORTER: &str = "SLLM_TEST_EXPORTER";
@@ -26,66 +25,29 @@ const UNTOUCHED: u8 = 0x5C;
 
 /// A process that has exported a block.
 struct Exporter {
-    child: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
+    process: Other,
     shared: SharedBlock,
     uuid: String,
 }
 
 impl Exporter {
     fn start(device: usize) -> Exporter {
-        let folder = Driver::find().parent().unwrap().to_owned();
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "exporter", "--nocapture", "--test-threads=1"]).env(EXPORTER, device.to_string());
-        command.env("LD_LIBRARY_PATH", folder).env("FAKE_CUDA_DEVICES", "2");
-        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let input = child.stdin.take().unwrap();
-        let output = BufReader::new(child.stdout.take().unwrap());
-        let shared = SharedBlock { handle: [0; 64], base_len: 0, offset: 0, len: 0 };
-        let mut exporter = Exporter { child, input, output, shared, uuid: String::new() };
-        exporter.uuid = exporter.answer("uuid");
-        let numbers: Vec<u64> = exporter.answer("block").split(' ').map(|number| number.parse().unwrap()).collect();
-        let handle = unhex(&exporter.answer("handle")).try_into().unwrap();
-        exporter.shared = SharedBlock { handle, base_len: numbers[0], offset: numbers[1], len: numbers[2] };
-        exporter
-    }
-
-    fn answer(&mut self, word: &str) -> String {
-        loop {
-            let mut line = String::new();
-            assert_ne!(self.output.read_line(&mut line).unwrap(), 0, "the exporter ended");
-            // The harness may have begun the line.
-            if let Some((_, rest)) = line.trim_end().split_once(&format!("{word}: ")) {
-                return rest.to_owned();
-            }
-        }
+        let mut process = Other::start("exporter", |command| {
+            command.env(EXPORTER, device.to_string()).env("FAKE_CUDA_DEVICES", "2");
+            command.env("LD_LIBRARY_PATH", Driver::find().parent().unwrap());
+        });
+        let uuid = process.answer("uuid");
+        let numbers: Vec<u64> = process.answer("block").split(' ').map(|number| number.parse().unwrap()).collect();
+        let handle = unhex(&process.answer("handle")).try_into().unwrap();
+        let shared = SharedBlock { handle, base_len: numbers[0], offset: numbers[1], len: numbers[2] };
+        Exporter { process, shared, uuid }
     }
 
     /// All bytes of its allocation, as it sees them.
     fn bytes(&mut self) -> Vec<u8> {
-        writeln!(self.input, "read").unwrap();
-        unhex(&self.answer("bytes"))
+        self.process.tell("read");
+        unhex(&self.process.answer("bytes"))
     }
-
-    fn kill(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Drop for Exporter {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
-fn unhex(text: &str) -> Vec<u8> {
-    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).unwrap()).collect()
 }
 
 /// Makes the device's primary context current for the driver's own calls.
@@ -223,7 +185,7 @@ fn a_handle_that_leads_nowhere_is_an_error() {
     }
     assert!(refused(&Device::cuda(1).unwrap(), &good).contains("cuda:1"));
     let opened = SharedMemory::open(&device, &good).unwrap();
-    exporter.kill();
+    exporter.process.kill();
     drop(opened);
     refused(&device, &good);
     assert_eq!(driver.get("imports"), 0);

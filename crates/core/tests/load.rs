@@ -30,10 +30,7 @@ fn make(path: &Path) -> BTreeMap<String, Vec<u8>> {
     add("last", Dtype::U8, &[1]);
     let mut json = serde_json::to_vec(&header).unwrap();
     json.resize(json.len().next_multiple_of(8), b' ');
-    let mut file = (json.len() as u64).to_le_bytes().to_vec();
-    file.extend(json);
-    file.extend(data);
-    std::fs::write(path, file).unwrap();
+    std::fs::write(path, test_support::safetensors(json, &data)).unwrap();
     tensors
 }
 

@@ -9,10 +9,7 @@ use sllm_core::{Checkpoint, EngineChoice, Error, Loader};
 fn loads_go_on_without_io_uring() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let path = dir.path().join("model.safetensors");
-    let json = br#"{"w":{"dtype":"U8","shape":[9000],"data_offsets":[0,9000]}}"#;
-    let mut file = (json.len() as u64).to_le_bytes().to_vec();
-    file.extend(json);
-    file.extend((0..9000u32).map(|i| i.to_le_bytes()[0]));
+    let file = test_support::safetensors(test_support::header(9000), &test_support::noise(1, 9000));
     std::fs::write(&path, &file).unwrap();
     std::thread::spawn(move || {
         refuse_syscall(libc::SYS_io_uring_setup, libc::EPERM);

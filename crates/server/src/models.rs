@@ -275,10 +275,7 @@ mod tests {
     #[test]
     fn those_who_open_a_model_at_once_get_the_same_one() {
         let dir = tempfile::tempdir().unwrap();
-        let header = br#"{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}}"#;
-        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
-        bytes.extend_from_slice(header);
-        bytes.extend_from_slice(&[1, 2]);
+        let bytes = test_support::safetensors(test_support::header(2), &[1, 2]);
         std::fs::create_dir(dir.path().join("m")).unwrap();
         std::fs::write(dir.path().join("m/model.safetensors"), bytes).unwrap();
         let root = dir.path().canonicalize().unwrap();

@@ -14,7 +14,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recv, recvmsg};
-use safetensors::tensor::TensorView;
 use sllm_client::{ClientOptions, RemoteOptions, StoreClient, StoreRemote};
 use sllm_core::{Block, Checkpoint, Device, Loader, MemoryFile, Segment, SharedMemory};
 use sllm_proto::store as pb;
@@ -29,14 +28,7 @@ use tonic::{Code, Request, Response, Status, Streaming};
 
 /// Bytes that look random and have no zeros.
 pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let next = |_| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        (state >> 24) as u8 | 1
-    };
-    (0..len).map(next).collect()
+    test_support::noise(seed, len).into_iter().map(|byte| byte | 1).collect()
 }
 
 /// A checkpoint of one tensor in one file.
@@ -52,11 +44,9 @@ pub(crate) fn model(len: usize) -> Model {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let path = dir.path().join("model");
     std::fs::create_dir(&path).unwrap();
-    let data = noise(len as u64, len);
-    let view = TensorView::new(safetensors::Dtype::U8, vec![len], &data).unwrap();
-    safetensors::serialize_to_file([("t", view)], None, &path.join("model.safetensors")).unwrap();
+    let bytes = test_support::safetensors(test_support::header(len as u64), &noise(len as u64, len));
+    std::fs::write(path.join("model.safetensors"), &bytes).unwrap();
     let checkpoint = Checkpoint::open(&path).unwrap();
-    let bytes = std::fs::read(path.join("model.safetensors")).unwrap();
     Model { dir, path, checkpoint, bytes }
 }
 

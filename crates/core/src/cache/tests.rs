@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use proptest::prelude::*;
+use test_support::{header, noise, safetensors};
 
 use super::*;
 use crate::device::Block;
@@ -15,11 +16,7 @@ const CHUNK: u64 = 8192;
 /// A model of one tensor of `len` bytes, all different by `seed`.
 fn model(dir: &Path, name: &str, len: u64, seed: u64) -> PathBuf {
     let path = dir.join(format!("{name}.safetensors"));
-    let json = format!(r#"{{"w":{{"dtype":"U8","shape":[{len}],"data_offsets":[0,{len}]}}}}"#);
-    let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(json.as_bytes());
-    bytes.extend((0..len).map(|i| ((i + seed).wrapping_mul(0x9e37_79b9) >> 13).to_le_bytes()[0]));
-    fs::write(&path, bytes).unwrap();
+    fs::write(&path, safetensors(header(len), &noise(seed, usize::try_from(len).unwrap()))).unwrap();
     path
 }
 

@@ -214,9 +214,7 @@ mod tests {
     fn uncached() -> (tempfile::TempDir, Checkpoint) {
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let path = dir.path().join("model.safetensors");
-        let json = format!(r#"{{"w":{{"dtype":"U8","shape":[{LEN}],"data_offsets":[0,{LEN}]}}}}"#);
-        let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
-        bytes.extend(json.as_bytes());
+        let bytes = test_support::safetensors(test_support::header(LEN), &[]);
         fs::write(&path, &bytes).unwrap();
         let file = File::options().write(true).open(&path).unwrap();
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes.len() as u64 + LEN).unwrap();

@@ -9,6 +9,7 @@ use std::path::Path;
 use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use sllm_core::{Checkpoint, Dtype, TensorInfo};
+pub(crate) use test_support::noise;
 
 /// A tensor of a made checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -17,20 +18,6 @@ pub(crate) struct Made {
     pub(crate) dtype: Dtype,
     pub(crate) shape: Vec<u64>,
     pub(crate) bytes: Vec<u8>,
-}
-
-/// Bytes that look random and depend on `seed` alone.
-pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend(state.to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
 }
 
 impl Made {
@@ -98,8 +85,7 @@ pub(crate) fn read_safetensors(path: &Path) -> Oracle {
 
 /// Writes a safetensors file of which only the header is given, and `data` bytes of zeros (a hole).
 pub(crate) fn write_raw(path: &Path, json: &str, data: u64) {
-    let mut header = (json.len() as u64).to_le_bytes().to_vec();
-    header.extend(json.as_bytes());
+    let header = test_support::safetensors(json, &[]);
     fs::write(path, &header).unwrap();
     File::options().write(true).open(path).unwrap().set_len(header.len() as u64 + data).unwrap();
 }

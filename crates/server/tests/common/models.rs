@@ -4,27 +4,11 @@ use std::fs;
 use std::path::Path;
 
 use sllm_core::{Checkpoint, ConvertOptions, convert};
-
-/// Bytes that look random and depend on `seed` alone.
-pub(crate) fn noise(seed: u64, len: usize) -> Vec<u8> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut bytes = Vec::with_capacity(len + 8);
-    while bytes.len() < len {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend(state.to_le_bytes());
-    }
-    bytes.truncate(len);
-    bytes
-}
+pub(crate) use test_support::noise;
 
 /// A safetensors model of one tensor in a directory of its own.
 pub(crate) fn safetensors(models: &Path, name: &str, seed: u64, len: usize) {
-    let header = format!(r#"{{"w":{{"dtype":"U8","shape":[{len}],"data_offsets":[0,{len}]}}}}"#);
-    let mut file = (header.len() as u64).to_le_bytes().to_vec();
-    file.extend(header.as_bytes());
-    file.extend(noise(seed, len));
+    let file = test_support::safetensors(test_support::header(len as u64), &noise(seed, len));
     fs::create_dir_all(models.join(name)).unwrap();
     fs::write(models.join(name).join("model.safetensors"), file).unwrap();
 }

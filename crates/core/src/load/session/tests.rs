@@ -3,6 +3,7 @@
 use std::fs;
 
 use proptest::prelude::*;
+use test_support::{header, noise, safetensors};
 
 use super::*;
 use crate::device::Device;
@@ -23,10 +24,7 @@ struct Bench {
 fn bench() -> Bench {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("model.safetensors");
-    let json = format!(r#"{{"w":{{"dtype":"U8","shape":[{FILE_LEN}],"data_offsets":[0,{FILE_LEN}]}}}}"#);
-    let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
-    bytes.extend(json.as_bytes());
-    bytes.extend((0..FILE_LEN).map(|i| (i.wrapping_mul(0x9e37_79b9) >> 13).to_le_bytes()[0]));
+    let bytes = safetensors(header(FILE_LEN), &noise(1, usize::try_from(FILE_LEN).unwrap()));
     fs::write(&path, &bytes).unwrap();
     let checkpoint = Arc::new(Checkpoint::open(&path).unwrap());
     let blocks: Vec<Block> = (0..BLOCKS).map(|_| Block::alloc(&Device::host(), BLOCK_LEN).unwrap()).collect();
