@@ -3,17 +3,24 @@
 use std::ffi::OsString;
 use std::io;
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Access, FlockOperation, Mode};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use sllm_core::{Error, Result};
 use sllm_proto::Address;
 
 /// Who may use a socket: its owner and group.
 const SOCKET_MODE: u32 = 0o660;
+/// How long a server that starts waits for another one to find out whether a socket is in use.
+const TURN: Duration = Duration::from_secs(5);
+/// How often it asks.
+const ASK: Duration = Duration::from_millis(10);
 
 /// The socket where nothing else is asked for: in the user's runtime directory, else in `/run`, else in `/tmp`.
 pub fn default_socket() -> PathBuf {
@@ -101,15 +108,11 @@ pub(crate) fn bind_tcp(address: SocketAddr) -> Result<Listener> {
 pub(crate) fn bind_unix(path: &Path) -> Result<Option<Listener>> {
     let fail = |e: rustix::io::Errno| cannot("listen on", path)(e.into());
     let dir = path.parent().unwrap_or(Path::new("/"));
-    // Two servers that start at once take turns at finding out whether the socket is in use.
-    let turn = std::fs::File::open(dir).map_err(cannot("open", dir))?;
-    rustix::fs::flock(&turn, FlockOperation::LockExclusive).map_err(|e| cannot("lock", dir)(e.into()))?;
+    let _turn = take_turn(dir, TURN)?;
     if is_live(path)? {
         return Ok(None);
     }
-    let address = SocketAddrUnix::new(path).map_err(fail)?;
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).map_err(fail)?;
+    let (socket, address) = unix_socket(path).map_err(fail)?;
     // The file gets the socket's mode, less the umask: nobody else can connect before it is set below.
     rustix::fs::fchmod(&socket, Mode::from_raw_mode(SOCKET_MODE)).map_err(fail)?;
     rustix::net::bind(&socket, &address).map_err(fail)?;
@@ -118,6 +121,33 @@ pub(crate) fn bind_unix(path: &Path) -> Result<Option<Listener>> {
     std::fs::set_permissions(path, PermissionsExt::from_mode(SOCKET_MODE)).map_err(cannot("set the mode of", path))?;
     rustix::net::listen(&socket, 1024).map_err(fail)?;
     Ok(Some(Listener::Unix(socket.into(), file)))
+}
+
+/// Two servers that start at once take turns at finding out whether a socket is in use. An error where it is never this
+/// one's turn: anybody may lock a directory that he may open.
+fn take_turn(dir: &Path, limit: Duration) -> Result<std::fs::File> {
+    let turn = std::fs::File::open(dir).map_err(cannot("open", dir))?;
+    let until = Instant::now() + limit;
+    loop {
+        match rustix::fs::flock(&turn, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(turn),
+            Err(Errno::WOULDBLOCK) if Instant::now() < until => std::thread::sleep(ASK),
+            Err(Errno::WOULDBLOCK) => {
+                let dir = dir.display();
+                return Err(Error::Invalid(format!(
+                    "{dir} is locked by another process (see lslocks), so that no socket can be made there: end that \
+                     process, or give --listen another directory"
+                )));
+            }
+            Err(e) => return Err(cannot("lock", dir)(e.into())),
+        }
+    }
+}
+
+/// A socket for this path, by which nothing waits.
+fn unix_socket(path: &Path) -> rustix::io::Result<(OwnedFd, SocketAddrUnix)> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    Ok((rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?, SocketAddrUnix::new(path)?))
 }
 
 /// Whether somebody answers at a socket; where nobody does, it is removed. An error where something else is there.
@@ -131,13 +161,14 @@ fn is_live(path: &Path) -> Result<bool> {
         }
         Ok(_) => {}
     }
-    match UnixStream::connect(path) {
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+    match unix_socket(path).and_then(|(socket, address)| rustix::net::connect(&socket, &address)) {
+        Err(Errno::CONNREFUSED) => {
             std::fs::remove_file(path).map_err(cannot("remove the left socket", path)).map(|()| false)
         }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(cannot("ask who listens on", path)(e)),
-        Ok(_) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
+        // It listens, and has more connections waiting than it takes.
+        Ok(()) | Err(Errno::AGAIN) => Ok(true),
+        Err(e) => Err(cannot("ask who listens on", path)(e.into())),
     }
 }
 
@@ -148,6 +179,8 @@ fn cannot(what: &'static str, on: impl Into<OsString>) -> impl FnOnce(io::Error)
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+
     use super::*;
 
     #[test]
@@ -179,6 +212,34 @@ mod tests {
         UnixStream::connect(&path).unwrap();
         drop(second);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_server_that_takes_no_connections_is_there_and_nobody_waits_for_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let (socket, address) = unix_socket(&path).unwrap();
+        rustix::net::bind(&socket, &address).unwrap();
+        rustix::net::listen(&socket, 0).unwrap();
+        let connect = || unix_socket(&path).and_then(|(to, address)| rustix::net::connect(&to, &address).map(|()| to));
+        let mut waiting = Vec::new();
+        while let Ok(connection) = connect() {
+            waiting.push(connection);
+        }
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || tell.send(bind_unix(&path).map(|bound| bound.is_some())));
+        let bound = told.recv_timeout(Duration::from_secs(30)).expect("it waits to be let in");
+        assert!(!bound.unwrap());
+    }
+
+    #[test]
+    fn a_locked_directory_is_told_and_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let turn = take_turn(dir.path(), Duration::ZERO).unwrap();
+        let error = take_turn(dir.path(), ASK).unwrap_err();
+        assert!(error.to_string().contains("locked by another process"), "{error}");
+        drop(turn);
+        take_turn(dir.path(), Duration::ZERO).unwrap();
     }
 
     #[test]
