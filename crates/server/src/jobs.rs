@@ -22,6 +22,8 @@ const MAX_QUEUE: usize = 1024;
 pub(crate) enum Why {
     /// Nobody waits for it any more.
     ClientGone,
+    /// Its deadline has passed.
+    Late,
     /// Its model is unloaded.
     Unloaded,
     /// The server stops.
@@ -32,6 +34,7 @@ impl Why {
     pub(crate) fn status(self) -> Status {
         match self {
             Why::ClientGone => Status::cancelled("the load was cancelled: its client is gone"),
+            Why::Late => Status::deadline_exceeded("the load did not end by its deadline, or did not begin by then"),
             Why::Unloaded => Status::cancelled("the load was cancelled: its model was unloaded"),
             Why::ShuttingDown => Status::unavailable("the server is shutting down"),
         }

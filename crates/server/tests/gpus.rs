@@ -7,16 +7,17 @@ mod gpu;
 use std::collections::HashMap;
 use std::time::Duration;
 
-use common::session::{Loading, all_of, load, open_message};
-use common::{Served, models};
+use common::session::{Loading, all_of, load, open_message, ticket};
+use common::{Served, memory, models};
 use cuda::Driver;
 use gpu::{Owner, UNTOUCHED};
+use rustix::fs::SealFlags;
 use sllm_proto::storage::{
     ClearMemRequest, ConfirmModelRequest, DeviceType, LoadModelRequest, MemCopyChunk, MemCopyChunkList, MemCopyHandle,
     MemCopyHandleList, RegisterModelRequest, UnloadModelRequest,
 };
 use sllm_proto::store::load_request::Kind as Asked;
-use sllm_proto::store::{Attach, CudaMemory, StatusRequest, attach};
+use sllm_proto::store::{Attach, Batch, CudaMemory, StatusRequest, attach};
 use tonic::{Code, Status};
 
 const LEN: usize = 9_000_123;
@@ -417,6 +418,30 @@ async fn loads_that_do_not_end_in_time_are_stopped_with_the_server() {
     drop((loading, client));
     served.ended().await;
     all_closed(&driver).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_waits_for_a_place_fails_by_its_deadline() {
+    let driver = Driver::load();
+    let served = Served::start(fill, |config| config.max_loads = 1);
+    load(&served, "plain").await.unwrap();
+    let len = LEN as u64;
+    let owner = Owner::start(0, len);
+    let open = open_message("store", &served.models().join("store"));
+    let (mut loading, opened) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
+    loading.attach_host(&served.socket(), ticket(), &memory(opened.total, SealFlags::SHRINK)).await;
+    // Some seconds, in which the only place is taken.
+    driver.set_bandwidth(3_000_000);
+    served.storage().await.load_model_async(request("plain", "r", &owner, vec![chunk(0, len, 0)])).await.unwrap();
+    let jobs = async || served.store().await.status(StatusRequest {}).await.unwrap().into_inner().jobs;
+    while jobs().await.is_empty() {
+        tokio::time::sleep(PAUSE).await;
+    }
+    loading.ask(Asked::Batch(Batch { segments: all_of(&open), timeout_ms: 20 })).await;
+    assert_eq!(loading.error().await.code(), Code::DeadlineExceeded);
+    assert_eq!(jobs().await.len(), 1, "it waited for the load before it");
+    driver.set_bandwidth(0);
+    unload(&served, "plain", "r", DeviceType::Gpu).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

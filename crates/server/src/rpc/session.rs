@@ -316,10 +316,23 @@ async fn move_batch(
         Ok(report)
     });
     tokio::pin!(run);
+    // A load that runs looks itself, before each copy; one that waits for a place is told here.
+    let late = async {
+        match deadline {
+            Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::pin!(late);
+    let mut is_late = false;
     loop {
         tokio::select! {
             biased;
             result = &mut run => return result.map(Some),
+            () = &mut late, if !is_late => {
+                is_late = true;
+                stop.stop(Why::Late);
+            }
             () = talk.events.closed() => {
                 stop.stop(Why::ClientGone);
                 return run.await.map(|_| None);
