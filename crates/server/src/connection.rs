@@ -19,8 +19,8 @@ use tonic::transport::server::Connected;
 use crate::listen::Listener;
 use crate::memory::{Ticket, Tickets};
 
-/// How long a client may take to say the first word.
-const FIRST_WORD: Duration = Duration::from_secs(20);
+/// How long a client may take to say the first word: one that says nothing keeps a descriptor.
+pub(crate) const FIRST_WORD: Duration = Duration::from_secs(20);
 /// How long the passing of memory may take.
 const PASSING: Duration = Duration::from_secs(5);
 /// How long to wait where no connection can be taken, as when descriptors run out.
@@ -71,6 +71,8 @@ pub(crate) struct Reception {
     pub(crate) tickets: Arc<Tickets>,
     /// Clients that are connected.
     pub(crate) clients: Arc<AtomicU32>,
+    /// How long a client may take to say its first word.
+    pub(crate) first_word: Duration,
 }
 
 impl Reception {
@@ -89,18 +91,26 @@ impl Reception {
                 let listener = tokio::net::TcpListener::from_std(listener)?;
                 loop {
                     if let Some((stream, _)) = taken(listener.accept().await).await {
-                        let _ = stream.set_nodelay(true);
-                        self.give(Io::Tcp(stream)).await;
+                        tokio::spawn(self.clone().receive_tcp(stream));
                     }
                 }
             }
         }
     }
 
+    /// Waits for the first word. What is said is for gRPC to hear.
+    async fn receive_tcp(self, stream: TcpStream) {
+        let _ = stream.set_nodelay(true);
+        // A client that says nothing, or goes, is of no interest.
+        if let Ok(Ok(1..)) = tokio::time::timeout(self.first_word, stream.peek(&mut [0])).await {
+            self.give(Io::Tcp(stream)).await;
+        }
+    }
+
     /// Hears the first word, which says what the connection is for.
     async fn receive_unix(self, stream: UnixStream) {
         let mut word = [0; PASS_MEMORY.len()];
-        let first = tokio::time::timeout(FIRST_WORD, peek(&stream, &mut word)).await;
+        let first = tokio::time::timeout(self.first_word, peek(&stream, &mut word)).await;
         // A client that says nothing, or goes, is of no interest.
         let Ok(Ok(len @ 1..)) = first else { return };
         // gRPC begins with other bytes: the first one tells.
@@ -236,5 +246,40 @@ impl AsyncWrite for Connection {
             Io::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             Io::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use super::*;
+    use crate::listen::bind_tcp;
+
+    #[tokio::test]
+    async fn a_client_by_tcp_that_says_nothing_is_hung_up_on_and_one_that_speaks_is_heard() {
+        let (grpc, mut taken) = mpsc::channel(8);
+        let (tickets, clients) = (Arc::default(), Arc::default());
+        let first_word = Duration::from_millis(50);
+        let listener = bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+        let Listener::Tcp(_, address) = listener else { panic!("{listener:?}") };
+        let accepting = tokio::spawn(Reception { grpc, tickets, clients, first_word }.accept(listener));
+        let hung_up = tokio::task::spawn_blocking(move || {
+            let mut silent = std::net::TcpStream::connect(address).unwrap();
+            silent.read(&mut [0]).map(|len| len == 0)
+        });
+        tokio::select! {
+            hung_up = hung_up => assert!(hung_up.unwrap().unwrap()),
+            _ = taken.recv() => panic!("it said nothing, and is served"),
+        }
+        // Its word may come too late on a slow machine: then it tries again.
+        loop {
+            let mut speaking = std::net::TcpStream::connect(address).unwrap();
+            speaking.write_all(b"P").unwrap();
+            if tokio::time::timeout(first_word * 2, taken.recv()).await.is_ok() {
+                break;
+            }
+        }
+        accepting.abort();
     }
 }

@@ -17,7 +17,7 @@ use tonic::{Request, Status};
 use tonic_health::ServingStatus;
 
 use crate::config::Config;
-use crate::connection::{Peer, Reception};
+use crate::connection::{FIRST_WORD, Peer, Reception};
 use crate::listen::{Listener, bind_tcp, bind_unix};
 use crate::rpc::{StorageRpc, StoreRpc};
 use crate::scrape;
@@ -89,7 +89,8 @@ impl Server {
         let mut tasks = JoinSet::new();
         for listener in listeners {
             let (clients, tickets) = (Arc::clone(&store.clients), Arc::clone(&store.tickets));
-            let (reception, address) = (Reception { grpc: grpc.clone(), tickets, clients }, listener.address());
+            let (grpc, first_word) = (grpc.clone(), FIRST_WORD);
+            let (reception, address) = (Reception { grpc, tickets, clients, first_word }, listener.address());
             tasks.spawn(async move {
                 if let Err(error) = reception.accept(listener).await {
                     tracing::error!(%address, %error, "cannot listen any more");
