@@ -35,6 +35,8 @@ impl Runtime {
         let work = move || {
             // Also where the sender is dropped.
             let _ = runtime.block_on(stopped);
+            // Finding a host's address takes as long as the system's resolver likes, on a thread of its own.
+            runtime.shutdown_background();
         };
         let thread = std::thread::Builder::new().name("sllm-client".into()).spawn(work).map_err(Error::Thread)?;
         Ok(Runtime { handle, stop: Some(stop), thread: Some(thread), process: std::process::id() })
@@ -84,5 +86,31 @@ impl Drop for Runtime {
         if self.process == std::process::id() && thread.thread().id() != std::thread::current().id() {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[test]
+    fn the_end_of_a_client_does_not_wait_for_what_blocks() {
+        let runtime = Runtime::start().unwrap();
+        let (free, freed) = channel::<()>();
+        let (tell, told) = channel();
+        let blocks = move || {
+            tell.send(true).unwrap();
+            tell.send(freed.recv_timeout(Duration::from_secs(20)).is_ok()).unwrap();
+        };
+        let resolve = async move {
+            let _ = tokio::task::spawn_blocking(blocks).await;
+        };
+        runtime.spawn(resolve).unwrap();
+        assert!(told.recv().unwrap());
+        drop(runtime);
+        free.send(()).unwrap();
+        assert!(told.recv().unwrap(), "it was waited for");
     }
 }
