@@ -30,6 +30,9 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(600);
 /// Over TCP a server's machine may go without a word: it is asked so often whether it is there.
 const KEEP_ALIVE: Duration = Duration::from_secs(20);
 
+/// What is longer is taken for this, ten years: every clock can count so far.
+pub(crate) const LONGEST: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
 /// How to reach a server.
 #[derive(Clone)]
 pub struct ClientOptions {
@@ -61,19 +64,19 @@ impl ClientOptions {
 
     /// How long connecting may take; 2 seconds unless given.
     pub fn connect_limit(mut self, limit: Duration) -> ClientOptions {
-        self.connect_limit = limit;
+        self.connect_limit = limit.min(LONGEST);
         self
     }
 
     /// How long a call may take that moves no bytes; 10 seconds unless given.
     pub fn call_limit(mut self, limit: Duration) -> ClientOptions {
-        self.call_limit = limit;
+        self.call_limit = limit.min(LONGEST);
         self
     }
 
     /// How long a preload may tell of no progress, as while it waits for other loads; 10 minutes unless given.
     pub fn silence_limit(mut self, limit: Duration) -> ClientOptions {
-        self.silence_limit = limit;
+        self.silence_limit = limit.min(LONGEST);
         self
     }
 }

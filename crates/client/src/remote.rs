@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use sllm_core::{Block, Checkpoint, Control, Remote, RemoteReport, Segment};
 use sllm_proto::store as pb;
 
-use crate::client::{ClientOptions, StoreClient};
+use crate::client::{ClientOptions, LONGEST, StoreClient};
 use crate::error::Result;
 use crate::session::Session;
 
@@ -63,13 +63,13 @@ impl RemoteOptions {
     /// How long a stream is kept after a batch, for the next one of its checkpoint; half a second unless given. The
     /// server has the load's memory open as long.
     pub fn linger(mut self, linger: Duration) -> RemoteOptions {
-        self.linger = linger;
+        self.linger = linger.min(LONGEST);
         self
     }
 
     /// How long a batch may take, and a second more for each 100 MB.
     pub fn patience(mut self, patience: Duration) -> RemoteOptions {
-        self.patience = patience;
+        self.patience = patience.min(LONGEST);
         self
     }
 }

@@ -98,6 +98,24 @@ fn rows_arrive_out_of_files_and_then_out_of_the_pool() {
 }
 
 #[test]
+fn limits_of_any_length_can_be_waited_for() {
+    let model = model(9_000_001);
+    let served = Served::start(model.dir.path(), |_| {});
+    let forever = Duration::MAX;
+    let options = served.options(0).connect_limit(forever).call_limit(forever).silence_limit(forever);
+    let client = StoreClient::connect(&options).unwrap();
+    client.preload("model", false, &Control::new()).unwrap();
+    let remote = RemoteOptions::new().patience(forever).linger(forever);
+    let remote = StoreRemote::new(client.clone(), remote);
+    let loader = Loader::builder().remote(Box::new(remote)).build().unwrap();
+    for _ in 0..2 {
+        let loaded = loader.load(&model.checkpoint).unwrap();
+        assert_eq!((loaded.report().engines[0].engine, loaded.report().notes.len()), ("server", 0));
+    }
+    assert_eq!(client.list().unwrap().len(), 1);
+}
+
+#[test]
 fn a_verified_load_of_a_store_is_left_to_the_server() {
     let model = model(9_000_001);
     let store = store(&model);
