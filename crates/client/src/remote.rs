@@ -208,13 +208,15 @@ impl StoreRemote {
             None => path_of(path)?,
         };
         let file = |file: &sllm_core::DataFile| {
-            let (seconds, nanoseconds) = file.modified();
+            let ((seconds, nanoseconds), (device, inode)) = (file.modified(), file.inode());
             pb::File {
                 name: file.name().to_owned(),
                 len: file.len(),
                 modified_s: seconds,
                 // The system's are below a thousand million.
                 modified_ns: u32::try_from(nanoseconds).unwrap_or(u32::MAX),
+                device,
+                inode,
             }
         };
         Ok(pb::Open { model, files: checkpoint.files().iter().map(file).collect() })

@@ -174,6 +174,26 @@ fn a_path_that_the_server_must_not_serve_is_refused_and_files_are_read() {
 }
 
 #[test]
+fn a_model_of_the_same_lengths_and_times_is_not_taken_for_the_clients() {
+    let mine = model(70_000);
+    let other = mine.dir.path().join("other");
+    std::fs::create_dir(&other).unwrap();
+    let file = std::fs::File::create(other.join("model.safetensors")).unwrap();
+    let mut bytes = mine.bytes.clone();
+    bytes[50_000] ^= 2;
+    std::io::Write::write_all(&mut &file, &bytes).unwrap();
+    let time = mine.path.join("model.safetensors").metadata().unwrap().modified().unwrap();
+    file.set_modified(time).unwrap();
+    let served = Served::start(mine.dir.path(), |_| {});
+    // As a server sees it that has another directory under the client's path.
+    let remote = StoreRemote::new(served.client(), RemoteOptions::new().model("other".to_owned()));
+    let loader = Loader::builder().remote(Box::new(remote)).build().unwrap();
+    let loaded = loader.load(&mine.checkpoint).unwrap();
+    assert!(mine.bytes.ends_with(&loaded.tensor("w").unwrap().to_vec().unwrap()), "the other model's bytes came");
+    assert!(loaded.report().notes[0].contains("another file"), "{:?}", loaded.report().notes);
+}
+
+#[test]
 fn files_that_changed_since_the_client_opened_them_are_not_loaded() {
     let old = model(5000);
     let served = Served::start(old.dir.path(), |_| {});

@@ -135,12 +135,18 @@ async fn files_that_differ_from_the_clients_are_refused() {
         change(&|file| file.len += 1),
         change(&|file| file.modified_s += 1),
         change(&|file| file.modified_ns ^= 1),
+        change(&|file| file.inode ^= 1),
         change(&|file| file.name = "other.safetensors".into()),
     ] {
         let error = Loading::open(&mut served.store().await, wrong).await.err().unwrap();
         assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
     }
-    Loading::open(&mut served.store().await, good).await.unwrap();
+    // One file system that is mounted twice, and a client that does not know its files so well.
+    let mounted = change(&|file| (file.device, file.inode) = (file.device ^ 1, file.inode ^ 1));
+    let unknown = change(&|file| (file.device, file.inode) = (0, 0));
+    for right in [good.clone(), mounted, unknown] {
+        Loading::open(&mut served.store().await, right).await.unwrap();
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

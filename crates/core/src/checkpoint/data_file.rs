@@ -88,6 +88,11 @@ impl DataFile {
         self.stamp.modified
     }
 
+    /// Device and inode: no two files of a machine have the same ones at one time.
+    pub fn inode(&self) -> (u64, u64) {
+        (self.stamp.device, self.stamp.inode)
+    }
+
     /// Whether its path still leads to the file that was opened, and that was not written to since.
     pub(crate) fn is_current(&self) -> bool {
         std::fs::metadata(&self.path).is_ok_and(|metadata| Stamp::of(&metadata) == self.stamp)

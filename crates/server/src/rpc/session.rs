@@ -198,6 +198,15 @@ async fn open_model(store: &Arc<Store>, open: Open) -> Result<(InUse, Vec<usize>
                 mine.0, mine.1, seen.0, seen.1
             )));
         }
+        // A copy, or another model with lengths and times that were set, as by an image's build.
+        let (device, inode) = ours[at].inode();
+        if theirs.device == device && theirs.inode != inode {
+            return Err(differs(format!(
+                "the server's {name} is another file than the client's ({inode} and {} of one device): by one path they \
+                 see two directories",
+                theirs.inode
+            )));
+        }
         places.push(at);
     }
     Ok((InUse::new(&model), places))

@@ -25,6 +25,8 @@ pub(crate) fn open_message(name: &str, path: &Path) -> Open {
         len: file.len(),
         modified_s: file.modified().0,
         modified_ns: u32::try_from(file.modified().1).unwrap(),
+        device: file.inode().0,
+        inode: file.inode().1,
     });
     Open { model: name.into(), files: files.collect() }
 }
