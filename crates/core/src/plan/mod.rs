@@ -66,7 +66,7 @@ impl Segment {
     /// An error where it does not lie inside its file and its block, which have these lengths. It must not be empty.
     pub fn check(&self, files: &[u64], blocks: &[u64]) -> Result<()> {
         let extent = |start: u64, pitch: u64| -> Option<u64> {
-            (self.rows - 1).checked_mul(pitch)?.checked_add(self.row_len)?.checked_add(start)
+            self.rows.checked_sub(1)?.checked_mul(pitch)?.checked_add(self.row_len)?.checked_add(start)
         };
         let fits = |end: Option<u64>, limit: Option<&u64>| end.zip(limit).is_some_and(|(end, &limit)| end <= limit);
         if self.rows > 1 && (self.src_pitch < self.row_len || self.dst_pitch < self.row_len) {

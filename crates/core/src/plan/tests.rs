@@ -170,6 +170,7 @@ fn a_byte_has_one_source() {
 
 #[test]
 fn extreme_numbers_are_refused_and_do_not_overflow() {
+    assert!(Segment { rows: 0, ..Segment::contiguous(0, 0, 1, 0, 0) }.check(&[10], &[10]).is_err());
     let segment = Segment::contiguous(0, u64::MAX - 1, 1, 0, 0);
     assert!(LoadPlan::build(&[u64::MAX], &[10], &[segment], &PlanOptions::default()).is_err());
     let last = Segment::contiguous(0, i64::MAX as u64 - 1, 1, 0, 0);
