@@ -4,6 +4,7 @@ changed configuration wants: all as vLLM's own loader has it."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,6 +155,32 @@ def test_files_of_mistrals_layout_go_first(
     assert load(both, "auto", **options).tokens == whole
     ours = load(both, **options)
     assert (ours.tokens, ours.moved, ours.read_through) == (whole, [nbytes(main)], [{}])
+
+
+def test_of_a_tensor_in_several_files_the_last_counts(
+    model: Callable[..., Path], load: Any, whole: Tokens, tmp_path: Path
+) -> None:
+    rest, layer = parts(model("llama"))
+    _, other = parts(model("llama_again"))
+    found = []
+    for name, second, third in ("first", layer, other), ("last", other, layer):
+        path = models.copy_with(model("llama"), tmp_path / name, {})
+        (path / "model.safetensors").unlink()
+        # Names that text and numbers sort differently.
+        for number, tensors in {1: rest, 2: second, 10: third}.items():
+            prefix = "" if tensors is rest else PREFIX
+            named = {prefix + key: tensor for key, tensor in tensors.items()}
+            save_file(named, path / f"model-{number}.safetensors", metadata={"format": "pt"})
+        found.append(load(path, "auto").tokens)
+        ours = load(path)
+        assert (ours.tokens, ours.moved, ours.read_through) == (found[-1], [nbytes(rest) + 2 * nbytes(layer)], [{}])
+        (warning,) = [line for line in ours.said if "is in" in line]
+        names = f"tensor '{PREFIX}.*' is in model-2.safetensors and model-10.safetensors, as {len(layer) - 1} more are"
+        assert re.search(names, warning)
+        assert load(path, **STAGING).tokens == found[-1]
+    assert found[1] == whole != found[0]
+    with pytest.raises(sllm.FormatError, match="in two files"):
+        sllm.convert(path, tmp_path / "store")
 
 
 def test_a_configuration_that_wants_less(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import re
 from typing import Any
 
 # The load format by which files that a model's own patterns name are pickled ones, unless they end as safetensors do.
@@ -39,8 +40,9 @@ def with_format(loader: Any, load_format: str) -> Any:
 
 
 def files_of(loader: Any, source: Any) -> tuple[str, list[str], bool]:
-    """The folder and the files of one of vLLM's sources, found or downloaded as by its load format `auto`, and whether
-    they are safetensors. Pickled files are found only by patterns that the model itself gives.
+    """The folder and the files of one of vLLM's sources, and whether they are safetensors: found or downloaded as by its
+    load format `auto`, in the order in which it reads them. Pickled files are found only by patterns that the model
+    itself gives.
 
     0.17.1 takes no subfolder; 0.32.0 and later give the index's name too. Later versions then drop shards of which the
     model wants no tensor; they stay in here, since the model passes over their tensors, and deferred ones are not read.
@@ -62,7 +64,13 @@ def files_of(loader: Any, source: Any) -> tuple[str, list[str], bool]:
             found = with_format(loader, "mistral")._prepare_weights(**given)
         except RuntimeError:
             found = with_format(loader, "safetensors")._prepare_weights(**given)
-    return found[0], sorted(found[1]), bool(found[2])
+    return found[0], sorted(found[1], key=_place), bool(found[2])
+
+
+def _place(file: str) -> tuple[list[str | int], str]:
+    """A file's place among others: by its name, in which numbers are numbers."""
+    parts = re.split(r"(\d+)", os.path.basename(file))
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)], file
 
 
 def own_experts(loader: Any, checkpoint: Any) -> list[int] | None:

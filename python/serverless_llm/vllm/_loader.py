@@ -10,9 +10,8 @@ with them and what is missing at the end stays vLLM's business. Two roads lead i
 from __future__ import annotations
 
 import copy
-import glob
+import itertools
 import json
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -25,10 +24,10 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from .. import _native, _torch
 from .._native import Checkpoint
 from ..deferred import Deferred
-from ..errors import FormatError, InvalidError, NotFoundError, SllmError
+from ..errors import FormatError, InvalidError, SllmError
 from ..reports import LoadReport
 from ..staging import Staged
-from . import _door
+from . import _door, _files
 from ._options import Options
 from ._progress import Bar
 
@@ -54,27 +53,14 @@ class ServerlessLLMLoader(DefaultModelLoader):
     # --- which files ---
 
     def download_model(self, model_config: Any) -> None:
-        if not _own_layout(model_config.model):
+        if not _files.own_layout(model_config.model):
             _door.files_of(self, self.Source(model_config.model, model_config.revision))
 
-    def _open(self, source: Any) -> Checkpoint | None:
-        """The checkpoint of one of vLLM's sources; None where the model's own patterns name pickled files."""
-        path = _door.folder_of(source)
-        patterns = source.allow_patterns_overrides
-        if _own_layout(path) and not _any_match(path, patterns):
-            # Its data files hold what safetensors of other names held, and nothing of what was pickled.
-            if patterns is not None and not any(pattern.endswith(".safetensors") for pattern in patterns):
-                raise NotFoundError(f"{path} has no {' or '.join(patterns)}, which the model wants: copy it there")
-            checkpoint = _native.open(path)
+    def _open(self, source: Any) -> list[Checkpoint] | None:
+        checkpoints = _files.opened(self, source, lambda text: logger.warning("serverless_llm: %s", text))
+        for checkpoint in checkpoints or ():
             self._check_source(checkpoint)
-            return checkpoint
-        try:
-            folder, files, safetensors = _door.files_of(self, source)
-        except RuntimeError as e:
-            found = f" (files like {' or '.join(patterns)})" if patterns is not None else ""
-            reason = f"{e}{found}: neither a store nor safetensors; save the model as safetensors first"
-            raise NotFoundError(reason) from e
-        return _native.open_files(folder, files) if safetensors else None
+        return checkpoints
 
     def _check_source(self, checkpoint: Checkpoint) -> None:
         """A store of other weights than its source has now is not served."""
@@ -145,17 +131,19 @@ class ServerlessLLMLoader(DefaultModelLoader):
         if self.load_config.safetensors_load_strategy == "torchao":
             # vLLM's own iterator makes torchao's tensors of several stored ones.
             raise InvalidError("a checkpoint of torchao's own tensors: load it with --load-format safetensors")
-        checkpoint = self._open(source)
+        checkpoints = self._open(source)
         if self.counter_before_loading_weights == 0.0:
             self.counter_before_loading_weights = time.perf_counter()
-        if checkpoint is None:
+        if checkpoints is None:
             names = " or ".join(source.allow_patterns_overrides)
             logger.info("serverless_llm leaves %s in %s to vLLM: pickled", names, _door.folder_of(source))
             theirs = _door.with_format(self, _door.PICKLED)
             return super(ServerlessLLMLoader, theirs)._get_weights_iterator(source)
-        identity = f", identity {checkpoint.identity}" if checkpoint.identity else ""
-        logger.info("serverless_llm reads %s (%s%s)", checkpoint.path, checkpoint.layout, identity)
-        return ((source.prefix + name, tensor) for name, tensor in self._tensors(checkpoint))
+        first = checkpoints[0]
+        identity = f", identity {first.identity}" if first.identity else ""
+        logger.info("serverless_llm reads %s (%s%s)", first.path, first.layout, identity)
+        tensors = itertools.chain.from_iterable([self._tensors(checkpoint) for checkpoint in checkpoints])
+        return ((source.prefix + name, tensor) for name, tensor in tensors)
 
     def _tensors(self, checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
         # Without a load of ours vLLM reloads the weights by itself.
@@ -216,13 +204,3 @@ def _device() -> torch.device:
     if current_platform.is_cuda():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-def _any_match(folder: str, patterns: list[str] | None) -> bool:
-    """Whether a folder has files that a model's own patterns name."""
-    return any(glob.glob(pattern, root_dir=folder) for pattern in patterns or ())
-
-
-def _own_layout(path: str) -> bool:
-    """Whether a path is a directory that vLLM's loader cannot read and we can: a store, or the original's layout."""
-    return os.path.isfile(os.path.join(path, "tensor_index.json"))
