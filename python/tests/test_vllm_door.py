@@ -48,6 +48,8 @@ CALLS = {
     "BaseModelLoader.load_model": ["self", "vllm_config", "model_config", "prefix"],
     "BaseModelLoader.load_weights": ["self", "model", "model_config"],
     "BaseModelLoader.download_model": ["self", "model_config"],
+    # To find files for reading ahead.
+    "DefaultModelLoader.__init__": ["self", "load_config"],
     # By `reload_weights`.
     "DefaultModelLoader.get_all_weights": ["self", "model_config", "model"],
 }

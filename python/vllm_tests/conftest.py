@@ -19,6 +19,9 @@ import gc
 import json
 import logging
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ import pytest
 
 import serverless_llm as sllm
 
+COMMAND = "import sys; from serverless_llm._cli import main; sys.exit(main())"
 PROMPTS = [[5, 6, 7, 8], list(range(20, 40))]
 
 
@@ -163,3 +167,17 @@ def smollm2(folder: Path) -> Path:
     if not path.exists():
         models.smollm2(source, path)
     return path
+
+
+@pytest.fixture
+def server(folder: Path, tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server of the folder where models are made: its address and its process."""
+    address = f"unix:{tmp_path / 'socket'}"
+    words = ["start", "--storage-path", folder, "--listen", address, "--mem-pool-size", "256MB"]
+    process = subprocess.Popen([sys.executable, "-c", COMMAND, *words], stderr=subprocess.DEVNULL)
+    while not (tmp_path / "socket").exists():
+        assert process.poll() is None, "the server ended"
+        time.sleep(0.01)
+    yield address, process
+    process.kill()
+    process.wait()

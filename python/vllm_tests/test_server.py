@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +12,12 @@ import pytest
 
 import serverless_llm as sllm
 
-COMMAND = "import sys; from serverless_llm._cli import main; sys.exit(main())"
 FELL_BACK = "files are read"
 
 
 def warnings(said: list[str]) -> list[str]:
     """What the loader warned of a server; reports, which it logs for debugging, have more lines."""
     return [line for line in said if line.endswith(FELL_BACK) and "\n" not in line]
-
-
-@pytest.fixture
-def server(folder: Path, tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    """A server of the folder where models are made: its address and its process."""
-    address = f"unix:{tmp_path / 'socket'}"
-    words = ["start", "--storage-path", folder, "--listen", address, "--mem-pool-size", "256MB"]
-    process = subprocess.Popen([sys.executable, "-c", COMMAND, *words], stderr=subprocess.DEVNULL)
-    while not (tmp_path / "socket").exists():
-        assert process.poll() is None, "the server ended"
-        time.sleep(0.01)
-    yield address, process
-    process.kill()
-    process.wait()
 
 
 @pytest.mark.parametrize("road", ["auto", "staging"])

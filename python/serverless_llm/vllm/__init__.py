@@ -12,5 +12,6 @@ def register() -> None:
     """Tells vLLM of the load format, and starts to read the model that is served. May be called again."""
     from . import _door, _prefetch
 
-    _prefetch.start(LOAD_FORMAT)
     _door.register(LOAD_FORMAT)
+    # Its thread finds imported what it needs of vLLM: two threads that import the same at once may see halves.
+    _prefetch.start(LOAD_FORMAT)

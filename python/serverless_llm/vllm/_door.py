@@ -25,6 +25,23 @@ def register(load_format: str) -> None:
         model_loader.register_model_loader(load_format)(ServerlessLLMLoader)
 
 
+def own_loader() -> Any:
+    """vLLM's own loader, by which a model's files are found."""
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    return DefaultModelLoader(LoadConfig(load_format="safetensors"))
+
+
+def folder_here(model: str, revision: str | None) -> str:
+    """The directory of a model: itself, or the Hugging Face cache's. Nothing is downloaded."""
+    if os.path.isdir(model):
+        return model
+    from huggingface_hub import snapshot_download
+
+    return str(snapshot_download(model, revision=revision, local_files_only=True))
+
+
 def folder_of(source: Any) -> str:
     """The directory, or repository id, that one of vLLM's sources names. Sources of 0.17.1 have no subfolder."""
     subfolder = getattr(source, "subfolder", None)

@@ -3,6 +3,7 @@
 Between its start and the first weight vLLM imports and spawns for half a minute. The first process calls the plugin when
 its own imports are done; what is imported after that is mostly cached, and the disk is idle. So the reading begins there,
 in native threads, and pauses while others read. Where there is a store server, it is asked to read the model instead.
+Which files are read is asked of what the loader asks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 
-from .. import errors, store, store_server
+from .. import _native, errors, store, store_server
+from .._native import Checkpoint
+from ..reports import PrefetchReport
+from . import _door, _files
 from ._options import Options
 
 _VARIABLE = "SERVERLESS_LLM_PREFETCH"
@@ -79,33 +83,55 @@ def _value(arguments: Sequence[str], flag: str) -> str | None:
     return value
 
 
-def _read(model: str, revision: str | None, address: str | None) -> None:
-    if address is not None and _preload(model, revision, address):
-        return
+def _read(model: str, revision: str | None, address: str | None) -> list[PrefetchReport]:
+    """Has the files read that the loader will open; the reports of those that were read here."""
+    reports: list[PrefetchReport] = []
     try:
-        report = store.prefetch(model, revision=revision)
-    except (errors.SllmError, OSError) as e:
+        checkpoints = _chosen(model, revision)
+        if address is not None and _preload(checkpoints, address):
+            return reports
+        for checkpoint in checkpoints:
+            reports.append(store.prefetch(checkpoint))
+            if reports[-1].end == "loading":
+                break
+    except (errors.SllmError, OSError, RuntimeError, ValueError) as e:
         # A model that is yet to be downloaded, for instance. The loader tells real errors.
         logger.debug("serverless_llm does not read %s ahead: %s", model, e)
-        return
-    logger.info(
-        "serverless_llm read %.2f GB of %s ahead in %.1f s, %.1f s of them paused for others (%s)",
-        report.read_bytes / 1e9,
-        model,
-        report.seconds,
-        report.paused_s,
-        report.end,
-    )
+    if reports:
+        logger.info(
+            "serverless_llm read %.2f GB of %s ahead in %.1f s, %.1f s of them paused for others (%s)",
+            sum(report.read_bytes for report in reports) / 1e9,
+            model,
+            sum(report.seconds for report in reports),
+            sum(report.paused_s for report in reports),
+            reports[-1].end,
+        )
+    return reports
 
 
-def _preload(model: str, revision: str | None, address: str) -> bool:
+def _chosen(model: str, revision: str | None) -> list[Checkpoint]:
+    """What the loader will open, where the model's own code does not name files."""
+    loader = _door.own_loader()
+    source = loader.Source(_door.folder_here(model, revision), None)
+    return _files.opened(loader, source, lambda text: logger.debug("%s", text)) or []
+
+
+def _preload(checkpoints: list[Checkpoint], address: str) -> bool:
     """Has a store server read the model; whether it has."""
+    path = os.path.realpath(checkpoints[0].path)
     try:
-        path = os.path.realpath(store.opened(model, revision).path)
         client = store_server.StoreClient(None if address == "auto" else address)
+        if not _is_whole(path, checkpoints):
+            logger.debug("the store server at %s would read other files of %s than the loader", client.address, path)
+            return False
         size = client.preload(path)
     except (errors.SllmError, OSError) as e:
-        logger.debug("no store server reads %s ahead: %s", model, e)
+        logger.debug("no store server reads %s ahead: %s", path, e)
         return False
-    logger.info("serverless_llm: the store server at %s has %.2f GB of %s", client.address, size / 1e9, model)
+    logger.info("serverless_llm: the store server at %s has %.2f GB of %s", client.address, size / 1e9, path)
     return True
+
+
+def _is_whole(path: str, checkpoints: list[Checkpoint]) -> bool:
+    """Whether the loader's checkpoints are what is found by their path alone, which is all that the server is told."""
+    return len(checkpoints) == 1 and sorted(_native.open(path).files) == sorted(checkpoints[0].files)
