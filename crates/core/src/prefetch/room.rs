@@ -19,32 +19,82 @@ fn meminfo(text: &str) -> Option<u64> {
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
-/// What the limits of the control group and those above it leave, file pages counted as free; `None` without a limit.
-fn group(root: &Path, own: &str) -> Option<u64> {
-    let path = own.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    let mut dir = root.join(path);
-    let mut least = None;
-    while dir.starts_with(root) {
-        let number = |name: &str| fs::read_to_string(dir.join(name)).ok()?.trim().parse::<u64>().ok();
-        if let (Some(max), Some(current)) = (number("memory.max"), number("memory.current")) {
-            let stat = fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
-            let left = max.saturating_sub(current.saturating_sub(file_pages(&stat)));
-            least = Some(least.map_or(left, |least: u64| least.min(left)));
-        }
-        if !dir.pop() {
-            break;
-        }
-    }
-    least
+/// A version of control groups: where its limits of memory lie, and its names for them. Sizes are in bytes.
+struct Version {
+    /// Directory below the common root.
+    folder: &'static str,
+    limit: &'static str,
+    usage: &'static str,
+    /// Lines of `memory.stat`, over the groups below too: file pages, and of them those not yet written and those of no
+    /// file.
+    file: &'static str,
+    dirty: &'static str,
+    shmem: &'static str,
 }
 
-/// The `file` line of `memory.stat`, in bytes, without what is not yet written.
-fn file_pages(stat: &str) -> u64 {
-    let number = |name: &str| {
-        let line = stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        line.and_then(|number| number.parse::<u64>().ok()).unwrap_or(0)
-    };
-    number("file").saturating_sub(number("file_dirty")).saturating_sub(number("shmem"))
+const V2: Version = Version {
+    folder: "",
+    limit: "memory.max",
+    usage: "memory.current",
+    file: "file",
+    dirty: "file_dirty",
+    shmem: "shmem",
+};
+
+/// Its groups without a limit have one near 2^63, which is never the least.
+const V1: Version = Version {
+    folder: "memory",
+    limit: "memory.limit_in_bytes",
+    usage: "memory.usage_in_bytes",
+    file: "total_cache",
+    dirty: "total_dirty",
+    shmem: "total_shmem",
+};
+
+/// What the limits of the control group and those above it leave, file pages counted as free; `None` without a limit.
+///
+/// `own` is `/proc/self/cgroup`. Under both versions at once either may hold the limits.
+fn group(root: &Path, own: &str) -> Option<u64> {
+    let left = own.lines().filter_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(":/")?;
+        let version = match controllers {
+            "" => V2,
+            some if some.split(',').any(|name| name == "memory") => V1,
+            _ => return None,
+        };
+        version.left(&root.join(version.folder), path)
+    });
+    left.min()
+}
+
+impl Version {
+    /// The least that the limits of a group below `root` and of those above it leave. Where a container sees only its
+    /// own group, that is `root` itself, and those below it are not there.
+    fn left(&self, root: &Path, path: &str) -> Option<u64> {
+        let mut dir = root.join(path);
+        let mut least = None;
+        while dir.starts_with(root) {
+            let number = |name: &str| fs::read_to_string(dir.join(name)).ok()?.trim().parse::<u64>().ok();
+            if let (Some(limit), Some(usage)) = (number(self.limit), number(self.usage)) {
+                let stat = fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
+                let left = limit.saturating_sub(usage.saturating_sub(self.file_pages(&stat)));
+                least = Some(least.map_or(left, |least: u64| least.min(left)));
+            }
+            if !dir.pop() {
+                break;
+            }
+        }
+        least
+    }
+
+    /// File pages of a `memory.stat` that can be given up at once, in bytes.
+    fn file_pages(&self, stat: &str) -> u64 {
+        let number = |name: &str| {
+            let line = stat.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            line.and_then(|number| number.parse::<u64>().ok()).unwrap_or(0)
+        };
+        number(self.file).saturating_sub(number(self.dirty)).saturating_sub(number(self.shmem))
+    }
 }
 
 #[cfg(test)]
@@ -75,6 +125,33 @@ mod tests {
         write(&inner, "600\n", "500\n", "file 100\n");
         assert_eq!(group(root.path(), "0::/pod/engine\n"), Some(200));
         assert_eq!(group(root.path(), ""), None);
+    }
+
+    #[test]
+    fn groups_of_the_first_version_count_too() {
+        let root = tempfile::tempdir().unwrap();
+        let (memory, unlimited) = (root.path().join("memory"), "9223372036854771712\n");
+        fs::create_dir_all(memory.join("pod/engine")).unwrap();
+        let write = |dir: &Path, limit: &str, usage: &str, stat: &str| {
+            fs::write(dir.join("memory.limit_in_bytes"), limit).unwrap();
+            fs::write(dir.join("memory.usage_in_bytes"), usage).unwrap();
+            fs::write(dir.join("memory.stat"), stat).unwrap();
+        };
+        let own = "12:cpu,cpuacct:/other\n5:hugetlb,memory:/pod/engine\n1:name=systemd:/pod\n0::/pod/engine\n";
+        assert_eq!(group(root.path(), own), None, "no files");
+        let stat = "cache 1\ntotal_cache 400\ntotal_rss 300\ntotal_shmem 20\ntotal_dirty 50\n";
+        write(&memory.join("pod"), "1000\n", "700\n", stat);
+        write(&memory.join("pod/engine"), unlimited, "500\n", "");
+        assert_eq!(group(root.path(), own), Some(1000 - (700 - 330)));
+        assert_eq!(group(root.path(), "12:cpu:/pod\n1:name=memory:/pod\n"), None, "not its group of memory");
+        // A container that sees its own group as the root.
+        write(&memory, "600\n", "500\n", "total_cache 100\n");
+        assert_eq!(group(root.path(), "5:memory:/docker/0123\n"), Some(200));
+        // Under both versions the narrower one counts.
+        fs::create_dir_all(root.path().join("pod")).unwrap();
+        fs::write(root.path().join("pod/memory.max"), "150\n").unwrap();
+        fs::write(root.path().join("pod/memory.current"), "50\n").unwrap();
+        assert_eq!(group(root.path(), own), Some(100));
     }
 
     #[test]
