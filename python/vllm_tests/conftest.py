@@ -85,12 +85,15 @@ def start(path: Any, load_format: str, **options: Any) -> Any:
 
 
 def tokens(llm: Any, prompts: Any = PROMPTS, **request: Any) -> list[tuple[int, ...]]:
-    """What an engine says, greedily."""
+    """What an engine says, greedily: different tokens, and different ones to each prompt."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=12, detokenize=False, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False, **request)
-    return [tuple(output.outputs[0].token_ids) for output in outputs]
+    said = [tuple(output.outputs[0].token_ids) for output in outputs]
+    # A model that repeats itself would say the same with other weights.
+    assert all(len(set(some)) > 3 for some in said) and len(set(said)) == len(said), f"tokens that tell nothing: {said}"
+    return said
 
 
 @pytest.fixture

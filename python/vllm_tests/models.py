@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -57,12 +58,16 @@ def make(name: str, path: Path) -> None:
     """Writes a model of an architecture, in several files, whose tokens depend on all weights."""
     kind, config = ARCHITECTURES[name]
     made = getattr(transformers, kind)(**config, dtype="bfloat16")
-    torch.manual_seed(sum(name.encode()) + 1)
     model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
     for part, parameter in model.named_parameters():
-        # Were embeddings large, a model of tied weights would say the last word again and again.
-        scale = 0.01 if "embed" in part else 0.05 if parameter.dim() == 1 else 0.2
-        parameter.data.add_(torch.randn_like(parameter) * scale)
+        # The same whatever versions there are: what torch and transformers make differs between theirs.
+        random = numpy.random.default_rng([*f"{name} {part}".encode()])
+        noise = torch.from_numpy(random.standard_normal(tuple(parameter.shape), dtype=numpy.float32))
+        if parameter.dim() == 1:
+            parameter.data.add_(noise * 0.15)
+        else:
+            # Were embeddings large, a model of tied weights would say the last word again and again.
+            parameter.data.copy_(noise * (0.005 if "embed" in part else 0.2))
     model.save_pretrained(path, max_shard_size="400KB")
 
 

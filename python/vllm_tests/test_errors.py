@@ -30,15 +30,15 @@ def test_a_missing_tensor_is_named(road: str, model: Callable[..., Path], load: 
 
 @pytest.mark.parametrize("road", ["auto", "staging"])
 def test_a_missing_weight_of_a_layer_is_named(
-    road: str, model: Callable[..., Path], load: Any, tmp_path: Path
+    road: str, model: Callable[..., Path], engine: Any, said: list[str], tmp_path: Path
 ) -> None:
     # vLLM's own loader says nothing of these.
     lost = "model.layers.1.mlp.down_proj.weight"
     source = without(model("llama"), lost, tmp_path / "lost")
     with pytest.raises(sllm.FormatError, match=f"nothing for these parameters: {lost}: is it complete"):
-        load(source, model_loader_extra_config={"road": road})
-    loaded = load(source, model_loader_extra_config={"road": road, "missing": "warn"})
-    assert any(f"nothing for these parameters: {lost}" in line for line in loaded.said)
+        engine(source, model_loader_extra_config={"road": road})
+    engine(source, model_loader_extra_config={"road": road, "missing": "warn"})
+    assert any(f"nothing for these parameters: {lost}" in line for line in said)
 
 
 @pytest.mark.parametrize("road", ["auto", "staging"])

@@ -24,7 +24,6 @@ def test_architectures(name: str, model: Callable[..., Path], store_of: Callable
     source = model(name)
     assert len(list(source.glob("*.safetensors"))) > 1
     theirs = load(source, "safetensors")
-    assert len(set(theirs.tokens[0])) > 3, "tokens that tell something"
     ours = load(store_of(source))
     assert ours.tokens == theirs.tokens
     # Every byte went straight into the parameters, once, and no operation looked at one.
