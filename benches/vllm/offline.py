@@ -1,10 +1,12 @@
 """Loads a model into vLLM by each load format, one engine after another in one process, and compares what they say.
 
     python benches/vllm/offline.py MODEL [--formats auto,serverless_llm] [--quantization fp8] [--sleep 1,2] [--profile]
+                                   [--tensor-parallel 2] [--pipeline-parallel 2] [--expert-parallel] [--extra JSON]
 
 For each engine it prints a line of JSON: the seconds of its `load_weights` and of making it, and whether the first tokens
 of two prompts are those of the first engine. `--sleep` lets the last engine sleep and wake at these levels (2: with
-`reload_weights`) and asks again; `--profile` shows where Python's time of its `load_weights` went. make_model.py makes a MODEL.
+`reload_weights`) and asks again; `--profile` shows where Python's time of its `load_weights` went. With several ranks each
+has a process of its own, whose seconds are in its log only. make_model.py makes a MODEL.
 """
 
 from __future__ import annotations
@@ -34,6 +36,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--quantization")
     parser.add_argument("--sleep", default="", help="levels, by commas")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--pipeline-parallel", type=int, default=1)
+    parser.add_argument("--expert-parallel", action="store_true")
+    parser.add_argument("--extra", type=json.loads, help="serverless_llm's model_loader_extra_config")
     parser.add_argument("--memory", type=float, default=0.3, help="share of the device's memory for an engine")
     return parser.parse_args()
 
@@ -89,6 +95,8 @@ def main() -> None:
         options: dict[str, Any] = {"enable_sleep_mode": True} if levels and last else {}
         if args.quantization:
             options["quantization"] = args.quantization
+        if args.extra and load_format == "serverless_llm":
+            options["model_loader_extra_config"] = args.extra
         began = time.perf_counter()
         engine = LLM(
             model=args.model,
@@ -98,10 +106,15 @@ def main() -> None:
             max_model_len=512,
             max_num_seqs=4,
             gpu_memory_utilization=args.memory,
+            tensor_parallel_size=args.tensor_parallel,
+            pipeline_parallel_size=args.pipeline_parallel,
+            enable_expert_parallel=args.expert_parallel,
+            disable_custom_all_reduce=args.tensor_parallel > 1,
             **options,
         )
         row: dict[str, Any] = {"format": load_format, "engine_s": round(time.perf_counter() - began, 2)}
-        row["load_weights_s"] = round(watch.seconds, 3)
+        if args.tensor_parallel * args.pipeline_parallel == 1:
+            row["load_weights_s"] = round(watch.seconds, 3)
         said = tokens(engine)
         first = said if first is None else first
         row["equal"] = said == first
