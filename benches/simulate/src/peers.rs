@@ -81,7 +81,7 @@ fn ways(name: &str, cpus: usize) -> Option<(Way, Way)> {
     match name {
         "ours-store" | "ours-safetensors" => Some((Way::cached(cpus, false), Way::uncached(false))),
         "ours-verify" => Some((Way::cached(cpus, true), Way::uncached(true))),
-        "ours-pread" => Some((Way::pread(cpus.min(tuning::MAX_LANES), false), Way::pread(tuning::COLD_LANES, false))),
+        "ours-pread" => Some((Way::pread(cpus.min(tuning::MAX_LANES), false), Way::uncached_pread())),
         "ours-mapped" => Some((Way::mapped(), Way::uncached(false))),
         _ => None,
     }

@@ -31,6 +31,8 @@ pub(crate) fn shares(
         Case::Cold => false,
         Case::Half => piece.place.end <= 0.5,
     };
+    // One plan is cut for both.
+    let cached = if case == Case::Half { Way { piece_len: uncached.piece_len, ..cached } } else { cached };
     let mut shares = Vec::new();
     for (way, from) in [(cached, From::Cache), (uncached, From::Disk)] {
         let mut pieces = model.pieces(&way, devices)?;

@@ -48,7 +48,13 @@ impl Way {
         let depth = tuning::URING_DEPTH;
         let buffers = depth + tuning::URING_SPARE;
         let (engine, lanes) = (Engine::Uring { depth }, tuning::URING_LANES);
-        Way { engine, lanes, buffers, piece_len: piece_len(verify), verify, batch: tuning::MAX_BATCH }
+        Way { engine, lanes, buffers, piece_len: cold_piece_len(verify), verify, batch: tuning::MAX_BATCH }
+    }
+
+    /// The same without io_uring.
+    pub(crate) fn uncached_pread() -> Way {
+        let (engine, lanes, buffers) = (Engine::Pread, tuning::COLD_LANES, tuning::COLD_BUFFERS);
+        Way { engine, lanes, buffers, piece_len: cold_piece_len(false), verify: false, batch: tuning::MAX_BATCH }
     }
 
     /// Threads with the buffers that the loader gives them.
@@ -90,7 +96,12 @@ impl Way {
 
 /// Bytes of a piece: an equal part of a chunk where checksums are taken.
 pub(crate) fn piece_len(verify: bool) -> u64 {
-    if verify { tuning::verified_piece_len() } else { tuning::PIECE_LEN }
+    if verify { tuning::verified_piece_len(tuning::PIECE_LEN) } else { tuning::PIECE_LEN }
+}
+
+/// The same of one that a disk is read by.
+fn cold_piece_len(verify: bool) -> u64 {
+    if verify { tuning::verified_piece_len(tuning::COLD_PIECE_LEN) } else { tuning::COLD_PIECE_LEN }
 }
 
 #[cfg(test)]

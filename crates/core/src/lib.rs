@@ -78,14 +78,14 @@ pub use verify::{VerifyReport, verify};
 #[doc(hidden)]
 pub mod tuning {
     pub use crate::format::manifest::CHUNK_LEN;
-    pub use crate::load::{BUSY, MAPPED_IN_FLIGHT, MAX_BATCH, PIECE_LEN, PINNED_LEN};
+    pub use crate::load::{BUSY, COLD_PIECE_LEN, MAPPED_IN_FLIGHT, MAX_BATCH, PIECE_LEN, PINNED_LEN};
     pub use crate::read::WINDOW;
     pub use crate::read::choose::{
-        COLD_LANES, MAX_LANES, PREAD_BUFFERS, PREAD_CPUS, URING_DEPTH, URING_LANES, URING_SPARE,
+        COLD_BUFFERS, COLD_LANES, MAX_LANES, PREAD_BUFFERS, PREAD_CPUS, URING_DEPTH, URING_LANES, URING_SPARE,
     };
 
-    /// Bytes of a piece of our own stores where checksums are taken.
-    pub fn verified_piece_len() -> u64 {
-        crate::load::Chunks::piece_len(CHUNK_LEN, PIECE_LEN)
+    /// Bytes of a piece of our own stores where checksums are taken, and pieces are to have so many at most.
+    pub fn verified_piece_len(most: u64) -> u64 {
+        crate::load::Chunks::piece_len(CHUNK_LEN, most)
     }
 }

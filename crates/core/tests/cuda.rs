@@ -133,6 +133,24 @@ fn pieces_that_wait_for_a_busy_device_are_issued_together() {
 }
 
 #[test]
+fn a_disk_is_read_into_few_buffers() {
+    let driver = Driver::load();
+    let model = model();
+    let checkpoint = Checkpoint::open(&model.store).unwrap();
+    for engine in [EngineChoice::Pread, EngineChoice::Uring] {
+        driver.reset();
+        let loader = Loader::builder().device(Device::cuda(0).unwrap()).engine(engine).direct(Some(true));
+        let loaded = loader.build().unwrap().load(&checkpoint).unwrap();
+        for tensor in &model.tensors {
+            assert!(loaded.tensor(&tensor.name).unwrap().to_vec().unwrap() == tensor.bytes, "{:?}", tensor.name);
+        }
+        let report = loaded.report();
+        assert!(report.pieces >= report.read_bytes >> 20, "{engine}: pieces of 1 MiB, not {}", report.pieces);
+        assert!(report.pinned_bytes <= 40 << 20, "{engine}: {} bytes pinned", report.pinned_bytes);
+    }
+}
+
+#[test]
 fn memory_that_is_not_pinned_is_in_no_batch() {
     let driver = Driver::load();
     driver.set_registered_total(4096);

@@ -98,6 +98,8 @@ pub(super) struct Lane<'a> {
     quota: usize,
     /// Buffers that it may have.
     most: usize,
+    /// Buffers that it needs. With more it waits for a copy before it takes another.
+    needed: usize,
     /// Its engine passes the page cache, so that a destination must be aligned to be read into.
     direct: bool,
     spare: Vec<HostBuffer>,
@@ -113,7 +115,7 @@ impl<'a> Lane<'a> {
         let (spare, in_flight) = (Vec::new(), VecDeque::new());
         let (started, times) = (Instant::now(), LaneTimes::default());
         let sum = Digest::new(CrcAlgorithm::Crc64Nvme);
-        Lane { shared, quota, most: quota, direct, spare, in_flight, sum, started, times }
+        Lane { shared, quota, most: quota, needed: usize::MAX, direct, spare, in_flight, sum, started, times }
     }
 
     /// Waits for the lane's last copies.
@@ -166,10 +168,16 @@ impl<'a> Lane<'a> {
         buffer
     }
 
+    /// Whether it has as many buffers as it needs, none of them free.
+    fn has_enough(&self) -> bool {
+        self.spare.is_empty() && self.most - self.quota >= self.needed
+    }
+
     fn take_buffer(&mut self) -> Result<HostBuffer> {
         loop {
             // A buffer that was used already is in the processor's cache.
-            if self.spare.is_empty() && self.oldest_is_done() {
+            let waits = self.has_enough() && !self.in_flight.is_empty();
+            if self.spare.is_empty() && (waits || self.oldest_is_done()) {
                 self.retire()?;
                 continue;
             }
@@ -255,7 +263,7 @@ impl Sink for Lane<'_> {
             return true;
         }
         match self.shared.buffers {
-            Buffers::Ring(_) => self.quota > 0 || self.oldest_is_done(),
+            Buffers::Ring(_) => (self.quota > 0 && !self.has_enough()) || self.oldest_is_done(),
             // Others take buffers too, and the chunk of a copy that is done may stay: only a buffer that the lane has is
             // sure. One that waited for a buffer would keep those of its reads from everybody.
             Buffers::Cache(_) => {
@@ -279,6 +287,12 @@ impl Sink for Lane<'_> {
             self.finish()?;
             self.check()
         })
+    }
+
+    fn need(&mut self, buffers: usize) {
+        if matches!(self.shared.buffers, Buffers::Ring(_)) {
+            self.needed = buffers;
+        }
     }
 
     fn step(&self) -> usize {

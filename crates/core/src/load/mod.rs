@@ -37,6 +37,9 @@ use staging::Staging;
 /// Bytes of one piece, and of one staging buffer: enough for the link to come near its peak, and so few that the ring
 /// stays in the processor's cache (`docs/benchmarks.md`).
 pub const PIECE_LEN: u64 = 3 << 20;
+/// The same where bytes come from a disk. A virtual disk whose host copies them is faster the less memory is read into
+/// (`docs/benchmarks.md`, "Disk").
+pub const COLD_PIECE_LEN: u64 = 1 << 20;
 /// Pinned staging memory at most, unless asked otherwise.
 pub const PINNED_LEN: u64 = 256 << 20;
 
@@ -232,6 +235,8 @@ impl Loader {
         }
         let files: Vec<u64> = checkpoint.files().iter().map(|file| file.len()).collect();
         let lens: Vec<u64> = blocks.iter().map(Block::len).collect();
+        let stages = self.cache.is_none() && blocks.iter().any(|block| block.device().needs_pinning());
+        staging.is_cold |= stages && choose::is_cold(checkpoint.files(), segments, &self.wishes);
         let plan = |options: &PlanOptions| LoadPlan::build(&files, &lens, segments, options);
         self.execute(checkpoint, plan, blocks, staging, started)
     }
@@ -259,11 +264,12 @@ impl Loader {
     }
 
     /// How a plan is cut: in chunks of the cache, in parts of chunks whose checksums are compared, or in pieces.
-    fn cut(&self, sums: Option<&ChunkSums>) -> PlanOptions {
+    fn cut(&self, sums: Option<&ChunkSums>, is_cold: bool) -> PlanOptions {
+        let most = self.piece_len(if is_cold { COLD_PIECE_LEN } else { PIECE_LEN });
         let (piece_len, chunk_len) = match (&self.cache, sums) {
             (Some(cache), _) => (cache.chunk_len(), Some(cache.chunk_len())),
-            (None, Some(sums)) => (Chunks::piece_len(sums.chunk_len, self.piece_len()), Some(sums.chunk_len)),
-            (None, None) => (self.piece_len(), None),
+            (None, Some(sums)) => (Chunks::piece_len(sums.chunk_len, most), Some(sums.chunk_len)),
+            (None, None) => (most, None),
         };
         PlanOptions { piece_len, chunk_len, ..PlanOptions::default() }
     }
@@ -278,7 +284,7 @@ impl Loader {
         started: Instant,
     ) -> Result<LoadReport> {
         let sums = self.sums(checkpoint)?;
-        let options = self.cut(sums);
+        let options = self.cut(sums, staging.is_cold);
         let plan = plan(&options)?;
         let PlanOptions { piece_len, chunk_len, .. } = options;
         let is_used = |device: &&Device| blocks.iter().any(|block| block.device().same_as(device));
@@ -288,7 +294,7 @@ impl Loader {
             Some(cache) => cache.split(plan.pieces()),
             None => Split { missing: plan.pieces().iter().collect(), ..Split::default() },
         };
-        let mut shares = choose(checkpoint.files(), missing, &devices, &self.wishes)?;
+        let mut shares = choose(checkpoint.files(), missing, &devices, &self.wishes, &staging.depth)?;
         if !cached.is_empty() {
             shares.push(choose::cached(cached, &devices, &self.wishes));
         }
@@ -382,8 +388,8 @@ impl Loader {
     }
 
     /// A piece fits the staging memory twice, so that reading and copying overlap.
-    fn piece_len(&self) -> u64 {
-        PIECE_LEN.min(self.pinned_len / 2 / PAGE * PAGE).max(PAGE)
+    fn piece_len(&self, most: u64) -> u64 {
+        most.min(self.pinned_len / 2 / PAGE * PAGE).max(PAGE)
     }
 }
 

@@ -1,5 +1,7 @@
 //! What a load stages by, kept from one batch of a session to the next: pinning it again would cost more than a batch.
 
+use std::sync::Arc;
+
 use super::Loader;
 use super::lane::Buffers;
 use crate::cache::Use;
@@ -7,12 +9,17 @@ use crate::device::{Device, Stream};
 use crate::error::{Error, Result};
 use crate::pool::BufferPool;
 use crate::read::choose::Share;
+use crate::read::depth::Depth;
 
 /// Streams, one a device, and the ring of buffers.
 #[derive(Debug, Default)]
 pub(super) struct Staging {
     pool: Option<BufferPool>,
     streams: Vec<Stream>,
+    /// What was found out about the disk.
+    pub(super) depth: Arc<Depth>,
+    /// Something had to be read from a disk: pieces stay short, since a ring of other buffers would have to be pinned.
+    pub(super) is_cold: bool,
 }
 
 impl Staging {

@@ -1,14 +1,18 @@
 //! Which engine reads which pieces, and why.
 
+use std::sync::Arc;
+
+use super::depth::{Depth, MOST_READS};
+use super::pread::Turns;
 use super::residency::is_cached;
 use super::{Cached, EngineChoice, Mapped, Pread, ReadEngine, Uring};
 use crate::checkpoint::DataFile;
 use crate::device::Device;
 use crate::error::Result;
-use crate::plan::Piece;
+use crate::plan::{Piece, Segment};
 
-/// Reads in flight of an io_uring lane.
-pub const URING_DEPTH: usize = 8;
+/// Reads in flight of an io_uring lane at most.
+pub const URING_DEPTH: usize = MOST_READS / URING_LANES;
 /// Buffers of an io_uring lane beyond its reads in flight: those that are being copied.
 pub const URING_SPARE: usize = 4;
 /// io_uring lanes for uncached bytes.
@@ -19,10 +23,14 @@ pub const PREAD_CPUS: usize = 8;
 pub const MAX_LANES: usize = 12;
 /// Pieces that are looked at where it is forced how all are read.
 const SAMPLES: usize = 64;
+/// Bytes of a segment that are looked at, to tell whether it is cached.
+const SAMPLED_LEN: u64 = 64 << 10;
 /// Pieces that one thread asks the system about before another is worth starting.
 const ASKED_BY_ONE: usize = 256;
-/// Threads that keep a disk busy where each has one read in flight.
-pub const COLD_LANES: usize = 8;
+/// Threads for a disk where each has one read in flight, at most: as many read as `Depth` finds good.
+pub const COLD_LANES: usize = MOST_READS;
+/// Buffers of such a thread: the copy of a buffer is waited for, since one that is used again is in a cache, the host's too.
+pub const COLD_BUFFERS: usize = 1;
 /// Buffers of a pread lane: one is filled while the other is copied. More leave the processor's cache.
 pub const PREAD_BUFFERS: usize = 2;
 
@@ -66,11 +74,10 @@ const CACHED_LANES_HOST: usize = 8;
 
 /// The share of pieces that are in the cache.
 pub(crate) fn cached<'a>(pieces: Vec<&'a Piece>, devices: &[Device], wishes: &Wishes) -> Share<'a> {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
     let copies = devices.iter().any(Device::is_host) || wishes.verify;
-    let wanted = wishes.threads.unwrap_or(if copies { cpus.min(CACHED_LANES_HOST) } else { CACHED_LANES });
+    let wanted = wishes.threads.unwrap_or(if copies { processors().min(CACHED_LANES_HOST) } else { CACHED_LANES });
     Share {
-        engine: Box::new(Cached { pread: Pread { direct: wishes.direct == Some(true), faults: None } }),
+        engine: Box::new(Cached { pread: Pread { direct: wishes.direct == Some(true), turns: None, faults: None } }),
         name: "cache",
         direct: false,
         source: PINNED_MEMORY,
@@ -81,14 +88,19 @@ pub(crate) fn cached<'a>(pieces: Vec<&'a Piece>, devices: &[Device], wishes: &Wi
     }
 }
 
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 /// Divides pieces among engines: cached ones and uncached ones are read each in their way, at once.
 pub(crate) fn choose<'a>(
     files: &[DataFile],
     pieces: Vec<&'a Piece>,
     devices: &[Device],
     wishes: &Wishes,
+    depth: &Arc<Depth>,
 ) -> Result<Vec<Share<'a>>> {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    depth.begin();
     let Residency { cached, uncached, told, on_disk } = split(files, pieces, wishes.direct.map(|direct| !direct));
     let mut shares = Vec::new();
     for (pieces, warm) in [(cached, true), (uncached, false)] {
@@ -97,18 +109,33 @@ pub(crate) fn choose<'a>(
         }
         let (engine, reason) = match wishes.engine {
             EngineChoice::Auto => {
-                let (engine, reason) = auto(files, pieces[0], warm, cpus, devices, wishes);
+                let (engine, reason) = auto(files, pieces[0], warm, devices, wishes);
                 (engine, format!("{told}; {reason}"))
             }
             forced => (forced, "it was asked for".to_owned()),
         };
-        let mut share = share(engine, reason, warm, pieces, cpus, devices, wishes)?;
+        let mut share = share(engine, reason, warm, pieces, devices, wishes, depth)?;
         if warm && on_disk {
             share.source = DISK;
         }
         shares.push(share);
     }
     Ok(shares)
+}
+
+/// Whether a part of these segments that counts is to be read from a disk, past the page cache; by a sample.
+pub(crate) fn is_cold(files: &[DataFile], segments: &[Segment], wishes: &Wishes) -> bool {
+    let reads_directly = |segment: &&Segment| {
+        let sample = SAMPLED_LEN.min(segment.row_len);
+        let file = files.get(segment.file);
+        file.is_some_and(|file| is_cached(file, segment.offset, sample) == Some(false))
+    };
+    let sample = || segments.iter().step_by(segments.len().div_ceil(SAMPLES).max(1));
+    match (wishes.engine, wishes.direct) {
+        (EngineChoice::Mapped, _) | (_, Some(false)) => false,
+        (_, Some(true)) => true,
+        (_, None) => 16 * sample().filter(reads_directly).count() > sample().count(),
+    }
 }
 
 #[derive(Default)]
@@ -152,8 +179,7 @@ fn split<'a>(files: &[DataFile], pieces: Vec<&'a Piece>, all: Option<bool>) -> R
 /// thousand times, which takes one thread 3 to 8 ms: so threads share the pieces.
 fn ask(files: &[DataFile], pieces: &[&Piece]) -> Vec<Option<bool>> {
     let answer = |piece: &Piece| files.get(piece.file).and_then(|file| is_cached(file, piece.offset, piece.len));
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = (pieces.len() / ASKED_BY_ONE).clamp(1, processors.min(MAX_LANES));
+    let threads = (pieces.len() / ASKED_BY_ONE).clamp(1, processors().min(MAX_LANES));
     let share = pieces.len().div_ceil(threads).max(1);
     let mut answers = vec![None; pieces.len()];
     std::thread::scope(|scope| {
@@ -183,14 +209,8 @@ fn mostly_uncached(files: &[DataFile], pieces: &[&Piece]) -> bool {
 }
 
 /// The engine for pieces of which this is the first.
-fn auto(
-    files: &[DataFile],
-    first: &Piece,
-    warm: bool,
-    cpus: usize,
-    devices: &[Device],
-    wishes: &Wishes,
-) -> (EngineChoice, String) {
+fn auto(files: &[DataFile], first: &Piece, warm: bool, devices: &[Device], wishes: &Wishes) -> (EngineChoice, String) {
+    let cpus = processors();
     let on_host = devices.iter().all(Device::is_host);
     if !warm {
         return match Uring::probe() {
@@ -217,17 +237,18 @@ fn share<'a>(
     reason: String,
     warm: bool,
     pieces: Vec<&'a Piece>,
-    cpus: usize,
     devices: &[Device],
     wishes: &Wishes,
+    depth: &Arc<Depth>,
 ) -> Result<Share<'a>> {
     let (direct, source) = (!warm, if warm { PAGE_CACHE } else { DISK });
     let lanes = |wanted: usize| wishes.threads.unwrap_or(wanted).clamp(1, pieces.len().max(1));
     Ok(match engine {
         EngineChoice::Uring => {
             Uring::probe()?;
-            let lanes = lanes(if warm { cpus.min(MAX_LANES) } else { URING_LANES });
-            let engine = Box::new(Uring { direct, depth: URING_DEPTH, faults: None, unregistered: None });
+            let lanes = lanes(if warm { processors().min(MAX_LANES) } else { URING_LANES });
+            let governed = direct.then(|| (Arc::clone(depth), lanes));
+            let engine = Box::new(Uring { direct, depth: URING_DEPTH, governed, faults: None, unregistered: None });
             let buffers_per_lane = URING_DEPTH + URING_SPARE;
             Share { engine, name: "uring", direct, source, reason, pieces, lanes, buffers_per_lane }
         }
@@ -247,9 +268,11 @@ fn share<'a>(
             });
         }
         EngineChoice::Auto | EngineChoice::Pread => {
-            let lanes = lanes(if warm { cpus.min(MAX_LANES) } else { COLD_LANES });
-            let engine = Box::new(Pread { direct, faults: None });
-            Share { engine, name: "pread", direct, source, reason, pieces, lanes, buffers_per_lane: PREAD_BUFFERS }
+            let lanes = lanes(if warm { processors().min(MAX_LANES) } else { COLD_LANES });
+            let turns = direct.then(|| Turns::new(Arc::clone(depth)));
+            let engine = Box::new(Pread { direct, turns, faults: None });
+            let buffers_per_lane = if direct && !wishes.caches { COLD_BUFFERS } else { PREAD_BUFFERS };
+            Share { engine, name: "pread", direct, source, reason, pieces, lanes, buffers_per_lane }
         }
     })
 }

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::io::Errno;
 
+use super::pread::Turns;
 use super::*;
 use crate::device::{self, Block, Device, Stream};
 use crate::plan::{LoadPlan, PlanOptions, Segment};
@@ -88,8 +89,8 @@ impl Sink for Collect {
 fn engines(faults: Option<&Faults>) -> Vec<(&'static str, Box<dyn ReadEngine>)> {
     let faults = || faults.cloned();
     let mut engines: Vec<(&'static str, Box<dyn ReadEngine>)> = vec![
-        ("pread", Box::new(Pread { direct: false, faults: faults() })),
-        ("pread direct", Box::new(Pread { direct: true, faults: faults() })),
+        ("pread", Box::new(Pread { direct: false, turns: None, faults: faults() })),
+        ("pread direct", Box::new(Pread { direct: true, turns: Some(Turns::new(Arc::default())), faults: faults() })),
     ];
     for (name, direct, depth, unregistered) in [
         ("uring", false, 4, None),
@@ -98,8 +99,11 @@ fn engines(faults: Option<&Faults>) -> Vec<(&'static str, Box<dyn ReadEngine>)> 
         ("uring unregistered", false, 4, Some(Errno::NOMEM)),
         ("uring direct unregistered", true, 4, Some(Errno::INVAL)),
     ] {
-        engines.push((name, Box::new(Uring { direct, depth, faults: faults(), unregistered })));
+        engines.push((name, Box::new(Uring { direct, depth, governed: None, faults: faults(), unregistered })));
     }
+    let governed = Some((Arc::default(), 2));
+    let governed = Uring { direct: true, depth: 16, governed, faults: faults(), unregistered: None };
+    engines.push(("uring direct governed", Box::new(governed)));
     if faults().is_none() {
         engines.push(("mapped", Box::new(Mapped::new(&[Device::host()]))));
     }

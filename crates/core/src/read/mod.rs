@@ -7,6 +7,7 @@
 
 mod cached;
 pub(crate) mod choose;
+pub(crate) mod depth;
 mod mapped;
 mod pread;
 pub(crate) mod residency;
@@ -169,6 +170,9 @@ pub(crate) trait Sink {
     fn step(&self) -> usize {
         usize::MAX
     }
+    /// Says how many buffers the engine needs by now. One that was used is in the processor's cache, so that a further one
+    /// is worse than waiting for a copy.
+    fn need(&mut self, _buffers: usize) {}
     /// Sees the beginning of the piece that `room` was asked for last, while it is in the processor's cache.
     fn arrived(&mut self, _beginning: &[u8]) {}
     /// Takes a filled piece: verifies it, issues its copies.

@@ -1,22 +1,62 @@
 //! Reading by `pread`, one piece at a time a lane.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use super::depth::Depth;
 use super::transfer::Transfer;
 use super::{Faults, Filled, Queue, ReadEngine, Sink, inject, reads_direct};
 use crate::checkpoint::DataFile;
 use crate::error::Result;
 use crate::plan::Piece;
 
+/// A lane that waits for its turn looks so often whether it was stopped.
+const TURN: Duration = Duration::from_millis(20);
+
 /// The portable engine, and the oracle of the others.
 pub(crate) struct Pread {
     /// Whether to pass the page cache.
     pub(crate) direct: bool,
+    /// Which lanes read at once; all where it is not given.
+    pub(crate) turns: Option<Turns>,
     pub(crate) faults: Option<Faults>,
+}
+
+/// The lanes that read at once: the first ones, as many as a disk wants. The others wait.
+pub(crate) struct Turns {
+    depth: Arc<Depth>,
+    lanes: AtomicUsize,
+    /// Nothing is left to read.
+    over: AtomicBool,
+}
+
+impl Turns {
+    pub(crate) fn new(depth: Arc<Depth>) -> Turns {
+        Turns { depth, lanes: AtomicUsize::new(0), over: AtomicBool::new(false) }
+    }
 }
 
 impl ReadEngine for Pread {
     fn run(&self, files: &[DataFile], queue: &Queue<'_>, sink: &mut dyn Sink) -> Result<()> {
-        while let Some(piece) = queue.next() {
-            self.read(files, piece, sink)?;
+        let Some(Turns { depth, lanes, over }) = &self.turns else {
+            while let Some(piece) = queue.next() {
+                self.read(files, piece, sink)?;
+            }
+            return Ok(());
+        };
+        let number = lanes.fetch_add(1, Ordering::Relaxed);
+        while !over.load(Ordering::Relaxed) {
+            sink.check()?;
+            if depth.wait(number, TURN) {
+                let Some(piece) = queue.next() else {
+                    over.store(true, Ordering::Relaxed);
+                    depth.wake();
+                    break;
+                };
+                self.read(files, piece, sink)?;
+                depth.done(piece.len);
+            }
         }
         Ok(())
     }

@@ -6,10 +6,12 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
 
 use io_uring::{IoUring, opcode, types};
 use rustix::io::Errno;
 
+use super::depth::Depth;
 use super::transfer::Transfer;
 use super::{Faults, Filled, Queue, ReadEngine, Room, Sink, inject, reads_direct};
 use crate::checkpoint::DataFile;
@@ -26,8 +28,10 @@ const ENTER_GETEVENTS: u32 = 1;
 pub(crate) struct Uring {
     /// Whether to pass the page cache.
     pub(crate) direct: bool,
-    /// Reads in flight a lane.
+    /// Reads in flight a lane at most.
     pub(crate) depth: usize,
+    /// Reads in flight of all lanes, and how many lanes there are; as many as fit where it is not given.
+    pub(crate) governed: Option<(Arc<Depth>, usize)>,
     pub(crate) faults: Option<Faults>,
     /// What a test puts in place of the system's answer to registering.
     pub(crate) unregistered: Option<Errno>,
@@ -94,7 +98,9 @@ impl ReadEngine for Uring {
         let mut flights = InFlight { ring: open_ring(self.depth)?, registered, slots, free };
         let mut queue_empty = false;
         loop {
-            while !queue_empty && !flights.free.is_empty() && (flights.is_empty() || sink.has_room()) {
+            let most = self.governed.as_ref().map_or(self.depth, |(depth, lanes)| depth.reads().div_ceil(*lanes));
+            sink.need(most.saturating_add(1));
+            while !queue_empty && flights.len() < most.min(self.depth) && (flights.is_empty() || sink.has_room()) {
                 let Some(piece) = queue.next() else {
                     queue_empty = true;
                     break;
@@ -119,6 +125,9 @@ impl ReadEngine for Uring {
                 let offset = flight.transfer.request().offset;
                 let answer = inject(self.faults.as_ref(), file, offset, answer);
                 if flight.transfer.answer(file, answer)? {
+                    if let Some((depth, _)) = &self.governed {
+                        depth.done(flight.piece.len);
+                    }
                     sink.filled(flight.piece, Filled::Buffer(flight.room.buffer))?;
                 } else {
                     flights.start(files, flight)?;
@@ -183,8 +192,12 @@ impl Registered {
 }
 
 impl<'a> InFlight<'a> {
+    fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
     fn is_empty(&self) -> bool {
-        self.free.len() == self.slots.len()
+        self.len() == 0
     }
 
     /// Submits the next request of a flight.
@@ -228,7 +241,7 @@ impl<'a> InFlight<'a> {
                 Err(e) => return Err(e),
             }
             let unsent = self.ring.submission().len();
-            if unsent < self.slots.len() - self.free.len() {
+            if unsent < self.len() {
                 // SAFETY: submits nothing and passes no argument; it only waits for an answer.
                 match unsafe { self.ring.submitter().enter::<()>(0, 1, ENTER_GETEVENTS, None) } {
                     Err(e) if e.raw_os_error() != Some(libc::EINTR) => return Err(e),

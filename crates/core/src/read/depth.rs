@@ -1,0 +1,246 @@
+//! How many reads of a disk to keep in flight, found out while reading.
+//!
+//! A local disk that answers in a tenth of a millisecond, a volume behind a network, and a virtual disk whose host copies
+//! every byte want different numbers: the last one is slower the more memory is read into at once
+//! (`docs/benchmarks.md`, "Disk"), the others idle with few. So a share begins with some, tries more and fewer for a moment
+//! each, goes where it is faster, and tries again now and then.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Reads in flight that are tried.
+const LEVELS: [usize; 5] = [2, 4, 8, 16, 32];
+/// The most that are tried.
+pub(crate) const MOST_READS: usize = LEVELS[LEVELS.len() - 1];
+/// The level that a load begins with.
+const FIRST: usize = 1;
+/// A level is left only for one that is so much faster: rates of the same level differ too.
+const BETTER: f64 = 1.05;
+/// A level is measured so long at least, and by so many reads; the first trials are shorter, since a fast disk is read to
+/// its end in half a second.
+const WINDOW: Window = Window { time: Duration::from_millis(30), reads: 48 };
+const FIRST_WINDOW: Window = Window { time: Duration::from_millis(10), reads: 24 };
+/// Windows between two trials.
+const HOLD: usize = 40;
+
+struct Window {
+    time: Duration,
+    reads: usize,
+}
+
+/// The reads in flight that the lanes of a share may have, all together.
+#[derive(Debug)]
+pub(crate) struct Depth {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    climb: Climb,
+    /// Reads that were begun before the level was changed, whose ends say nothing of it.
+    unsettled: usize,
+    /// Of the window: its start, its reads and their bytes.
+    since: Instant,
+    reads: usize,
+    bytes: u64,
+}
+
+impl Default for Depth {
+    fn default() -> Depth {
+        let state = State { climb: Climb::default(), unsettled: 0, since: Instant::now(), reads: 0, bytes: 0 };
+        Depth { state: Mutex::new(state), changed: Condvar::new() }
+    }
+}
+
+impl Depth {
+    /// Reading begins, maybe again after other work: what was measured last is not of these reads.
+    pub(crate) fn begin(&self) {
+        let mut state = self.lock();
+        state.unsettled = state.climb.reads();
+        (state.reads, state.bytes) = (0, 0);
+    }
+
+    /// The reads that all lanes may have in flight.
+    pub(crate) fn reads(&self) -> usize {
+        self.lock().climb.reads()
+    }
+
+    /// Whether lane `number` of those that have one read in flight at most may read. Waits for that as long as this, or
+    /// until `wake`.
+    pub(crate) fn wait(&self, number: usize, limit: Duration) -> bool {
+        let state = self.lock();
+        if number < state.climb.reads() {
+            return true;
+        }
+        let (state, _) = self.changed.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner);
+        number < state.climb.reads()
+    }
+
+    /// Wakes lanes that wait.
+    pub(crate) fn wake(&self) {
+        self.changed.notify_all();
+    }
+
+    /// Counts a read that is done.
+    pub(crate) fn done(&self, len: u64) {
+        let mut state = self.lock();
+        if state.unsettled > 0 {
+            state.unsettled -= 1;
+            state.since = Instant::now();
+            return;
+        }
+        state.reads += 1;
+        state.bytes = state.bytes.saturating_add(len);
+        let elapsed = state.since.elapsed();
+        let window = if state.climb.has_settled { WINDOW } else { FIRST_WINDOW };
+        if state.reads < window.reads || elapsed < window.time {
+            return;
+        }
+        let before = state.climb.reads();
+        let rate = state.bytes as f64 / elapsed.as_secs_f64();
+        state.climb.measured(rate);
+        (state.reads, state.bytes, state.since) = (0, 0, Instant::now());
+        if state.climb.reads() != before {
+            state.unsettled = before.max(state.climb.reads());
+            drop(state);
+            self.changed.notify_all();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Which level to read at, by the rates of those that were tried.
+#[derive(Debug)]
+struct Climb {
+    home: usize,
+    /// Levels of this trial, home first, and the rates of those that were measured.
+    trial: Vec<usize>,
+    rates: Vec<f64>,
+    /// Windows until the next trial.
+    hold: usize,
+    /// A trial ended where it began.
+    has_settled: bool,
+}
+
+impl Default for Climb {
+    fn default() -> Climb {
+        Climb { home: FIRST, trial: Climb::trial(FIRST), rates: Vec::new(), hold: 0, has_settled: false }
+    }
+}
+
+impl Climb {
+    fn trial(home: usize) -> Vec<usize> {
+        let around = [Some(home), Some(home + 1), home.checked_sub(1)];
+        around.into_iter().flatten().filter(|&level| level < LEVELS.len()).collect()
+    }
+
+    /// Reads in flight now.
+    fn reads(&self) -> usize {
+        let level = if self.hold > 0 { None } else { self.trial.get(self.rates.len()) };
+        LEVELS[level.copied().unwrap_or(self.home)]
+    }
+
+    /// Takes the rate of the present level.
+    fn measured(&mut self, rate: f64) {
+        if self.hold > 0 {
+            self.hold -= 1;
+            return;
+        }
+        self.rates.push(rate);
+        if self.rates.len() < self.trial.len() {
+            return;
+        }
+        let mut best = (self.home, self.rates[0] * BETTER);
+        for (&level, &rate) in self.trial.iter().zip(&self.rates).skip(1) {
+            if rate > best.1 {
+                best = (level, rate);
+            }
+        }
+        // Where it was left, the next levels are tried at once.
+        self.has_settled |= best.0 == self.home;
+        self.hold = if best.0 == self.home { HOLD } else { 0 };
+        self.home = best.0;
+        self.trial = Climb::trial(self.home);
+        self.rates.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Reads in flight after so many windows over a disk of these rates.
+    fn settles(windows: usize, rate: impl Fn(usize) -> f64) -> usize {
+        let mut climb = Climb::default();
+        for _ in 0..windows {
+            climb.measured(rate(climb.reads()));
+        }
+        LEVELS[climb.home]
+    }
+
+    #[test]
+    fn it_goes_where_a_disk_is_fastest() {
+        assert_eq!(settles(9, |reads| reads as f64), 32, "a disk far away");
+        assert_eq!(settles(9, |reads| (reads as f64).min(16.0)), 16, "enough is enough");
+        assert_eq!(settles(9, |reads| 1.0 / reads as f64), 2, "a disk that wants few");
+        assert_eq!(settles(9, |_| 1.0), 4, "one that does not care");
+        assert_eq!(settles(500, |reads| 1.0 + reads as f64 / 1000.0), 4, "or hardly");
+    }
+
+    #[test]
+    fn it_tries_again_when_a_disk_has_changed() {
+        let mut climb = Climb::default();
+        for _ in 0..9 {
+            climb.measured(climb.reads() as f64);
+        }
+        assert_eq!(climb.reads(), 32);
+        for _ in 0..2 * HOLD {
+            climb.measured(1.0 / climb.reads() as f64);
+        }
+        assert_eq!(LEVELS[climb.home], 2);
+    }
+
+    #[test]
+    fn most_windows_are_read_at_the_level_that_was_found() {
+        let mut climb = Climb::default();
+        let mut elsewhere = 0;
+        for _ in 0..1000 {
+            elsewhere += usize::from(climb.reads() != 4);
+            climb.measured(1.0);
+        }
+        assert!(elsewhere <= 2 * 1000usize.div_ceil(HOLD), "{elsewhere} of 1000");
+    }
+
+    #[test]
+    fn lanes_beyond_the_level_wait_until_they_are_woken() {
+        let depth = Depth::default();
+        let moment = Duration::from_millis(1);
+        assert_eq!((depth.wait(3, Duration::MAX), depth.wait(4, moment)), (true, false));
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| depth.wait(9, Duration::from_secs(600)));
+            while !waits.is_finished() {
+                depth.wake();
+            }
+            assert!(!waits.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn reads_move_the_level() {
+        let depth = Depth::default();
+        depth.begin();
+        let (start, mut seen) = (Instant::now(), vec![depth.reads()]);
+        while seen.len() < 3 && start.elapsed() < Duration::from_secs(60) {
+            depth.done(1 << 20);
+            let reads = depth.reads();
+            if Some(&reads) != seen.last() {
+                seen.push(reads);
+            }
+        }
+        assert_eq!(seen[..2], [4, 8], "the first trial is of more");
+    }
+}
