@@ -45,7 +45,7 @@ impl Way {
 
     /// What the loader chooses for uncached bytes.
     pub(crate) fn uncached(verify: bool) -> Way {
-        let depth = tuning::URING_DEPTH;
+        let depth = tuning::MOST_READS / tuning::URING_LANES;
         let buffers = depth + tuning::URING_SPARE;
         let (engine, lanes) = (Engine::Uring { depth }, tuning::URING_LANES);
         Way { engine, lanes, buffers, piece_len: cold_piece_len(verify), verify, batch: tuning::MAX_BATCH }
@@ -53,7 +53,7 @@ impl Way {
 
     /// The same without io_uring.
     pub(crate) fn uncached_pread() -> Way {
-        let (engine, lanes, buffers) = (Engine::Pread, tuning::COLD_LANES, tuning::COLD_BUFFERS);
+        let (engine, lanes, buffers) = (Engine::Pread, tuning::MOST_READS, tuning::COLD_BUFFERS);
         Way { engine, lanes, buffers, piece_len: cold_piece_len(false), verify: false, batch: tuning::MAX_BATCH }
     }
 

@@ -80,9 +80,8 @@ pub mod tuning {
     pub use crate::format::manifest::CHUNK_LEN;
     pub use crate::load::{BUSY, COLD_PIECE_LEN, MAPPED_IN_FLIGHT, MAX_BATCH, PIECE_LEN, PINNED_LEN};
     pub use crate::read::WINDOW;
-    pub use crate::read::choose::{
-        COLD_BUFFERS, COLD_LANES, MAX_LANES, PREAD_BUFFERS, PREAD_CPUS, URING_DEPTH, URING_LANES, URING_SPARE,
-    };
+    pub use crate::read::choose::{COLD_BUFFERS, MAX_LANES, PREAD_BUFFERS, PREAD_CPUS, URING_LANES, URING_SPARE};
+    pub use crate::read::depth::MOST_READS;
 
     /// Bytes of a piece of our own stores where checksums are taken, and pieces are to have so many at most.
     pub fn verified_piece_len(most: u64) -> u64 {

@@ -235,8 +235,7 @@ impl Loader {
         }
         let files: Vec<u64> = checkpoint.files().iter().map(|file| file.len()).collect();
         let lens: Vec<u64> = blocks.iter().map(Block::len).collect();
-        let stages = self.cache.is_none() && blocks.iter().any(|block| block.device().needs_pinning());
-        staging.is_cold |= stages && choose::is_cold(checkpoint.files(), segments, &self.wishes);
+        staging.is_cold |= self.stages(&blocks) && choose::is_cold(checkpoint.files(), segments, &self.wishes);
         let plan = |options: &PlanOptions| LoadPlan::build(&files, &lens, segments, options);
         self.execute(checkpoint, plan, blocks, staging, started)
     }
@@ -294,7 +293,8 @@ impl Loader {
             Some(cache) => cache.split(plan.pieces()),
             None => Split { missing: plan.pieces().iter().collect(), ..Split::default() },
         };
-        let mut shares = choose(checkpoint.files(), missing, &devices, &self.wishes, &staging.depth)?;
+        let depth = self.stages(&blocks).then_some(&staging.depth);
+        let mut shares = choose(checkpoint.files(), missing, &devices, &self.wishes, depth)?;
         if !cached.is_empty() {
             shares.push(choose::cached(cached, &devices, &self.wishes));
         }
@@ -372,6 +372,11 @@ impl Loader {
     fn device(&self, place: usize) -> Result<&Device> {
         let missing = || Error::Invalid(format!("the placement names device {place} of {}", self.devices.len()));
         self.devices.get(place).ok_or_else(missing)
+    }
+
+    /// Whether bytes go through a ring of pinned buffers.
+    fn stages(&self, blocks: &[Block]) -> bool {
+        self.cache.is_none() && blocks.iter().any(|block| block.device().needs_pinning())
     }
 
     /// Says that a device has too little room before anything moves.

@@ -11,8 +11,8 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::plan::{Piece, Segment};
 
-/// Reads in flight of an io_uring lane at most.
-pub const URING_DEPTH: usize = MOST_READS / URING_LANES;
+/// Reads in flight of an io_uring lane, where nothing finds out how many are good.
+const URING_DEPTH: usize = 8;
 /// Buffers of an io_uring lane beyond its reads in flight: those that are being copied.
 pub const URING_SPARE: usize = 4;
 /// io_uring lanes for uncached bytes.
@@ -27,9 +27,10 @@ const SAMPLES: usize = 64;
 const SAMPLED_LEN: u64 = 64 << 10;
 /// Pieces that one thread asks the system about before another is worth starting.
 const ASKED_BY_ONE: usize = 256;
-/// Threads for a disk where each has one read in flight, at most: as many read as `Depth` finds good.
-pub const COLD_LANES: usize = MOST_READS;
-/// Buffers of such a thread: the copy of a buffer is waited for, since one that is used again is in a cache, the host's too.
+/// Threads that keep a disk busy where each has one read in flight, and nothing finds out how many are good.
+const COLD_LANES: usize = 8;
+/// Buffers of a thread that does: the copy of a buffer is waited for, since one that is used again is in a cache, the
+/// host's too.
 pub const COLD_BUFFERS: usize = 1;
 /// Buffers of a pread lane: one is filled while the other is copied. More leave the processor's cache.
 pub const PREAD_BUFFERS: usize = 2;
@@ -98,9 +99,8 @@ pub(crate) fn choose<'a>(
     pieces: Vec<&'a Piece>,
     devices: &[Device],
     wishes: &Wishes,
-    depth: &Arc<Depth>,
+    depth: Option<&Arc<Depth>>,
 ) -> Result<Vec<Share<'a>>> {
-    depth.begin();
     let Residency { cached, uncached, told, on_disk } = split(files, pieces, wishes.direct.map(|direct| !direct));
     let mut shares = Vec::new();
     for (pieces, warm) in [(cached, true), (uncached, false)] {
@@ -239,17 +239,22 @@ fn share<'a>(
     pieces: Vec<&'a Piece>,
     devices: &[Device],
     wishes: &Wishes,
-    depth: &Arc<Depth>,
+    depth: Option<&Arc<Depth>>,
 ) -> Result<Share<'a>> {
+    let depth = depth.filter(|_| !warm);
+    if let Some(depth) = depth {
+        depth.begin();
+    }
     let (direct, source) = (!warm, if warm { PAGE_CACHE } else { DISK });
     let lanes = |wanted: usize| wishes.threads.unwrap_or(wanted).clamp(1, pieces.len().max(1));
     Ok(match engine {
         EngineChoice::Uring => {
             Uring::probe()?;
             let lanes = lanes(if warm { processors().min(MAX_LANES) } else { URING_LANES });
-            let governed = direct.then(|| (Arc::clone(depth), lanes));
-            let engine = Box::new(Uring { direct, depth: URING_DEPTH, governed, faults: None, unregistered: None });
-            let buffers_per_lane = URING_DEPTH + URING_SPARE;
+            let governed = depth.map(|depth| (Arc::clone(depth), lanes));
+            let depth = if governed.is_some() { MOST_READS.div_ceil(lanes) } else { URING_DEPTH };
+            let engine = Box::new(Uring { direct, depth, governed, faults: None, unregistered: None });
+            let buffers_per_lane = depth + URING_SPARE;
             Share { engine, name: "uring", direct, source, reason, pieces, lanes, buffers_per_lane }
         }
         EngineChoice::Mapped if wishes.caches => {
@@ -268,10 +273,14 @@ fn share<'a>(
             });
         }
         EngineChoice::Auto | EngineChoice::Pread => {
-            let lanes = lanes(if warm { processors().min(MAX_LANES) } else { COLD_LANES });
-            let turns = direct.then(|| Turns::new(Arc::clone(depth)));
+            let turns = depth.map(|depth| Turns::new(Arc::clone(depth)));
+            let (wanted, buffers_per_lane) = match (warm, &turns) {
+                (true, _) => (processors().min(MAX_LANES), PREAD_BUFFERS),
+                (false, None) => (COLD_LANES, PREAD_BUFFERS),
+                (false, Some(_)) => (MOST_READS, COLD_BUFFERS),
+            };
+            let lanes = lanes(wanted);
             let engine = Box::new(Pread { direct, turns, faults: None });
-            let buffers_per_lane = if direct && !wishes.caches { COLD_BUFFERS } else { PREAD_BUFFERS };
             Share { engine, name: "pread", direct, source, reason, pieces, lanes, buffers_per_lane }
         }
     })

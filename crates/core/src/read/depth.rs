@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 /// Reads in flight that are tried.
 const LEVELS: [usize; 5] = [2, 4, 8, 16, 32];
 /// The most that are tried.
-pub(crate) const MOST_READS: usize = LEVELS[LEVELS.len() - 1];
+pub const MOST_READS: usize = LEVELS[LEVELS.len() - 1];
 /// The level that a load begins with.
 const FIRST: usize = 1;
 /// A level is left only for one that is so much faster: rates of the same level differ too.
