@@ -5,6 +5,7 @@
 //! (`docs/benchmarks.md`, "Disk"), the others idle with few. So a share begins with some, tries more and fewer for a moment
 //! each, goes where it is faster, and tries again now and then.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -67,18 +68,20 @@ impl Depth {
     }
 
     /// Whether lane `number` of those that have one read in flight at most may read. Waits for that as long as this, or
-    /// until `wake`.
-    pub(crate) fn wait(&self, number: usize, limit: Duration) -> bool {
-        let state = self.lock();
-        if number < state.climb.reads() {
-            return true;
-        }
-        let (state, _) = self.changed.wait_timeout(state, limit).unwrap_or_else(PoisonError::into_inner);
+    /// until it is over.
+    pub(crate) fn wait(&self, number: usize, limit: Duration, over: &AtomicBool) -> bool {
+        let waits = |state: &mut State| number >= state.climb.reads() && !over.load(Ordering::Relaxed);
+        let waited = self.changed.wait_timeout_while(self.lock(), limit, waits);
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         number < state.climb.reads()
     }
 
-    /// Wakes lanes that wait.
-    pub(crate) fn wake(&self) {
+    /// Sets `over`, and wakes lanes that wait.
+    pub(crate) fn end(&self, over: &AtomicBool) {
+        // Under the lock: a lane that is about to wait would not be woken.
+        let state = self.lock();
+        over.store(true, Ordering::Relaxed);
+        drop(state);
         self.changed.notify_all();
     }
 
@@ -216,15 +219,13 @@ mod tests {
     }
 
     #[test]
-    fn lanes_beyond_the_level_wait_until_they_are_woken() {
+    fn lanes_beyond_the_level_wait_until_it_is_over() {
         let depth = Depth::default();
-        let moment = Duration::from_millis(1);
-        assert_eq!((depth.wait(3, Duration::MAX), depth.wait(4, moment)), (true, false));
+        let (over, moment) = (AtomicBool::new(false), Duration::from_millis(1));
+        assert_eq!((depth.wait(3, Duration::MAX, &over), depth.wait(4, moment, &over)), (true, false));
         std::thread::scope(|scope| {
-            let waits = scope.spawn(|| depth.wait(9, Duration::from_secs(600)));
-            while !waits.is_finished() {
-                depth.wake();
-            }
+            let waits = scope.spawn(|| depth.wait(9, Duration::from_secs(600), &over));
+            depth.end(&over);
             assert!(!waits.join().unwrap());
         });
     }

@@ -48,10 +48,9 @@ impl ReadEngine for Pread {
         let number = lanes.fetch_add(1, Ordering::Relaxed);
         while !over.load(Ordering::Relaxed) {
             sink.check()?;
-            if depth.wait(number, TURN) {
+            if depth.wait(number, TURN, over) {
                 let Some(piece) = queue.next() else {
-                    over.store(true, Ordering::Relaxed);
-                    depth.wake();
+                    depth.end(over);
                     break;
                 };
                 self.read(files, piece, sink)?;
