@@ -40,13 +40,16 @@ def rate(file: Path, memory: memoryview, case: tuple[int, int, int], most: int) 
     end = min(most, file.stat().st_size) // size * size
     fd = os.open(file, os.O_RDONLY | os.O_DIRECT)
 
+    short = []
+
     def work(number: int) -> None:
         for turn, place in enumerate(places):
             if place >= end:
                 return
             at = (number * buffers + turn % buffers) * size
             if os.preadv(fd, [memory[at : at + size]], place) != size:
-                raise OSError(f"a short read of {file}")
+                short.append(place)
+                return
 
     began = time.perf_counter()
     workers = [threading.Thread(target=work, args=(number,)) for number in range(threads)]
@@ -55,6 +58,8 @@ def rate(file: Path, memory: memoryview, case: tuple[int, int, int], most: int) 
     for worker in workers:
         worker.join()
     os.close(fd)
+    if short:
+        raise OSError(f"{file} ended early")
     return end / (time.perf_counter() - began) / 1e9
 
 

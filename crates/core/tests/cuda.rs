@@ -9,8 +9,8 @@ use std::time::Duration;
 use common::{Made, every_dtype, refuse_syscall, write_safetensors};
 use cuda::Driver;
 use sllm_core::{
-    Cache, Checkpoint, ConvertOptions, Device, DeviceError, Dtype, EngineChoice, Error, ErrorKind, LinkPeak, Loader,
-    convert,
+    Cache, Cancel, Checkpoint, Control, ConvertOptions, Device, DeviceError, Dtype, EngineChoice, Error, ErrorKind,
+    LinkPeak, Loader, Progress, convert,
 };
 
 const ENGINES: [EngineChoice; 4] = [EngineChoice::Auto, EngineChoice::Uring, EngineChoice::Pread, EngineChoice::Mapped];
@@ -130,6 +130,28 @@ fn pieces_that_wait_for_a_busy_device_are_issued_together() {
         driver.reset();
         assert_nothing_left(&driver);
     }
+}
+
+#[test]
+fn nothing_that_waits_is_issued_once_a_load_was_stopped() {
+    let driver = Driver::load();
+    let model = model();
+    let checkpoint = Checkpoint::open(&model.store).unwrap();
+    let device = Device::cuda(0).unwrap();
+    driver.set_delay(Duration::from_secs(1));
+    let cancel = Cancel::new();
+    let stop = cancel.clone();
+    let after_four = move |progress: Progress| {
+        if progress.done >= 10 << 20 {
+            stop.cancel();
+        }
+    };
+    let control = Control::new().on_progress(after_four).cancelled_by(cancel);
+    let loader = Loader::builder().device(device).engine(EngineChoice::Pread).direct(Some(false)).threads(6);
+    let error = loader.control(control).build().unwrap().load(&checkpoint).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Cancelled);
+    assert_eq!(driver.get("copies_h2d"), 2, "the two that were issued while the device was idle");
+    assert_nothing_left(&driver);
 }
 
 #[test]

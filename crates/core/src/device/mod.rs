@@ -1,6 +1,6 @@
 //! Where tensors go: a CUDA device, or the host. The host device is the oracle of the CUDA one.
 //!
-//! A copy owns its source: [`Stream::copy`] takes the filled buffer and gives a [`Pending`], which gives it back when
+//! A copy owns its source: `copy` takes the filled buffer and gives a [`Pending`], which gives it back when
 //! the device has read it. So no buffer can be refilled too early.
 
 mod cuda;

@@ -98,7 +98,7 @@ pub(super) struct Lane<'a> {
     quota: usize,
     /// Buffers that it may have.
     most: usize,
-    /// Buffers that it needs. With more it waits for a copy before it takes another.
+    /// Buffers that it needs. With as many it waits for a copy before it takes another.
     needed: usize,
     /// Its engine passes the page cache, so that a destination must be aligned to be read into.
     direct: bool,
@@ -132,6 +132,8 @@ impl<'a> Lane<'a> {
 
     /// Waits for the oldest copy and keeps its buffer.
     fn retire(&mut self) -> Result<()> {
+        // To wait may issue what waits, and nothing is issued once the load was stopped.
+        self.check()?;
         let Some(receipt) = self.in_flight.pop_front() else { return Ok(()) };
         let waiting = Instant::now();
         let source = self.shared.outbox.wait(&receipt)?;
@@ -145,9 +147,10 @@ impl<'a> Lane<'a> {
         Ok(())
     }
 
-    /// Whether its oldest copy is done.
+    /// Whether its oldest copy is done, or the load was stopped, as `retire` says then.
     fn oldest_is_done(&self) -> bool {
-        self.in_flight.front().is_some_and(|receipt| self.shared.outbox.is_done(receipt))
+        let is_done = |receipt| self.check().is_err() || self.shared.outbox.is_done(receipt);
+        self.in_flight.front().is_some_and(is_done)
     }
 
     /// A buffer that is there without waiting for copies.

@@ -6,13 +6,13 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use crate::device::{self, Block, DeviceError, Parcel, Pending, Stream};
+use crate::device::{self, Block, Device, DeviceError, Parcel, Pending, Stream};
 use crate::plan::PieceCopy;
 use crate::read::Filled;
 
 /// Pieces that are issued together at most: their buffers come back together.
 pub const MAX_BATCH: usize = 8;
-/// Batches a device that keep it busy: one is copied while the next is there already.
+/// Batches that keep a device busy: one is copied while the next is there already.
 pub const BUSY: usize = 2;
 
 /// What lanes send copies by.
@@ -22,6 +22,8 @@ pub(super) struct Outbox<'a> {
     blocks: Arc<[Block]>,
     /// Pieces that wait at most. The host copies when it is told to, in the thread that tells it.
     most: usize,
+    /// Batches that keep all devices of the load busy.
+    busy: usize,
     line: Mutex<Line<'a>>,
 }
 
@@ -49,9 +51,10 @@ pub(super) struct Receipt<'a> {
 }
 
 impl<'a> Outbox<'a> {
-    pub(super) fn new(streams: &'a [Stream], blocks: Arc<[Block]>, is_host: bool) -> Self {
-        let most = if is_host { 1 } else { MAX_BATCH };
-        Outbox { streams, blocks, most, line: Mutex::default() }
+    /// An outbox to the devices that the blocks are of.
+    pub(super) fn new(streams: &'a [Stream], blocks: Arc<[Block]>, devices: &[Device]) -> Self {
+        let most = if devices.iter().any(Device::is_host) { 1 } else { MAX_BATCH };
+        Outbox { streams, blocks, most, busy: BUSY * devices.len(), line: Mutex::default() }
     }
 
     /// Sends a piece. An error is that of copies issued just now.
@@ -60,7 +63,8 @@ impl<'a> Outbox<'a> {
         let receipt = Receipt { batch: Arc::clone(&line.open), place: line.len };
         line.open.lock().push(Parcel { source, copies });
         line.len += 1;
-        if line.len >= self.most || self.is_idle(&mut line) {
+        let is_idle = self.is_idle(&mut line);
+        if is_idle || line.len >= self.most {
             self.issue(line)?;
         }
         Ok(receipt)
@@ -104,12 +108,12 @@ impl<'a> Outbox<'a> {
         batch.pending.get_or_init(issue).as_ref().map_err(Clone::clone)
     }
 
-    /// Whether a device may run out of work.
+    /// Whether the devices may run out of work. Forgets batches that are done.
     fn is_idle(&self, line: &mut Line<'a>) -> bool {
         while line.issued.front().is_some_and(|batch| batch.is_done()) {
             line.issued.pop_front();
         }
-        line.issued.len() < BUSY * self.streams.len()
+        line.issued.len() < self.busy
     }
 
     fn lock(&self) -> MutexGuard<'_, Line<'a>> {

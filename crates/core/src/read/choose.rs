@@ -1,10 +1,11 @@
 //! Which engine reads which pieces, and why.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::depth::{Depth, MOST_READS};
 use super::pread::Turns;
 use super::residency::is_cached;
+use super::uring::Governed;
 use super::{Cached, EngineChoice, Mapped, Pread, ReadEngine, Uring};
 use crate::checkpoint::DataFile;
 use crate::device::Device;
@@ -87,6 +88,10 @@ pub(crate) fn cached<'a>(pieces: Vec<&'a Piece>, devices: &[Device], wishes: &Wi
         pieces,
         buffers_per_lane: PREAD_BUFFERS,
     }
+}
+
+fn next_of<I: Iterator>(shared: &Mutex<I>) -> Option<I::Item> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner).next()
 }
 
 fn processors() -> usize {
@@ -180,21 +185,21 @@ fn split<'a>(files: &[DataFile], pieces: Vec<&'a Piece>, all: Option<bool>) -> R
 fn ask(files: &[DataFile], pieces: &[&Piece]) -> Vec<Option<bool>> {
     let answer = |piece: &Piece| files.get(piece.file).and_then(|file| is_cached(file, piece.offset, piece.len));
     let threads = (pieces.len() / ASKED_BY_ONE).clamp(1, processors().min(MAX_LANES));
-    let share = pieces.len().div_ceil(threads).max(1);
     let mut answers = vec![None; pieces.len()];
-    std::thread::scope(|scope| {
-        let mut parts = pieces.chunks(share).zip(answers.chunks_mut(share));
-        let first = parts.next();
-        let fill = |(pieces, answers): (&[&Piece], &mut [Option<bool>])| {
-            for (piece, place) in pieces.iter().zip(answers) {
+    let parts = Mutex::new(pieces.chunks(ASKED_BY_ONE).zip(answers.chunks_mut(ASKED_BY_ONE)));
+    let work = || {
+        while let Some((pieces, places)) = next_of(&parts) {
+            for (piece, place) in pieces.iter().zip(places) {
                 *place = answer(piece);
             }
-        };
-        for part in parts {
-            // Where no thread can be had, its pieces stay unknown.
-            let _ = std::thread::Builder::new().name("sllm-ask".into()).spawn_scoped(scope, move || fill(part));
         }
-        first.map(fill);
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            // Where no thread can be had, this one asks for all.
+            let _ = std::thread::Builder::new().name("sllm-ask".into()).spawn_scoped(scope, work);
+        }
+        work();
     });
     answers
 }
@@ -251,7 +256,8 @@ fn share<'a>(
         EngineChoice::Uring => {
             Uring::probe()?;
             let lanes = lanes(if warm { processors().min(MAX_LANES) } else { URING_LANES });
-            let governed = depth.map(|depth| (Arc::clone(depth), lanes));
+            let lanes = lanes.min(MOST_READS);
+            let governed = depth.map(|depth| Governed::new(Arc::clone(depth)));
             let depth = if governed.is_some() { MOST_READS.div_ceil(lanes) } else { URING_DEPTH };
             let engine = Box::new(Uring { direct, depth, governed, faults: None, unregistered: None });
             let buffers_per_lane = depth + URING_SPARE;

@@ -101,7 +101,7 @@ fn engines(faults: Option<&Faults>) -> Vec<(&'static str, Box<dyn ReadEngine>)> 
     ] {
         engines.push((name, Box::new(Uring { direct, depth, governed: None, faults: faults(), unregistered })));
     }
-    let governed = Some((Arc::default(), 2));
+    let governed = Some(uring::Governed::new(Arc::default()));
     let governed = Uring { direct: true, depth: 16, governed, faults: faults(), unregistered: None };
     engines.push(("uring direct governed", Box::new(governed)));
     if faults().is_none() {

@@ -132,7 +132,7 @@ impl Filled {
         }
     }
 
-    /// Whether the memory is pinned.
+    /// Whether it is a buffer whose memory is pinned.
     pub(crate) fn is_pinned(&self) -> bool {
         match self {
             Filled::Buffer(buffer) => buffer.is_pinned(),

@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use io_uring::{IoUring, opcode, types};
 use rustix::io::Errno;
@@ -30,11 +31,29 @@ pub(crate) struct Uring {
     pub(crate) direct: bool,
     /// Reads in flight a lane at most.
     pub(crate) depth: usize,
-    /// Reads in flight of all lanes, and how many lanes there are; as many as fit where it is not given.
-    pub(crate) governed: Option<(Arc<Depth>, usize)>,
+    /// How many reads all lanes have in flight; as many as fit where it is not given.
+    pub(crate) governed: Option<Governed>,
     pub(crate) faults: Option<Faults>,
     /// What a test puts in place of the system's answer to registering.
     pub(crate) unregistered: Option<Errno>,
+}
+
+/// Lanes that have so many reads in flight together as a disk wants.
+pub(crate) struct Governed {
+    depth: Arc<Depth>,
+    /// Lanes that have begun.
+    lanes: AtomicUsize,
+}
+
+impl Governed {
+    pub(crate) fn new(depth: Arc<Depth>) -> Governed {
+        Governed { depth, lanes: AtomicUsize::new(0) }
+    }
+
+    /// Reads that each lane may have in flight.
+    fn reads(&self) -> usize {
+        self.depth.reads().div_ceil(self.lanes.load(Ordering::Relaxed).max(1))
+    }
 }
 
 /// One read in flight. Its buffer is the kernel's until the answer is there.
@@ -97,9 +116,14 @@ impl ReadEngine for Uring {
         let registered = Registered { buffers: Vec::new(), room: 0, files: Vec::new(), refused };
         let mut flights = InFlight { ring: open_ring(self.depth)?, registered, slots, free };
         let mut queue_empty = false;
+        if let Some(governed) = &self.governed {
+            governed.lanes.fetch_add(1, Ordering::Relaxed);
+        }
         loop {
-            let most = self.governed.as_ref().map_or(self.depth, |(depth, lanes)| depth.reads().div_ceil(*lanes));
-            sink.need(most.saturating_add(1));
+            let most = self.governed.as_ref().map_or(self.depth, Governed::reads);
+            if self.governed.is_some() {
+                sink.need(most + 1);
+            }
             while !queue_empty && flights.len() < most.min(self.depth) && (flights.is_empty() || sink.has_room()) {
                 let Some(piece) = queue.next() else {
                     queue_empty = true;
@@ -125,8 +149,8 @@ impl ReadEngine for Uring {
                 let offset = flight.transfer.request().offset;
                 let answer = inject(self.faults.as_ref(), file, offset, answer);
                 if flight.transfer.answer(file, answer)? {
-                    if let Some((depth, _)) = &self.governed {
-                        depth.done(flight.piece.len);
+                    if let Some(governed) = &self.governed {
+                        governed.depth.done(flight.piece.len);
                     }
                     sink.filled(flight.piece, Filled::Buffer(flight.room.buffer))?;
                 } else {
