@@ -188,14 +188,16 @@ def test_a_server_that_is_killed_is_missed_by_nobody(server: Server) -> None:
     assert loaded.report.fell_back and loaded.report.notes == [f"{loaded.report.fell_back}; files are read"]
 
 
-def test_vllm_has_the_server_read_ahead_and_reads_itself_where_there_is_none(server: Server) -> None:
-    path = str(server.models / "m")
-    assert _prefetch._preload(path, None, server.address)
+def test_vllm_has_the_server_read_ahead_and_reads_itself_where_there_is_none(server: Server, tmp_path: Path) -> None:
+    checkpoints = [sllm.open(server.models / "m")]
+    assert _prefetch._preload(checkpoints, server.address)
     (model,) = sllm.StoreClient(server.address).list()
     assert model.resident >= model.len
-    assert not _prefetch._preload(str(server.models / "none"), None, server.address)
+    shutil.copytree(server.models / "m", tmp_path / "elsewhere")
+    assert not _prefetch._preload([sllm.open(tmp_path / "elsewhere")], server.address)
+    assert not _prefetch._preload([], server.address)
     server.kill()
-    assert not _prefetch._preload(path, None, server.address)
+    assert not _prefetch._preload(checkpoints, server.address)
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))]

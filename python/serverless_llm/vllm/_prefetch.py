@@ -118,6 +118,8 @@ def _chosen(model: str, revision: str | None) -> list[Checkpoint]:
 
 def _preload(checkpoints: list[Checkpoint], address: str) -> bool:
     """Has a store server read the model; whether it has."""
+    if not checkpoints:
+        return False
     path = os.path.realpath(checkpoints[0].path)
     try:
         client = store_server.StoreClient(None if address == "auto" else address)
