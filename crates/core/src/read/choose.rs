@@ -30,8 +30,8 @@ const SAMPLED_LEN: u64 = 64 << 10;
 const ASKED_BY_ONE: usize = 256;
 /// Threads that keep a disk busy where each has one read in flight, and nothing finds out how many are good.
 const COLD_LANES: usize = 8;
-/// Buffers of a thread that does: the copy of a buffer is waited for, since one that is used again is in a cache, the
-/// host's too.
+/// Buffers of a thread where it is found out: the copy of the buffer is waited for, since one that is used again is in a
+/// cache, the host's too.
 pub const COLD_BUFFERS: usize = 1;
 /// Buffers of a pread lane: one is filled while the other is copied. More leave the processor's cache.
 pub const PREAD_BUFFERS: usize = 2;
@@ -90,6 +90,7 @@ pub(crate) fn cached<'a>(pieces: Vec<&'a Piece>, devices: &[Device], wishes: &Wi
     }
 }
 
+/// The next element, for whoever comes.
 fn next_of<I: Iterator>(shared: &Mutex<I>) -> Option<I::Item> {
     shared.lock().unwrap_or_else(PoisonError::into_inner).next()
 }
