@@ -31,8 +31,6 @@ pub(super) struct Outbox<'a> {
 struct Line<'a> {
     /// The batch that pieces are added to.
     open: Arc<Batch<'a>>,
-    /// Its pieces so far.
-    len: usize,
     /// Batches that a device may still be busy with, oldest first.
     issued: VecDeque<Arc<Batch<'a>>>,
 }
@@ -60,14 +58,17 @@ impl<'a> Outbox<'a> {
     /// Sends a piece. An error is that of copies issued just now.
     pub(super) fn send(&self, source: Filled, copies: &'a [PieceCopy]) -> Result<Receipt<'a>, DeviceError> {
         let mut line = self.lock();
-        let receipt = Receipt { batch: Arc::clone(&line.open), place: line.len };
-        line.open.lock().push(Parcel { source, copies });
-        line.len += 1;
+        let batch = Arc::clone(&line.open);
+        let place = {
+            let mut parcels = batch.lock();
+            parcels.push(Parcel { source, copies });
+            parcels.len() - 1
+        };
         let is_idle = self.is_idle(&mut line);
-        if is_idle || line.len >= self.most {
+        if is_idle || place + 1 >= self.most {
             self.issue(line)?;
         }
-        Ok(receipt)
+        Ok(Receipt { batch, place })
     }
 
     /// Whether a piece's source was read. A piece that waits is issued where a device has too little to do.
@@ -96,7 +97,6 @@ impl<'a> Outbox<'a> {
     /// Issues the open batch. The line is free again before the driver is called.
     fn issue(&self, mut line: MutexGuard<'_, Line<'a>>) -> Result<(), DeviceError> {
         let batch = std::mem::take(&mut line.open);
-        line.len = 0;
         line.issued.push_back(Arc::clone(&batch));
         drop(line);
         self.pending(&batch).map(drop)
