@@ -65,7 +65,8 @@ def rate(file: Path, memory: memoryview, case: tuple[int, int, int], most: int) 
 
 def main() -> None:
     args = parse_args()
-    room = mmap.mmap(-1, ROOM)
+    # Private: Python's default is shared, which gets no huge pages unless the system is told so.
+    room = mmap.mmap(-1, ROOM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     room.madvise(mmap.MADV_HUGEPAGE)
     memory = memoryview(room)
     for place in range(0, ROOM, 2 * MIB):

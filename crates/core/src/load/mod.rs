@@ -235,7 +235,8 @@ impl Loader {
         }
         let files: Vec<u64> = checkpoint.files().iter().map(|file| file.len()).collect();
         let lens: Vec<u64> = blocks.iter().map(Block::len).collect();
-        staging.is_cold |= self.stages(&blocks) && choose::is_cold(checkpoint.files(), segments, &self.wishes);
+        staging.is_cold =
+            staging.is_cold || self.stages(&blocks) && choose::is_cold(checkpoint.files(), segments, &self.wishes);
         let plan = |options: &PlanOptions| LoadPlan::build(&files, &lens, segments, options);
         self.execute(checkpoint, plan, blocks, staging, started)
     }

@@ -22,9 +22,9 @@ pub const URING_LANES: usize = 2;
 pub const PREAD_CPUS: usize = 8;
 /// Threads beyond which reading does not get faster (measured, `docs/benchmarks.md`).
 pub const MAX_LANES: usize = 12;
-/// Pieces that are looked at where it is forced how all are read.
+/// Places that are looked at, or pieces where it is forced how all are read.
 const SAMPLES: usize = 64;
-/// Bytes of a segment that are looked at, to tell whether it is cached.
+/// Bytes of a place that are looked at, to tell whether it is cached.
 const SAMPLED_LEN: u64 = 64 << 10;
 /// Pieces that one thread asks the system about before another is worth starting.
 const ASKED_BY_ONE: usize = 256;
@@ -131,17 +131,35 @@ pub(crate) fn choose<'a>(
 
 /// Whether a part of these segments that counts is to be read from a disk, past the page cache; by a sample.
 pub(crate) fn is_cold(files: &[DataFile], segments: &[Segment], wishes: &Wishes) -> bool {
-    let reads_directly = |segment: &&Segment| {
-        let sample = SAMPLED_LEN.min(segment.row_len);
-        let file = files.get(segment.file);
-        file.is_some_and(|file| is_cached(file, segment.offset, sample) == Some(false))
-    };
-    let sample = || segments.iter().step_by(segments.len().div_ceil(SAMPLES).max(1));
     match (wishes.engine, wishes.direct) {
         (EngineChoice::Mapped, _) | (_, Some(false)) => false,
         (_, Some(true)) => true,
-        (_, None) => 16 * sample().filter(reads_directly).count() > sample().count(),
+        (_, None) => {
+            let places = sample(segments);
+            let is_uncached = |&&(file, offset): &&(usize, u64)| {
+                let file: Option<&DataFile> = files.get(file).filter(|file| offset < file.len());
+                file.is_some_and(|file| is_cached(file, offset, SAMPLED_LEN.min(file.len() - offset)) == Some(false))
+            };
+            16 * places.iter().filter(is_uncached).count() > places.len()
+        }
     }
+}
+
+/// Some places of segments, file and offset, as far from each other: one segment may be a whole file.
+fn sample(segments: &[Segment]) -> Vec<(usize, u64)> {
+    let total = segments.iter().fold(0u64, |total, segment| total.saturating_add(segment.len()));
+    let step = total.div_ceil(SAMPLES as u64).max(1);
+    let mut places = Vec::new();
+    let mut next = 0u64;
+    for segment in segments {
+        while next < segment.len() {
+            let row = (next / segment.row_len).saturating_mul(segment.src_pitch);
+            places.push((segment.file, segment.offset.saturating_add(row).saturating_add(next % segment.row_len)));
+            next = next.saturating_add(step);
+        }
+        next -= segment.len();
+    }
+    places
 }
 
 #[derive(Default)]
@@ -291,4 +309,35 @@ fn share<'a>(
             Share { engine, name: "pread", direct, source, reason, pieces, lanes, buffers_per_lane }
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_sampled_by_bytes_whatever_the_segments() {
+        let one = sample(&[Segment::contiguous(3, 100, 64 << 20, 0, 0)]);
+        let expected: Vec<(usize, u64)> = (0..64).map(|n| (3, 100 + (n << 20))).collect();
+        assert_eq!(one, expected);
+
+        let small = (0..6400).map(|n| Segment::contiguous(0, 10 * n, 10, 0, 10 * n));
+        let last = Segment::contiguous(1, 0, 64_000, 0, 64_000);
+        let places = sample(&small.chain([last]).collect::<Vec<_>>());
+        let expected = (0..32).map(|n| (0, 2000 * n)).chain((0..32).map(|n| (1, 2000 * n)));
+        assert_eq!(places, expected.collect::<Vec<_>>());
+
+        let rows = Segment { rows: 128, src_pitch: 1000, ..Segment::contiguous(0, 7, 10, 0, 0) };
+        let expected: Vec<(usize, u64)> = (0..64).map(|n| (0, 7 + 2000 * n)).collect();
+        assert_eq!(sample(&[rows]), expected);
+    }
+
+    #[test]
+    fn segments_of_nothing_and_out_of_bounds_are_sampled_without_harm() {
+        let empty = Segment::contiguous(0, 5, 0, 0, 0);
+        assert_eq!(sample(&[empty, empty]), []);
+        let vast = Segment { rows: u64::MAX, src_pitch: u64::MAX, ..Segment::contiguous(9, u64::MAX, u64::MAX, 0, 0) };
+        assert!(sample(&[vast, vast]).len() <= 2 * SAMPLES);
+        assert!(!is_cold(&[], &[vast], &Wishes::default()));
+    }
 }

@@ -2,8 +2,8 @@
 //!
 //! A local disk that answers in a tenth of a millisecond, a volume behind a network, and a virtual disk whose host copies
 //! every byte want different numbers: the last one is slower the more memory is read into at once
-//! (`docs/benchmarks.md`, "Disk"), the others idle with few. So a share begins with some, tries more and fewer for a moment
-//! each, goes where it is faster, and tries again now and then.
+//! (`docs/benchmarks.md`, "Disk"), the others idle with few. So a share begins with some, tries more and fewer in turn with
+//! them, since a disk's rate moves by itself too, goes where it is faster, and tries again now and then.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -15,14 +15,19 @@ const LEVELS: [usize; 5] = [2, 4, 8, 16, 32];
 pub const MOST_READS: usize = LEVELS[LEVELS.len() - 1];
 /// The level that a load begins with.
 const FIRST: usize = 1;
-/// A level is left only for one that is so much faster: rates of the same level differ too.
+/// A level is left only for one that is so much faster in the mean of all rounds: rates of the same level differ too.
 const BETTER: f64 = 1.05;
+/// A level that is so much faster, or slower, after any round is judged at once.
+const SURE: f64 = 1.25;
+/// Rounds of a trial: in each, the home level and its rivals are measured once.
+const ROUNDS: usize = 4;
 /// A level is measured so long at least, and by so many reads; the first trials are shorter, since a fast disk is read to
 /// its end in half a second.
 const WINDOW: Window = Window { time: Duration::from_millis(30), reads: 48 };
 const FIRST_WINDOW: Window = Window { time: Duration::from_millis(10), reads: 24 };
-/// Windows between two trials.
+/// Windows between two trials; twice as many after each that changed nothing, up to the most.
 const HOLD: usize = 40;
+const MOST_HOLD: usize = 160;
 
 struct Window {
     time: Duration,
@@ -120,31 +125,44 @@ impl Depth {
 #[derive(Debug)]
 struct Climb {
     home: usize,
-    /// Levels of this trial, home first, and the rates of those that were measured.
-    trial: Vec<usize>,
-    rates: Vec<f64>,
-    /// Windows until the next trial.
+    /// The levels beside it that may be better, of this trial.
+    rivals: Vec<Rival>,
+    /// The home level's rate in this round, once it was measured.
+    rate: Option<f64>,
+    /// The rival that is measured next.
+    next: usize,
+    rounds: usize,
+    /// Windows until the next trial, and how many there are after a trial that changes nothing.
     hold: usize,
+    next_hold: usize,
     /// A trial ended where it began.
     has_settled: bool,
 }
 
+#[derive(Debug)]
+struct Rival {
+    level: usize,
+    /// Its rates, each as a part of the home level's of the same round, added up.
+    sum: f64,
+}
+
 impl Default for Climb {
     fn default() -> Climb {
-        Climb { home: FIRST, trial: Climb::trial(FIRST), rates: Vec::new(), hold: 0, has_settled: false }
+        let rivals = Climb::rivals([Some(FIRST + 1), FIRST.checked_sub(1)]);
+        Climb { home: FIRST, rivals, rate: None, next: 0, rounds: 0, hold: 0, next_hold: HOLD, has_settled: false }
     }
 }
 
 impl Climb {
-    fn trial(home: usize) -> Vec<usize> {
-        let around = [Some(home), Some(home + 1), home.checked_sub(1)];
-        around.into_iter().flatten().filter(|&level| level < LEVELS.len()).collect()
+    fn rivals(levels: [Option<usize>; 2]) -> Vec<Rival> {
+        let levels = levels.into_iter().flatten().filter(|&level| level < LEVELS.len());
+        levels.map(|level| Rival { level, sum: 0.0 }).collect()
     }
 
     /// Reads in flight now.
     fn reads(&self) -> usize {
-        let level = if self.hold > 0 { None } else { self.trial.get(self.rates.len()) };
-        LEVELS[level.copied().unwrap_or(self.home)]
+        let rival = self.rivals.get(self.next).filter(|_| self.rate.is_some());
+        LEVELS[rival.map_or(self.home, |rival| rival.level)]
     }
 
     /// Takes the rate of the present level.
@@ -153,22 +171,56 @@ impl Climb {
             self.hold -= 1;
             return;
         }
-        self.rates.push(rate);
-        if self.rates.len() < self.trial.len() {
+        let Some(home) = self.rate else {
+            self.rate = Some(rate);
             return;
+        };
+        if let Some(rival) = self.rivals.get_mut(self.next) {
+            rival.sum += rate / home;
         }
-        let mut best = (self.home, self.rates[0] * BETTER);
-        for (&level, &rate) in self.trial.iter().zip(&self.rates).skip(1) {
-            if rate > best.1 {
-                best = (level, rate);
+        self.next += 1;
+        if self.next >= self.rivals.len() {
+            self.judge();
+        }
+    }
+
+    /// Ends a round.
+    fn judge(&mut self) {
+        (self.rate, self.next) = (None, 0);
+        self.rounds += 1;
+        let (rounds, is_last) = (self.rounds as f64, self.rounds == ROUNDS);
+        let wanted = if is_last { BETTER } else { SURE };
+        let best = self.rivals.iter().max_by(|a, b| a.sum.total_cmp(&b.sum));
+        match best.filter(|best| best.sum > wanted * rounds).map(|best| best.level) {
+            Some(better) => {
+                // From there further on: what lies behind was worse just now.
+                let onward = if better > self.home { better.checked_add(1) } else { better.checked_sub(1) };
+                (self.home, self.next_hold) = (better, HOLD);
+                self.begin([onward, None]);
+            }
+            None => {
+                self.rivals.retain(|rival| rival.sum * SURE >= rounds);
+                if is_last || self.rivals.is_empty() {
+                    self.settle();
+                }
             }
         }
-        // Where it was left, the next levels are tried at once.
-        self.has_settled |= best.0 == self.home;
-        self.hold = if best.0 == self.home { HOLD } else { 0 };
-        self.home = best.0;
-        self.trial = Climb::trial(self.home);
-        self.rates.clear();
+    }
+
+    /// Begins a trial of these levels.
+    fn begin(&mut self, levels: [Option<usize>; 2]) {
+        (self.rivals, self.rounds) = (Climb::rivals(levels), 0);
+        if self.rivals.is_empty() {
+            self.settle();
+        }
+    }
+
+    /// Stays for some time, and tries both neighbours then.
+    fn settle(&mut self) {
+        self.has_settled = true;
+        self.hold = self.next_hold;
+        self.next_hold = (2 * self.next_hold).min(MOST_HOLD);
+        (self.rivals, self.rounds) = (Climb::rivals([Some(self.home + 1), self.home.checked_sub(1)]), 0);
     }
 }
 
@@ -188,7 +240,7 @@ mod tests {
     #[test]
     fn it_goes_where_a_disk_is_fastest() {
         assert_eq!(settles(9, |reads| reads as f64), 32, "a disk far away");
-        assert_eq!(settles(9, |reads| (reads as f64).min(16.0)), 16, "enough is enough");
+        assert_eq!(settles(20, |reads| (reads as f64).min(16.0)), 16, "enough is enough");
         assert_eq!(settles(9, |reads| 1.0 / reads as f64), 2, "a disk that wants few");
         assert_eq!(settles(9, |_| 1.0), 4, "one that does not care");
         assert_eq!(settles(500, |reads| 1.0 + reads as f64 / 1000.0), 4, "or hardly");
@@ -215,7 +267,26 @@ mod tests {
             elsewhere += usize::from(climb.reads() != 4);
             climb.measured(1.0);
         }
-        assert!(elsewhere <= 2 * 1000usize.div_ceil(HOLD), "{elsewhere} of 1000");
+        assert!(elsewhere <= 2 * ROUNDS * (2 + 1000usize.div_ceil(MOST_HOLD)), "{elsewhere} of 1000");
+    }
+
+    #[test]
+    fn a_disk_whose_rate_moves_by_itself_is_read_well() {
+        // Windows of the same level differ by up to 20 % either way.
+        let mut random = 1u64;
+        let mut moves = || {
+            random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            0.8 + 0.4 * (random >> 11) as f64 / (1u64 << 53) as f64
+        };
+        for best in [2.0, 4.0, 8.0, 16.0, 32.0] {
+            let rate = |reads: usize| 0.85f64.powf((reads as f64 / best).log2().abs());
+            let (mut climb, mut sum) = (Climb::default(), 0.0);
+            for _ in 0..1000 {
+                sum += rate(climb.reads());
+                climb.measured(rate(climb.reads()) * moves());
+            }
+            assert!(sum > 930.0, "the best is {best}: {sum} of 1000");
+        }
     }
 
     #[test]
