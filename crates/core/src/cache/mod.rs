@@ -24,6 +24,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::plan::Piece;
 use crate::pool::{BufferPool, Hold, HostBuffer};
+use crate::read::bounce::Bounce;
 
 /// Bytes that are touched and pinned in one go: the first buffer is there soon, and few calls pin all.
 const STEP_LEN: usize = 64 << 20;
@@ -49,6 +50,8 @@ struct Group {
 #[derive(Debug)]
 struct Shared {
     pool: BufferPool,
+    /// What reads past the page cache go by.
+    bounce: Arc<Bounce>,
     state: Mutex<State>,
     /// Told when a chunk arrived, was given up, or is used no more.
     changed: Condvar,
@@ -120,6 +123,7 @@ impl Cache {
         }
         let shared = Shared {
             pool: BufferPool::new(chunk, chunks, STEP_LEN, device)?,
+            bounce: Bounce::new()?,
             state: Mutex::default(),
             changed: Condvar::new(),
             waiting: AtomicUsize::new(0),
@@ -139,6 +143,10 @@ impl Cache {
     /// it pin, what they copy; [`Cache::prepare`] does not.
     pub fn unpin_memory(&self) -> bool {
         self.shared.pool.unpin()
+    }
+
+    pub(crate) fn bounce(&self) -> &Arc<Bounce> {
+        &self.shared.bounce
     }
 
     /// Bytes of a chunk.

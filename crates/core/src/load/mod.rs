@@ -27,7 +27,7 @@ use crate::device::{Block, Claim, Device, DeviceError, Stream};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
 use crate::plan::{Filter, LoadPlan, Placement, PlanOptions, Segment};
-use crate::read::choose::{self, Wishes, choose};
+use crate::read::choose::{self, Governor, Wishes, choose};
 use crate::read::{EngineChoice, Queue};
 use lane::{Buffers, Lane, Outcome, Shared};
 use outbox::Outbox;
@@ -294,8 +294,11 @@ impl Loader {
             Some(cache) => cache.split(plan.pieces()),
             None => Split { missing: plan.pieces().iter().collect(), ..Split::default() },
         };
-        let depth = self.stages(&blocks).then_some(&staging.depth);
-        let mut shares = choose(checkpoint.files(), missing, &devices, &self.wishes, depth)?;
+        let governor = match &self.cache {
+            Some(cache) => Some(Governor::Bounce(cache.bounce())),
+            None => self.stages(&blocks).then_some(Governor::Depth(&staging.depth)),
+        };
+        let mut shares = choose(checkpoint.files(), missing, &devices, &self.wishes, governor)?;
         if !cached.is_empty() {
             shares.push(choose::cached(cached, &devices, &self.wishes));
         }

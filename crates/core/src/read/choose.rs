@@ -2,8 +2,9 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::bounce::Bounce;
 use super::depth::{Depth, MOST_READS};
-use super::pread::Turns;
+use super::pread::{Pace, Turns};
 use super::residency::is_cached;
 use super::uring::Governed;
 use super::{Cached, EngineChoice, Mapped, Pread, ReadEngine, Uring};
@@ -33,6 +34,8 @@ const COLD_LANES: usize = 8;
 /// Buffers of a thread where it is found out: the copy of the buffer is waited for, since one that is used again is in a
 /// cache, the host's too.
 pub const COLD_BUFFERS: usize = 1;
+/// Threads that read into a cache by small buffers: each holds a chunk, while fewer may read.
+const BOUNCE_LANES: usize = 16;
 /// Buffers of a pread lane: one is filled while the other is copied. More leave the processor's cache.
 pub const PREAD_BUFFERS: usize = 2;
 
@@ -40,6 +43,15 @@ pub const PREAD_BUFFERS: usize = 2;
 pub(crate) const PINNED_MEMORY: &str = "pinned memory";
 const PAGE_CACHE: &str = "page cache";
 const DISK: &str = "disk";
+
+/// What finds out how many reads of a disk there should be at once.
+#[derive(Clone, Copy)]
+pub(crate) enum Governor<'a> {
+    /// For reads into a ring of buffers.
+    Depth(&'a Arc<Depth>),
+    /// For reads into a cache.
+    Bounce(&'a Arc<Bounce>),
+}
 
 /// What the caller wants.
 #[derive(Clone, Default)]
@@ -79,7 +91,9 @@ pub(crate) fn cached<'a>(pieces: Vec<&'a Piece>, devices: &[Device], wishes: &Wi
     let copies = devices.iter().any(Device::is_host) || wishes.verify;
     let wanted = wishes.threads.unwrap_or(if copies { processors().min(CACHED_LANES_HOST) } else { CACHED_LANES });
     Share {
-        engine: Box::new(Cached { pread: Pread { direct: wishes.direct == Some(true), turns: None, faults: None } }),
+        engine: Box::new(Cached {
+            pread: Pread { direct: wishes.direct == Some(true), pace: Pace::Free, faults: None },
+        }),
         name: "cache",
         direct: false,
         source: PINNED_MEMORY,
@@ -105,7 +119,7 @@ pub(crate) fn choose<'a>(
     pieces: Vec<&'a Piece>,
     devices: &[Device],
     wishes: &Wishes,
-    depth: Option<&Arc<Depth>>,
+    governor: Option<Governor<'_>>,
 ) -> Result<Vec<Share<'a>>> {
     let Residency { cached, uncached, told, on_disk } = split(files, pieces, wishes.direct.map(|direct| !direct));
     let mut shares = Vec::new();
@@ -120,7 +134,7 @@ pub(crate) fn choose<'a>(
             }
             forced => (forced, "it was asked for".to_owned()),
         };
-        let mut share = share(engine, reason, warm, pieces, devices, wishes, depth)?;
+        let mut share = share(engine, reason, warm, pieces, devices, wishes, governor)?;
         if warm && on_disk {
             share.source = DISK;
         }
@@ -236,6 +250,9 @@ fn mostly_uncached(files: &[DataFile], pieces: &[&Piece]) -> bool {
 fn auto(files: &[DataFile], first: &Piece, warm: bool, devices: &[Device], wishes: &Wishes) -> (EngineChoice, String) {
     let cpus = processors();
     let on_host = devices.iter().all(Device::is_host);
+    if !warm && wishes.caches {
+        return (EngineChoice::Pread, "direct reads go by small buffers into the cache".into());
+    }
     if !warm {
         return match Uring::probe() {
             Ok(()) => (EngineChoice::Uring, "io_uring keeps the disk busy".into()),
@@ -263,10 +280,10 @@ fn share<'a>(
     pieces: Vec<&'a Piece>,
     devices: &[Device],
     wishes: &Wishes,
-    depth: Option<&Arc<Depth>>,
+    governor: Option<Governor<'_>>,
 ) -> Result<Share<'a>> {
-    let depth = depth.filter(|_| !warm);
-    if let Some(depth) = depth {
+    let governor = governor.filter(|_| !warm);
+    if let Some(Governor::Depth(depth)) = governor {
         depth.begin();
     }
     let (direct, source) = (!warm, if warm { PAGE_CACHE } else { DISK });
@@ -276,7 +293,10 @@ fn share<'a>(
             Uring::probe()?;
             let lanes = lanes(if warm { processors().min(MAX_LANES) } else { URING_LANES });
             let lanes = lanes.min(MOST_READS);
-            let governed = depth.map(|depth| Governed::new(Arc::clone(depth)));
+            let governed = match governor {
+                Some(Governor::Depth(depth)) => Some(Governed::new(Arc::clone(depth))),
+                _ => None,
+            };
             let depth = if governed.is_some() { MOST_READS.div_ceil(lanes) } else { URING_DEPTH };
             let engine = Box::new(Uring { direct, depth, governed, faults: None, unregistered: None });
             let buffers_per_lane = depth + URING_SPARE;
@@ -298,14 +318,14 @@ fn share<'a>(
             });
         }
         EngineChoice::Auto | EngineChoice::Pread => {
-            let turns = depth.map(|depth| Turns::new(Arc::clone(depth)));
-            let (wanted, buffers_per_lane) = match (warm, &turns) {
-                (true, _) => (processors().min(MAX_LANES), PREAD_BUFFERS),
-                (false, None) => (COLD_LANES, PREAD_BUFFERS),
-                (false, Some(_)) => (MOST_READS, COLD_BUFFERS),
+            let (wanted, buffers_per_lane, pace) = match governor {
+                _ if warm => (processors().min(MAX_LANES), PREAD_BUFFERS, Pace::Free),
+                None => (COLD_LANES, PREAD_BUFFERS, Pace::Free),
+                Some(Governor::Depth(depth)) => (MOST_READS, COLD_BUFFERS, Pace::Turns(Turns::new(Arc::clone(depth)))),
+                Some(Governor::Bounce(bounce)) => (BOUNCE_LANES, PREAD_BUFFERS, Pace::Bounce(Arc::clone(bounce))),
             };
             let lanes = lanes(wanted);
-            let engine = Box::new(Pread { direct, turns, faults: None });
+            let engine = Box::new(Pread { direct, pace, faults: None });
             Share { engine, name: "pread", direct, source, reason, pieces, lanes, buffers_per_lane }
         }
     })

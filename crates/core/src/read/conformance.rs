@@ -8,7 +8,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::io::Errno;
 
-use super::pread::Turns;
+use super::bounce::Bounce;
+use super::pread::{Pace, Turns};
 use super::*;
 use crate::device::{self, Block, Device, Stream};
 use crate::plan::{LoadPlan, PlanOptions, Segment};
@@ -88,9 +89,12 @@ impl Sink for Collect {
 /// Every engine, with and without the page cache.
 fn engines(faults: Option<&Faults>) -> Vec<(&'static str, Box<dyn ReadEngine>)> {
     let faults = || faults.cloned();
+    let turns = Pace::Turns(Turns::new(Arc::default()));
+    let bounced = Pace::Bounce(Bounce::new().unwrap());
     let mut engines: Vec<(&'static str, Box<dyn ReadEngine>)> = vec![
-        ("pread", Box::new(Pread { direct: false, turns: None, faults: faults() })),
-        ("pread direct", Box::new(Pread { direct: true, turns: Some(Turns::new(Arc::default())), faults: faults() })),
+        ("pread", Box::new(Pread { direct: false, pace: Pace::Free, faults: faults() })),
+        ("pread direct", Box::new(Pread { direct: true, pace: turns, faults: faults() })),
+        ("pread direct bounced", Box::new(Pread { direct: true, pace: bounced, faults: faults() })),
     ];
     for (name, direct, depth, unregistered) in [
         ("uring", false, 4, None),

@@ -44,6 +44,8 @@ pub(crate) struct Depth {
 #[derive(Debug)]
 struct State {
     climb: Climb,
+    /// Lanes that have leave to read, of those that ask for it.
+    entered: usize,
     /// Reads that were begun before the level was changed, whose ends say nothing of it.
     unsettled: usize,
     /// Of the window: its start, its reads and their bytes.
@@ -54,7 +56,8 @@ struct State {
 
 impl Default for Depth {
     fn default() -> Depth {
-        let state = State { climb: Climb::default(), unsettled: 0, since: Instant::now(), reads: 0, bytes: 0 };
+        let state =
+            State { climb: Climb::default(), entered: 0, unsettled: 0, since: Instant::now(), reads: 0, bytes: 0 };
         Depth { state: Mutex::new(state), changed: Condvar::new() }
     }
 }
@@ -62,14 +65,41 @@ impl Default for Depth {
 impl Depth {
     /// Reading begins, maybe again after other work: what was measured last is not of these reads.
     pub(crate) fn begin(&self) {
-        let mut state = self.lock();
-        state.unsettled = state.climb.reads();
-        (state.reads, state.bytes) = (0, 0);
+        self.lock().begin();
     }
 
     /// The reads that all lanes may have in flight.
     pub(crate) fn reads(&self) -> usize {
         self.lock().climb.reads()
+    }
+
+    /// Waits for leave to read, until as many have it as the disk wants, for so long.
+    pub(crate) fn enter(&self, limit: Duration) -> bool {
+        let waits = |state: &mut State| state.entered >= state.climb.reads();
+        let waited = self.changed.wait_timeout_while(self.lock(), limit, waits);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if waits(&mut state) {
+            return false;
+        }
+        if state.entered == 0 {
+            state.begin();
+        }
+        state.entered += 1;
+        true
+    }
+
+    /// Gives back leave to read.
+    pub(crate) fn leave(&self) {
+        let mut state = self.lock();
+        state.entered = state.entered.saturating_sub(1);
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    /// Whether more have leave to read than the disk wants by now.
+    pub(crate) fn is_crowded(&self) -> bool {
+        let state = self.lock();
+        state.entered > state.climb.reads()
     }
 
     /// Whether lane `number` of those that have one read in flight at most may read. Waits for that as long as this, or
@@ -118,6 +148,13 @@ impl Depth {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn begin(&mut self) {
+        self.unsettled = self.climb.reads();
+        (self.reads, self.bytes) = (0, 0);
     }
 }
 
@@ -299,6 +336,26 @@ mod tests {
             depth.end(&over);
             assert!(!waits.join().unwrap());
         });
+    }
+
+    #[test]
+    fn as_many_have_leave_to_read_as_the_disk_wants() {
+        let (depth, moment) = (Depth::default(), Duration::from_millis(1));
+        for _ in 0..LEVELS[FIRST] {
+            assert!(depth.enter(Duration::MAX));
+        }
+        assert!(!depth.enter(moment) && !depth.is_crowded());
+        std::thread::scope(|scope| {
+            let waits = scope.spawn(|| depth.enter(Duration::from_secs(600)));
+            depth.leave();
+            assert!(waits.join().unwrap());
+        });
+        depth.lock().climb.home = 0;
+        depth.lock().climb.rate = None;
+        assert!(depth.is_crowded());
+        depth.leave();
+        depth.leave();
+        assert!(!depth.is_crowded() && !depth.enter(moment));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! flight a thread), `pread` (one read at a time a thread), and `mapped` (the page cache's own pages, copied in
 //! place). All treat short reads, interruptions and cut files alike, in [`transfer`].
 
+pub(crate) mod bounce;
 mod cached;
 pub(crate) mod choose;
 pub(crate) mod depth;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
+use super::bounce::{Bounce, Pass};
 use super::depth::Depth;
 use super::transfer::Transfer;
 use super::{Faults, Filled, Queue, ReadEngine, Sink, inject, reads_direct};
@@ -18,9 +19,18 @@ const TURN: Duration = Duration::from_millis(20);
 pub(crate) struct Pread {
     /// Whether to pass the page cache.
     pub(crate) direct: bool,
-    /// Which lanes read at once; all where it is not given.
-    pub(crate) turns: Option<Turns>,
+    pub(crate) pace: Pace,
     pub(crate) faults: Option<Faults>,
+}
+
+/// How many reads there are at once.
+pub(crate) enum Pace {
+    /// One a lane.
+    Free,
+    /// As many as a disk wants, each lane's into buffers of its own.
+    Turns(Turns),
+    /// As many as a disk wants, through small buffers.
+    Bounce(Arc<Bounce>),
 }
 
 /// The lanes that read at once: the first ones, as many as a disk wants. The others wait.
@@ -39,7 +49,7 @@ impl Turns {
 
 impl ReadEngine for Pread {
     fn run(&self, files: &[DataFile], queue: &Queue<'_>, sink: &mut dyn Sink) -> Result<()> {
-        let Some(Turns { depth, lanes, over }) = &self.turns else {
+        let Pace::Turns(Turns { depth, lanes, over }) = &self.pace else {
             while let Some(piece) = queue.next() {
                 self.read(files, piece, sink)?;
             }
@@ -72,13 +82,27 @@ impl Pread {
     fn fill(&self, file: &DataFile, buf: &mut [u8], offset: u64, len: usize, sink: &mut dyn Sink) -> Result<()> {
         let direct = reads_direct(self.direct, file, sink);
         let mut transfer = Transfer::new(offset, len, direct, buf.as_ptr().addr(), buf.len());
+        let mut pass: Option<Pass<'_>> = None;
         loop {
             let mut request = transfer.request();
             if !request.direct {
                 request.len = request.len.min(sink.step());
             }
-            let from = file.descriptor(request.direct);
-            let answer = rustix::io::pread(from, &mut buf[request.at..request.at + request.len], request.offset);
+            let answer = match &self.pace {
+                Pace::Bounce(bounce) if request.direct => {
+                    let mut through = match pass.take().filter(Pass::is_wanted) {
+                        Some(pass) => pass,
+                        None => bounce.pass(sink)?,
+                    };
+                    let answer = through.read(file, request, buf);
+                    pass = Some(through);
+                    answer
+                }
+                _ => {
+                    let room = &mut buf[request.at..request.at + request.len];
+                    rustix::io::pread(file.descriptor(request.direct), room, request.offset)
+                }
+            };
             let answer = inject(self.faults.as_ref(), file, request.offset, answer);
             if transfer.answer(file, answer)? {
                 return Ok(());
