@@ -5,6 +5,7 @@
 //! (`docs/benchmarks.md`, "Disk"), the others idle with few. So a share begins with some, tries more and fewer in turn with
 //! them, since a disk's rate moves by itself too, goes where it is faster, and tries again now and then.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -44,8 +45,9 @@ pub(crate) struct Depth {
 #[derive(Debug)]
 struct State {
     climb: Climb,
-    /// Lanes that have leave to read, of those that ask for it.
-    entered: usize,
+    /// Of lanes that read in the order of their tickets: those that read, and the tickets of those that wait.
+    reading: usize,
+    waiting: BTreeSet<u64>,
     /// Reads that were begun before the level was changed, whose ends say nothing of it.
     unsettled: usize,
     /// Of the window: its start, its reads and their bytes.
@@ -56,8 +58,15 @@ struct State {
 
 impl Default for Depth {
     fn default() -> Depth {
-        let state =
-            State { climb: Climb::default(), entered: 0, unsettled: 0, since: Instant::now(), reads: 0, bytes: 0 };
+        let state = State {
+            climb: Climb::default(),
+            reading: 0,
+            waiting: BTreeSet::new(),
+            unsettled: 0,
+            since: Instant::now(),
+            reads: 0,
+            bytes: 0,
+        };
         Depth { state: Mutex::new(state), changed: Condvar::new() }
     }
 }
@@ -73,33 +82,36 @@ impl Depth {
         self.lock().climb.reads()
     }
 
-    /// Waits for leave to read, until as many have it as the disk wants, for so long.
-    pub(crate) fn enter(&self, limit: Duration) -> bool {
-        let waits = |state: &mut State| state.entered >= state.climb.reads();
-        let waited = self.changed.wait_timeout_while(self.lock(), limit, waits);
-        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        if waits(&mut state) {
-            return false;
-        }
-        if state.entered == 0 {
-            state.begin();
-        }
-        state.entered += 1;
-        true
-    }
-
-    /// Gives back leave to read.
-    pub(crate) fn leave(&self) {
+    /// Waits until as few read as the disk wants, and no ticket that waits is older, for so long.
+    pub(crate) fn enter(&self, ticket: u64, limit: Duration) -> bool {
         let mut state = self.lock();
-        state.entered = state.entered.saturating_sub(1);
+        state.waiting.insert(ticket);
+        let waits = |state: &mut State| {
+            state.reading >= state.climb.reads() || state.waiting.first().is_some_and(|&first| first < ticket)
+        };
+        let waited = self.changed.wait_timeout_while(state, limit, waits);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let entered = !waits(&mut state);
+        state.waiting.remove(&ticket);
+        if entered {
+            if state.reading == 0 {
+                state.begin();
+            }
+            state.reading += 1;
+        }
         drop(state);
-        self.changed.notify_one();
+        // Another one is the oldest now.
+        self.changed.notify_all();
+        entered
     }
 
-    /// Whether more have leave to read than the disk wants by now.
-    pub(crate) fn is_crowded(&self) -> bool {
-        let state = self.lock();
-        state.entered > state.climb.reads()
+    /// Ends a read that was entered, of so many bytes.
+    pub(crate) fn leave(&self, len: u64) {
+        let mut state = self.lock();
+        state.reading = state.reading.saturating_sub(1);
+        drop(state);
+        self.done(len);
+        self.changed.notify_all();
     }
 
     /// Whether lane `number` of those that have one read in flight at most may read. Waits for that as long as this, or
@@ -339,23 +351,29 @@ mod tests {
     }
 
     #[test]
-    fn as_many_have_leave_to_read_as_the_disk_wants() {
+    fn as_many_read_at_once_as_the_disk_wants_the_oldest_first() {
         let (depth, moment) = (Depth::default(), Duration::from_millis(1));
-        for _ in 0..LEVELS[FIRST] {
-            assert!(depth.enter(Duration::MAX));
+        for ticket in 0..4 {
+            assert!(depth.enter(ticket, Duration::MAX));
         }
-        assert!(!depth.enter(moment) && !depth.is_crowded());
+        assert!(!depth.enter(0, moment), "four read");
+        let order = Mutex::new(Vec::new());
         std::thread::scope(|scope| {
-            let waits = scope.spawn(|| depth.enter(Duration::from_secs(600)));
-            depth.leave();
-            assert!(waits.join().unwrap());
+            for ticket in [9, 7, 8] {
+                let (depth, order) = (&depth, &order);
+                scope.spawn(move || {
+                    assert!(depth.enter(ticket, Duration::from_secs(600)));
+                    order.lock().unwrap().push(ticket);
+                    depth.leave(1);
+                });
+            }
+            while depth.lock().waiting.len() < 3 {
+                std::thread::yield_now();
+            }
+            depth.leave(1);
         });
-        depth.lock().climb.home = 0;
-        depth.lock().climb.rate = None;
-        assert!(depth.is_crowded());
-        depth.leave();
-        depth.leave();
-        assert!(!depth.is_crowded() && !depth.enter(moment));
+        assert_eq!(*order.lock().unwrap(), [7, 8, 9]);
+        assert!(depth.lock().waiting.is_empty(), "who has given up waits no more");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use super::bounce::{Bounce, Pass};
+use super::bounce::Bounce;
 use super::depth::Depth;
 use super::transfer::Transfer;
 use super::{Faults, Filled, Queue, ReadEngine, Sink, inject, reads_direct};
@@ -82,7 +82,7 @@ impl Pread {
     fn fill(&self, file: &DataFile, buf: &mut [u8], offset: u64, len: usize, sink: &mut dyn Sink) -> Result<()> {
         let direct = reads_direct(self.direct, file, sink);
         let mut transfer = Transfer::new(offset, len, direct, buf.as_ptr().addr(), buf.len());
-        let mut pass: Option<Pass<'_>> = None;
+        let mut ticket = None;
         loop {
             let mut request = transfer.request();
             if !request.direct {
@@ -90,13 +90,8 @@ impl Pread {
             }
             let answer = match &self.pace {
                 Pace::Bounce(bounce) if request.direct => {
-                    let mut through = match pass.take().filter(Pass::is_wanted) {
-                        Some(pass) => pass,
-                        None => bounce.pass(sink)?,
-                    };
-                    let answer = through.read(file, request, buf);
-                    pass = Some(through);
-                    answer
+                    let ticket = *ticket.get_or_insert_with(|| bounce.ticket());
+                    bounce.read(ticket, file, request, buf, sink)?
                 }
                 _ => {
                     let room = &mut buf[request.at..request.at + request.len];
