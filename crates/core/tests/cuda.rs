@@ -6,7 +6,7 @@ mod common;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use common::{Made, every_dtype, refuse_syscall, write_safetensors};
+use common::{Made, every_dtype, refuse_syscall, write_safetensors, write_sharded};
 use cuda::Driver;
 use sllm_core::{
     Cache, Checkpoint, Control, ConvertOptions, Device, DeviceError, Dtype, EngineChoice, Error, ErrorKind, LinkPeak,
@@ -146,6 +146,29 @@ fn nothing_that_waits_is_issued_once_a_load_was_stopped() {
     let control = Control::new().until(Instant::now() + Duration::from_secs(1));
     loader().control(control).build().unwrap().load(&checkpoint).unwrap_err();
     assert_eq!(driver.get("copies_h2d"), pieces - (pieces - 2) % 8);
+    assert_nothing_left(&driver);
+}
+
+#[test]
+fn pieces_of_a_device_wait_for_no_other_device() {
+    let driver = Driver::load();
+    driver.set_devices(2);
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    // A file a device, so that no piece is of both: six pieces, of which four wait, and then one.
+    let first = [Made::new("a", Dtype::U8, &[6 * 3 << 20])];
+    let second = [Made::new("b", Dtype::U8, &[1 << 20])];
+    write_sharded(dir.path(), &[("1.safetensors", &first), ("2.safetensors", &second)]);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    driver.set_delay(Duration::from_secs(2));
+    // The lane waits for its first copy when the deadline passes.
+    let control = Control::new().until(Instant::now() + Duration::from_secs(1));
+    let devices = vec![Device::cuda(0).unwrap(), Device::cuda(1).unwrap()];
+    let loader = Loader::builder().devices(devices).engine(EngineChoice::Mapped).threads(1).control(control);
+    let placed = |info: &sllm_core::TensorInfo| usize::from(info.name == "b");
+    let loaded = loader.build().unwrap().load_placed(&checkpoint, &sllm_core::Filter::all(), placed);
+    loaded.unwrap_err();
+    assert_eq!((driver.get("copies_h2d"), driver.count("cuMemcpyBatchAsync")), (3, 0));
+    assert!((6 << 20..=7 << 20).contains(&driver.bytes_h2d()), "{} bytes", driver.bytes_h2d());
     assert_nothing_left(&driver);
 }
 

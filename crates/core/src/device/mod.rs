@@ -389,6 +389,11 @@ pub(crate) fn copy(
     }
 }
 
+/// The place of the stream to a block's device.
+pub(crate) fn stream_of(streams: &[Stream], block: &Block) -> Option<usize> {
+    streams.iter().position(|stream| stream.device.same_as(&block.device))
+}
+
 /// The stream's place and the device address of a copy, checked against source and block.
 fn resolve(
     streams: &[Stream],
@@ -398,7 +403,7 @@ fn resolve(
 ) -> Result<(usize, u64), DeviceError> {
     let block = blocks.get(copy.block).ok_or(DeviceError::OutOfBounds)?;
     check_rows(copy, source.len() as u64, block.len())?;
-    let at = streams.iter().take(64).position(|s| s.device.same_as(&block.device)).ok_or(DeviceError::OutOfBounds)?;
+    let at = stream_of(streams, block).ok_or(DeviceError::OutOfBounds)?;
     Ok((at, block.addr() + copy.dst_offset))
 }
 
@@ -442,6 +447,11 @@ impl Drop for Pending {
 }
 
 impl Stream {
+    /// The device that it copies to.
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
     pub(crate) fn synchronize(&self) -> Result<(), DeviceError> {
         self.stream.synchronize()
     }

@@ -1,12 +1,13 @@
 //! Filled pieces of all lanes on their way to the devices.
 //!
 //! Between two copies the link rests for a moment (2.9 us on the host measured, a twentieth of what a piece takes); not
-//! between copies of one batch. So while a device has work enough, pieces wait here and are issued together.
+//! between copies of one batch. So while a device has work enough, pieces for it wait here and are issued together. Each
+//! device has a line of its own: what waits for one holds up no other.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use crate::device::{self, Block, Device, DeviceError, Parcel, Pending, Stream};
+use crate::device::{self, Block, DeviceError, Parcel, Pending, Stream};
 use crate::plan::PieceCopy;
 use crate::read::Filled;
 
@@ -20,18 +21,25 @@ pub const BUSY: usize = 2;
 pub(super) struct Outbox<'a> {
     streams: &'a [Stream],
     blocks: Arc<[Block]>,
+    /// One a stream, so one a device.
+    lines: Vec<Line<'a>>,
+    /// By block: the line of its device.
+    line_of: Vec<usize>,
+}
+
+/// The pieces of one device. A piece whose copies go to several is in the line of the first copy's.
+#[derive(Debug)]
+struct Line<'a> {
     /// Pieces that wait at most. The host copies when it is told to, in the thread that tells it.
     most: usize,
-    /// Batches that keep all devices of the load busy.
-    busy: usize,
-    line: Mutex<Line<'a>>,
+    batches: Mutex<Batches<'a>>,
 }
 
 #[derive(Debug, Default)]
-struct Line<'a> {
+struct Batches<'a> {
     /// The batch that pieces are added to.
     open: Arc<Batch<'a>>,
-    /// Batches that a device may still be busy with, oldest first.
+    /// Batches that the device may still be busy with, oldest first.
     issued: VecDeque<Arc<Batch<'a>>>,
 }
 
@@ -44,61 +52,87 @@ struct Batch<'a> {
 /// A piece that was sent. Its source comes back by [`Outbox::wait`].
 #[derive(Debug)]
 pub(super) struct Receipt<'a> {
+    line: usize,
     batch: Arc<Batch<'a>>,
     place: usize,
 }
 
 impl<'a> Outbox<'a> {
-    /// An outbox to the devices that the blocks are of.
-    pub(super) fn new(streams: &'a [Stream], blocks: Arc<[Block]>, devices: &[Device]) -> Self {
-        let most = if devices.iter().any(Device::is_host) { 1 } else { MAX_BATCH };
-        Outbox { streams, blocks, most, busy: BUSY * devices.len(), line: Mutex::default() }
+    /// An outbox by these streams, one a device, to the blocks.
+    pub(super) fn new(streams: &'a [Stream], blocks: Arc<[Block]>) -> Self {
+        let line = |stream: &Stream| Line {
+            most: if stream.device().is_host() { 1 } else { MAX_BATCH },
+            batches: Mutex::default(),
+        };
+        let lines = streams.iter().map(line).collect();
+        // A block of no stream is an error of whoever issues copies to it.
+        let line_of = blocks.iter().map(|block| device::stream_of(streams, block).unwrap_or(0)).collect();
+        Outbox { streams, blocks, lines, line_of }
     }
 
     /// Sends a piece. An error is that of copies issued just now.
     pub(super) fn send(&self, source: Filled, copies: &'a [PieceCopy]) -> Result<Receipt<'a>, DeviceError> {
-        let mut line = self.lock();
-        let batch = Arc::clone(&line.open);
+        let place_of = |copy: &PieceCopy| self.line_of.get(copy.block).copied().unwrap_or(0);
+        let line = copies.first().map_or(0, place_of);
+        let lines = copies.iter().filter_map(|copy| self.lines.get(place_of(copy)));
+        let most = lines.map(|line| line.most).min().unwrap_or(1);
+        let batches = self.line(line)?.lock();
+        let batch = Arc::clone(&batches.open);
         let place = {
             let mut parcels = batch.lock();
             parcels.push(Parcel { source, copies });
             parcels.len() - 1
         };
-        let is_idle = self.is_idle(&mut line);
-        if is_idle || place + 1 >= self.most {
-            self.issue(line)?;
+        if place + 1 >= most {
+            self.issue(batches)?;
+        } else {
+            drop(batches);
         }
-        Ok(Receipt { batch, place })
+        self.issue_idle()?;
+        Ok(Receipt { line, batch, place })
     }
 
-    /// Whether a piece's source was read. A piece that waits is issued where a device has too little to do.
+    /// Whether a piece's source was read. What waits is issued where a device has too little to do.
     pub(super) fn is_done(&self, receipt: &Receipt<'a>) -> bool {
         if receipt.batch.pending.get().is_none() {
-            let mut line = self.lock();
-            if Arc::ptr_eq(&line.open, &receipt.batch) && self.is_idle(&mut line) {
-                // An error stays in the batch, for `wait`.
-                let _ = self.issue(line);
-            }
+            // An error stays in the batch, for `wait`.
+            let _ = self.issue_idle();
         }
         receipt.batch.is_done()
     }
 
     /// Waits until a piece's source was read, and gives it back.
     pub(super) fn wait(&self, receipt: &Receipt<'a>) -> Result<Option<Filled>, DeviceError> {
-        let line = self.lock();
-        if Arc::ptr_eq(&line.open, &receipt.batch) {
-            self.issue(line)?;
+        let batches = self.line(receipt.line)?.lock();
+        if Arc::ptr_eq(&batches.open, &receipt.batch) {
+            self.issue(batches)?;
         } else {
-            drop(line);
+            drop(batches);
         }
         self.pending(&receipt.batch)?.wait(receipt.place)
     }
 
-    /// Issues the open batch. The line is free again before the driver is called.
-    fn issue(&self, mut line: MutexGuard<'_, Line<'a>>) -> Result<(), DeviceError> {
-        let batch = std::mem::take(&mut line.open);
-        line.issued.push_back(Arc::clone(&batch));
-        drop(line);
+    fn line(&self, place: usize) -> Result<&Line<'a>, DeviceError> {
+        self.lines.get(place).ok_or(DeviceError::OutOfBounds)
+    }
+
+    /// Issues what waits for devices that have too little to do. Whoever comes by sees to all of them: a lane whose oldest
+    /// piece is of a busy device may be the only one that does.
+    fn issue_idle(&self) -> Result<(), DeviceError> {
+        for line in &self.lines {
+            let mut batches = line.lock();
+            if !batches.open.is_empty() && batches.are_few() {
+                self.issue(batches)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Issues the open batch of a line, which is free again before the driver is called.
+    fn issue(&self, mut batches: MutexGuard<'_, Batches<'a>>) -> Result<(), DeviceError> {
+        let batch = std::mem::take(&mut batches.open);
+        batches.issued.push_back(Arc::clone(&batch));
+        drop(batches);
         self.pending(&batch).map(drop)
     }
 
@@ -107,17 +141,21 @@ impl<'a> Outbox<'a> {
         let issue = || device::copy(self.streams, &self.blocks, std::mem::take(&mut *batch.lock()));
         batch.pending.get_or_init(issue).as_ref().map_err(Clone::clone)
     }
+}
 
-    /// Whether the devices may run out of work. Forgets batches that are done.
-    fn is_idle(&self, line: &mut Line<'a>) -> bool {
-        while line.issued.front().is_some_and(|batch| batch.is_done()) {
-            line.issued.pop_front();
-        }
-        line.issued.len() < self.busy
+impl<'a> Line<'a> {
+    fn lock(&self) -> MutexGuard<'_, Batches<'a>> {
+        self.batches.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
 
-    fn lock(&self) -> MutexGuard<'_, Line<'a>> {
-        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+impl Batches<'_> {
+    /// Whether the device may run out of work. Forgets batches that are done.
+    fn are_few(&mut self) -> bool {
+        while self.issued.front().is_some_and(|batch| batch.is_done()) {
+            self.issued.pop_front();
+        }
+        self.issued.len() < BUSY
     }
 }
 
@@ -126,7 +164,105 @@ impl<'a> Batch<'a> {
         self.pending.get().is_some_and(|pending| pending.as_ref().map_or(true, Pending::is_done))
     }
 
+    fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<Parcel<'a>>> {
         self.parcels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use cuda::Driver;
+
+    use super::*;
+    use crate::device::Device;
+    use crate::pool::BufferPool;
+
+    const LEN: u64 = 4096;
+
+    /// The copy of a whole piece to a block of its own.
+    fn copy(block: usize) -> PieceCopy {
+        PieceCopy { src_offset: 0, row_len: LEN, rows: 1, src_pitch: LEN, block, dst_offset: 0, dst_pitch: LEN }
+    }
+
+    /// Sends pieces of these copies by an outbox to cuda:0 (block 0), cuda:1 (block 1) and the host (block 2).
+    fn with_outbox<'a>(
+        streams: &'a mut Vec<Stream>,
+        test: impl FnOnce(&Outbox<'a>, &dyn Fn(&'a [PieceCopy]) -> Receipt<'a>),
+    ) {
+        let devices = [Device::cuda(0).unwrap(), Device::cuda(1).unwrap(), Device::host()];
+        *streams = devices.iter().map(|device| device.stream().unwrap()).collect();
+        let blocks: Arc<[Block]> = devices.iter().map(|device| Block::alloc(device, LEN).unwrap()).collect();
+        let pool = BufferPool::new(4096, 32, 1 << 20, Some(&devices[0])).unwrap();
+        let outbox = Outbox::new(streams, blocks);
+        test(&outbox, &|copies| outbox.send(Filled::Buffer(pool.try_acquire().unwrap()), copies).unwrap());
+    }
+
+    fn is_issued(receipt: &Receipt<'_>) -> bool {
+        receipt.batch.pending.get().is_some()
+    }
+
+    #[test]
+    fn a_device_waits_for_no_pieces_of_another() {
+        let driver = Driver::load();
+        driver.set_devices(2);
+        driver.set_delay(Duration::from_secs(2));
+        let (first, second, mut streams) = ([copy(0)], [copy(1)], Vec::new());
+        with_outbox(&mut streams, |outbox, send| {
+            let busy: Vec<_> = (0..6).map(|_| send(&first)).collect();
+            assert_eq!(busy.iter().filter(|piece| is_issued(piece)).count(), BUSY, "what a device has to do");
+            let idle: Vec<_> = (0..3).map(|_| send(&second)).collect();
+            assert_eq!(idle.iter().filter(|piece| is_issued(piece)).count(), BUSY, "and the other one");
+            assert_eq!(driver.count("cuMemcpyBatchAsync"), 0);
+            // Four wait for the first device; that they are waited for issues them together, and nothing of the other's.
+            assert!(outbox.wait(&busy[5]).unwrap().is_some());
+            assert!(busy.iter().all(is_issued));
+            assert_eq!(driver.count("cuMemcpyBatchAsync"), 1);
+        });
+    }
+
+    #[test]
+    fn a_lane_that_asks_for_a_busy_devices_piece_issues_what_waits_for_an_idle_one() {
+        let driver = Driver::load();
+        driver.set_devices(2);
+        let (first, second, mut streams) = ([copy(0)], [copy(1)], Vec::new());
+        with_outbox(&mut streams, |outbox, send| {
+            driver.set_delay(Duration::from_secs(3));
+            let busy: Vec<_> = (0..3).map(|_| send(&first)).collect();
+            driver.set_delay(Duration::from_millis(500));
+            let waiting = [send(&second), send(&second), send(&second)];
+            assert!(!is_issued(&waiting[2]));
+            outbox.streams[1].synchronize().unwrap();
+            assert!(!outbox.is_done(&busy[2]) && !is_issued(&busy[2]), "the first device has two to do");
+            assert!(is_issued(&waiting[2]), "the second has none");
+        });
+    }
+
+    #[test]
+    fn a_piece_of_several_devices_goes_with_its_first_and_one_of_the_host_at_once() {
+        let driver = Driver::load();
+        driver.set_devices(2);
+        driver.set_delay(Duration::from_secs(2));
+        let (first, both) = ([copy(0)], [copy(0), copy(1)]);
+        let (host, last_to_host, mut streams) = ([copy(2)], [copy(0), copy(2)], Vec::new());
+        with_outbox(&mut streams, |outbox, send| {
+            let alone = [send(&first), send(&first)];
+            let together = [send(&both), send(&first)];
+            assert!(alone.iter().all(is_issued) && !together.iter().any(is_issued));
+            let of_host = [send(&host), send(&host), send(&host)];
+            assert!(of_host.iter().all(|piece| is_issued(piece) && outbox.is_done(piece)));
+            assert!(!together.iter().any(is_issued), "the host's pieces concern no other line");
+            let mixed = send(&last_to_host);
+            assert!(is_issued(&mixed) && together.iter().all(is_issued), "the host's copy does not wait");
+            assert_eq!((driver.count("cuMemcpyBatchAsync"), driver.count("cuMemcpyHtoDAsync")), (1, 3));
+            assert!(outbox.wait(&mixed).unwrap().is_some());
+            outbox.streams[1].synchronize().unwrap();
+            assert_eq!(driver.get("copies_h2d"), 6);
+        });
     }
 }
