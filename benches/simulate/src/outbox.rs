@@ -11,16 +11,22 @@ use crate::resource::Serial;
 pub(crate) struct Outbox {
     /// Pieces of a batch at most.
     most: usize,
-    /// Batches that keep its links busy.
-    busy: usize,
-    /// All batches; pieces are added to the last one, which is open.
     batches: Vec<Batch>,
-    /// Those that a link may still be busy with, oldest first.
+    /// One a link. A piece is in the line of its first copy's.
+    lines: Vec<Line>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Line {
+    /// The batch that pieces are added to, once there is one.
+    open: Option<usize>,
+    /// Those that the link may still be busy with, oldest first.
     issued: VecDeque<usize>,
 }
 
 #[derive(Debug, Clone, Default)]
 struct Batch {
+    line: usize,
     pieces: usize,
     /// Link and bytes of each copy.
     copies: Vec<(usize, u64)>,
@@ -32,41 +38,44 @@ struct Batch {
 
 impl Outbox {
     pub(crate) fn new(most: usize, links: usize) -> Outbox {
-        Outbox { most, busy: BUSY * links, batches: vec![Batch::default()], issued: VecDeque::new() }
+        Outbox { most, batches: Vec::new(), lines: vec![Line::default(); links.max(1)] }
     }
 
-    fn open(&self) -> usize {
-        self.batches.len() - 1
-    }
-
-    /// Adds a piece's copies to the open batch, whose number it gives.
+    /// Adds a piece's copies to the open batch of its line. Gives that batch's number.
     pub(crate) fn send(&mut self, copies: impl Iterator<Item = (usize, u64)>) -> usize {
-        let open = self.open();
-        self.batches[open].pieces += 1;
-        self.batches[open].copies.extend(copies);
-        open
+        let copies: Vec<(usize, u64)> = copies.collect();
+        let line = copies.first().map_or(0, |(link, _)| *link);
+        let batch = self.lines[line].open.unwrap_or(self.batches.len());
+        if batch == self.batches.len() {
+            self.batches.push(Batch { line, ..Batch::default() });
+            self.lines[line].open = Some(batch);
+        }
+        self.batches[batch].pieces += 1;
+        self.batches[batch].copies.extend(copies);
+        batch
     }
 
-    /// Whether the open batch, to which a piece was added, is to be issued.
-    pub(crate) fn is_due(&mut self, now: f64) -> bool {
-        self.batches[self.open()].pieces >= self.most || self.is_idle(now)
+    /// An open batch that whoever sent a piece has to issue.
+    pub(crate) fn due(&mut self, now: f64) -> Option<usize> {
+        let full = |batch: &usize| self.batches[*batch].pieces >= self.most;
+        self.lines.iter().filter_map(|line| line.open).find(full).or_else(|| self.idle(now))
     }
 
-    /// Whether a lane that asks if this batch is done has to issue it.
-    pub(crate) fn is_overdue(&mut self, batch: usize, now: f64) -> bool {
-        self.is_open(batch) && self.is_idle(now)
+    /// An open batch that a lane has to issue that asks whether another one is done.
+    pub(crate) fn overdue(&mut self, batch: usize, now: f64) -> Option<usize> {
+        if self.end(batch).is_some() { None } else { self.idle(now) }
     }
 
     pub(crate) fn is_open(&self, batch: usize) -> bool {
-        batch == self.open()
+        self.lines[self.batches[batch].line].open == Some(batch)
     }
 
-    /// Takes the open batch to be issued: its number, and how many copies it is. The next one is open.
-    pub(crate) fn take(&mut self) -> (usize, usize) {
-        let open = self.open();
-        self.issued.push_back(open);
-        self.batches.push(Batch::default());
-        (open, self.batches[open].copies.len())
+    /// Takes an open batch to be issued, and says how many copies it is.
+    pub(crate) fn take(&mut self, batch: usize) -> usize {
+        let line = &mut self.lines[self.batches[batch].line];
+        line.open = None;
+        line.issued.push_back(batch);
+        self.batches[batch].copies.len()
     }
 
     /// The copies that were taken come to their links, each link's as one. Gives the end of all, and who waits for it.
@@ -97,12 +106,16 @@ impl Outbox {
         self.batches[batch].waiting.push(lane);
     }
 
-    /// Whether a link may run out of work.
-    fn is_idle(&mut self, now: f64) -> bool {
-        while self.issued.front().is_some_and(|&batch| self.is_done(batch, now)) {
-            self.issued.pop_front();
-        }
-        self.issued.len() < self.busy
+    /// The open batch of a link that may run out of work.
+    fn idle(&mut self, now: f64) -> Option<usize> {
+        let Outbox { lines, batches, .. } = self;
+        lines.iter_mut().find_map(|line| {
+            let open = line.open?;
+            while line.issued.front().is_some_and(|&batch| batches[batch].end.is_some_and(|end| end <= now)) {
+                line.issued.pop_front();
+            }
+            (line.issued.len() < BUSY).then_some(open)
+        })
     }
 }
 
@@ -110,13 +123,13 @@ impl Outbox {
 mod tests {
     use super::*;
 
-    /// Sends pieces of 10 bytes to link 0 at the same time; the numbers of those after which a batch was due.
-    fn due(outbox: &mut Outbox, pieces: usize, now: f64, links: &mut [Serial]) -> Vec<usize> {
+    /// Sends pieces of 10 bytes to a link at the same time; the numbers of those after which a batch was due.
+    fn due(outbox: &mut Outbox, link: usize, pieces: usize, now: f64, links: &mut [Serial]) -> Vec<usize> {
         let mut due = Vec::new();
         for number in 1..=pieces {
-            outbox.send([(0, 10)].into_iter());
-            if outbox.is_due(now) {
-                let (batch, _) = outbox.take();
+            outbox.send([(link, 10)].into_iter());
+            while let Some(batch) = outbox.due(now) {
+                outbox.take(batch);
                 outbox.issue(batch, now, links);
                 due.push(number);
             }
@@ -128,31 +141,46 @@ mod tests {
     fn pieces_go_at_once_to_a_link_with_little_to_do_and_else_as_many_together_as_may() {
         let mut links = [Serial::new(10.0, 0.5)];
         let mut outbox = Outbox::new(4, 1);
-        assert_eq!(due(&mut outbox, 11, 0.0, &mut links), [1, 2, 6, 10]);
+        assert_eq!(due(&mut outbox, 0, 11, 0.0, &mut links), [1, 2, 6, 10]);
         // One rest a batch: 1.5, 1.5 and twice 4.5 s; the eleventh waits.
         assert_eq!([0, 1, 2, 3, 4].map(|batch| outbox.end(batch)), [Some(1.5), Some(3.0), Some(7.5), Some(12.0), None]);
-        assert!(!outbox.is_overdue(4, 7.4));
-        assert!(outbox.is_overdue(4, 7.5), "one batch is left, so that whoever asks for the open one issues it");
-        assert!(!outbox.is_overdue(3, 7.5), "this one was issued");
-        assert_eq!(outbox.take(), (4, 1));
+        assert_eq!(outbox.overdue(4, 7.4), None);
+        assert_eq!(
+            outbox.overdue(4, 7.5),
+            Some(4),
+            "one batch is left, so that whoever asks for the open one issues it"
+        );
+        assert_eq!(outbox.overdue(3, 7.5), None, "this one was issued");
+        assert_eq!((outbox.take(4), outbox.is_open(4)), (1, false));
     }
 
     #[test]
     fn a_batch_of_one_piece_is_due_at_once() {
         let mut outbox = Outbox::new(1, 1);
-        assert_eq!(due(&mut outbox, 5, 0.0, &mut [Serial::new(10.0, 0.5)]), [1, 2, 3, 4, 5]);
+        assert_eq!(due(&mut outbox, 0, 5, 0.0, &mut [Serial::new(10.0, 0.5)]), [1, 2, 3, 4, 5]);
         assert_eq!(outbox.end(4), Some(5.0 * 1.5));
     }
 
     #[test]
-    fn every_link_may_have_its_batches_and_a_batch_ends_with_the_last_of_its_links() {
+    fn every_link_has_its_line_and_a_batch_ends_with_the_last_of_its_links() {
         let mut links = [Serial::new(10.0, 0.0), Serial::new(10.0, 0.0)];
         let mut outbox = Outbox::new(4, 2);
-        assert_eq!(due(&mut outbox, 9, 0.0, &mut links), [1, 2, 3, 4, 8]);
+        assert_eq!(due(&mut outbox, 0, 5, 0.0, &mut links), [1, 2]);
+        assert_eq!(due(&mut outbox, 1, 3, 0.0, &mut links), [1, 2]);
         let batch = outbox.send([(1, 40), (1, 60), (0, 10)].into_iter());
-        assert_eq!(outbox.take(), (batch, 4));
+        assert_eq!((batch, outbox.overdue(batch, 0.5), outbox.take(batch)), (5, None, 4));
         outbox.wait(batch, 7);
-        assert_eq!(outbox.issue(batch, 0.0, &mut links), (10.0, vec![7]));
-        assert_eq!(links.map(|mut link| link.push(0.0, 10.0)), [11.0, 11.0]);
+        assert_eq!(outbox.issue(batch, 0.0, &mut links), (13.0, vec![7]));
+        assert_eq!(links.map(|mut link| link.push(0.0, 10.0)), [4.0, 14.0]);
+        assert_eq!(outbox.overdue(2, 1.0), Some(2), "the first link has one batch left");
+    }
+
+    #[test]
+    fn whoever_asks_for_a_busy_links_piece_issues_what_waits_for_an_idle_one() {
+        let mut links = [Serial::new(10.0, 9.0), Serial::new(10.0, 0.0)];
+        let mut outbox = Outbox::new(4, 2);
+        assert_eq!(due(&mut outbox, 0, 3, 0.0, &mut links), [1, 2]);
+        assert_eq!(due(&mut outbox, 1, 3, 0.0, &mut links), [1, 2]);
+        assert_eq!(outbox.overdue(2, 1.0), Some(5));
     }
 }

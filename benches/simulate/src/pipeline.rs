@@ -70,6 +70,8 @@ enum State {
     Filled(usize),
     /// Verified: is sent.
     Send(usize),
+    /// Was sent: issues what is due.
+    Sent,
     /// Has issued this batch of its outbox.
     Issued(usize),
     /// Waits for its last copies.
@@ -140,10 +142,9 @@ impl<'a> Run<'a> {
         let links = vec![Serial::new(host.link, host.copy_overhead); devices.max().unwrap_or(0) + 1];
         let outbox = |first_device| {
             let mine = || shares.iter().filter(|share| share.first_device == first_device);
-            let devices = mine().flat_map(|share| share.pieces.iter().flat_map(|piece| &piece.copies)).map(|(d, _)| d);
             // Ways of one load have one number of pieces a batch.
             let most = mine().map(|share| share.way.batch).max().unwrap_or(1);
-            Outbox::new(most, devices.max().map_or(0, |last| last + 1))
+            Outbox::new(most, links.len())
         };
         let outboxes = (0..links.len()).map(outbox).collect();
         let lanes = shares.iter().enumerate().flat_map(|(number, share)| {
@@ -254,6 +255,10 @@ impl<'a> Run<'a> {
             }
             State::Filled(piece) => Some(State::Send(piece)),
             State::Send(piece) => self.send(number, piece),
+            State::Sent => match self.outboxes[share.first_device].due(self.now) {
+                Some(batch) => self.issue(number, batch, State::Sent),
+                None => Some(State::Next),
+            },
             State::Issued(batch) => {
                 let (end, waiting) = self.outboxes[share.first_device].issue(batch, self.now, &mut self.links);
                 for lane in waiting {
@@ -305,8 +310,8 @@ impl<'a> Run<'a> {
                 if in_flight < depth && self.next[share] < self.shares[share].pieces.len() {
                     let mut has_room = in_flight == 0 || lane.quota > 0 || lane.spare > 0;
                     if let (false, Some(&oldest)) = (has_room, lane.sent.front()) {
-                        if self.outbox(number).is_overdue(oldest, now) {
-                            return self.issue(number, State::Next);
+                        if let Some(batch) = self.outbox(number).overdue(oldest, now) {
+                            return self.issue(number, batch, State::Next);
                         }
                         has_room = self.outbox(number).is_done(oldest, now);
                     }
@@ -343,10 +348,10 @@ impl<'a> Run<'a> {
             return Some(State::Read(piece));
         }
         let oldest = self.lanes[number].sent.front().copied();
-        if let Some(batch) = oldest
-            && self.outbox(number).is_overdue(batch, now)
+        if let Some(oldest) = oldest
+            && let Some(batch) = self.outbox(number).overdue(oldest, now)
         {
-            return self.issue(number, State::Acquire(piece));
+            return self.issue(number, batch, State::Acquire(piece));
         }
         let done = oldest.is_some_and(|batch| self.outbox(number).is_done(batch, now));
         let lane = &mut self.lanes[number];
@@ -371,9 +376,9 @@ impl<'a> Run<'a> {
         &mut self.outboxes[self.shares[self.lanes[number].share].first_device]
     }
 
-    /// Sends a piece, and issues the open batch if it is due.
+    /// Sends a piece.
     fn send(&mut self, number: usize, piece: usize) -> Option<State> {
-        let (share, now) = (&self.shares[self.lanes[number].share], self.now);
+        let share = &self.shares[self.lanes[number].share];
         let sent = &self.lanes[number].sent;
         if let (Engine::Mapped, Some(&oldest), MAPPED_IN_FLIGHT..) = (share.way.engine, sent.front(), sent.len()) {
             return self.retire(number, oldest, State::Send(piece));
@@ -381,12 +386,12 @@ impl<'a> Run<'a> {
         let copies = share.pieces[piece].copies.iter().map(|&(device, len)| (device + share.first_device, len));
         let batch = self.outbox(number).send(copies);
         self.lanes[number].sent.push_back(batch);
-        if self.outbox(number).is_due(now) { self.issue(number, State::Next) } else { Some(State::Next) }
+        Some(State::Sent)
     }
 
-    /// Issues the open batch, and goes on in another state.
-    fn issue(&mut self, number: usize, then: State) -> Option<State> {
-        let (batch, copies) = self.outbox(number).take();
+    /// Issues an open batch, and goes on in another state.
+    fn issue(&mut self, number: usize, batch: usize, then: State) -> Option<State> {
+        let copies = self.outbox(number).take(batch);
         self.lanes[number].then = then;
         self.then_at(number, copies as f64 * self.host.copy_issue, State::Issued(batch))
     }
@@ -402,7 +407,7 @@ impl<'a> Run<'a> {
                 return Some(again);
             }
             Some(end) => self.wake_at(end, Wake::Lane(number)),
-            None if self.outbox(number).is_open(batch) => return self.issue(number, again),
+            None if self.outbox(number).is_open(batch) => return self.issue(number, batch, again),
             None => self.outbox(number).wait(batch, number),
         }
         self.lanes[number].state = again;
