@@ -57,8 +57,10 @@ impl Model {
                 entries.push(format!(r#""t{tensor}":{{"dtype":"U8","shape":[{len}],"data_offsets":[{start},{end}]}}"#));
             }
             // Padded, so that tensors of a multiple of 256 bytes lie at one, as the safetensors library writes them.
-            let json = format!("{{{}}}", entries.join(","));
-            let json = format!("{json:<width$}", width = (json.len() + 8).next_multiple_of(256) - 8);
+            let mut json = format!("{{{}}}", entries.join(","));
+            // No width of a format, which ends at 65,535.
+            let len = (json.len() + 8).next_multiple_of(256) - 8;
+            json.extend(std::iter::repeat_n(' ', len - json.len()));
             let path = dir.path().join(format!("model-{:05}-of-{:05}.safetensors", number + 1, shards.len()));
             fs::write(&path, [&(json.len() as u64).to_le_bytes()[..], json.as_bytes()].concat())?;
             File::options().write(true).open(&path)?.set_len(8 + json.len() as u64 + end)?;
@@ -150,6 +152,7 @@ mod tests {
         let small = lens_of("many:8:18864").unwrap();
         assert_eq!(small.len(), 18_864);
         let total: u64 = small.iter().sum();
+        assert_eq!(Model::named("many:8:18864").unwrap().len(), total, "its header has more than 64 KiB");
         assert!(total.abs_diff(8_000_000_000) < 40_000_000, "{total}");
         assert!(lens_of("many").is_err() && lens_of("many:x").is_err());
     }

@@ -1,9 +1,9 @@
 //! The pipeline: lanes that take pieces, read, verify and issue copies, in the order of the engines.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{BinaryHeap, HashSet, VecDeque};
 
-use sllm_core::tuning::MAPPED_IN_FLIGHT;
+use sllm_core::tuning::{MAPPED_IN_FLIGHT, batch_len};
 
 use crate::host::Host;
 use crate::model::Piece;
@@ -144,7 +144,9 @@ impl<'a> Run<'a> {
             let mine = || shares.iter().filter(|share| share.first_device == first_device);
             // Ways of one load have one number of pieces a batch.
             let most = mine().map(|share| share.way.batch).max().unwrap_or(1);
-            Outbox::new(most, links.len())
+            let copies = mine().flat_map(|share| share.pieces.iter().flat_map(|piece| &piece.copies));
+            let devices: HashSet<usize> = copies.map(|(device, _)| *device).collect();
+            Outbox::new(batch_len(most, devices.len()), links.len())
         };
         let outboxes = (0..links.len()).map(outbox).collect();
         let lanes = shares.iter().enumerate().flat_map(|(number, share)| {

@@ -78,7 +78,7 @@ pub use verify::{VerifyReport, verify};
 #[doc(hidden)]
 pub mod tuning {
     pub use crate::format::manifest::CHUNK_LEN;
-    pub use crate::load::{BUSY, COLD_PIECE_LEN, MAPPED_IN_FLIGHT, MAX_BATCH, PIECE_LEN, PINNED_LEN};
+    pub use crate::load::{BUSY, COLD_PIECE_LEN, MAPPED_IN_FLIGHT, MAX_BATCH, PIECE_LEN, PINNED_LEN, batch_len};
     pub use crate::read::WINDOW;
     pub use crate::read::choose::{COLD_BUFFERS, MAX_LANES, PREAD_BUFFERS, PREAD_CPUS, URING_LANES, URING_SPARE};
     pub use crate::read::depth::MOST_READS;

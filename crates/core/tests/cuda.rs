@@ -154,8 +154,8 @@ fn pieces_of_a_device_wait_for_no_other_device() {
     let driver = Driver::load();
     driver.set_devices(2);
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    // A file a device, so that no piece is of both: six pieces, of which four wait, and then one.
-    let first = [Made::new("a", Dtype::U8, &[6 * 3 << 20])];
+    // A file a device, so that no piece is of both: five pieces of 3 MiB, of which three wait, and then one.
+    let first = [Made::new("a", Dtype::U8, &[14 << 20])];
     let second = [Made::new("b", Dtype::U8, &[1 << 20])];
     write_sharded(dir.path(), &[("1.safetensors", &first), ("2.safetensors", &second)]);
     let checkpoint = Checkpoint::open(dir.path()).unwrap();

@@ -15,7 +15,7 @@ use std::time::Instant;
 pub(crate) use chunks::Chunks;
 pub use lane::MAPPED_IN_FLIGHT;
 pub use loaded::{Loaded, TensorView};
-pub use outbox::{BUSY, MAX_BATCH};
+pub use outbox::{BUSY, MAX_BATCH, batch_len};
 pub use remote::{Remote, RemoteReport};
 pub use report::{EngineReport, LoadReport};
 pub use session::Session;

@@ -16,6 +16,13 @@ pub const MAX_BATCH: usize = 8;
 /// Batches that keep a device busy: one is copied while the next is there already.
 pub const BUSY: usize = 2;
 
+/// Pieces of a batch at most where a load is to so many devices, `most` for one. Their batches together may hold back as
+/// many buffers as those of one may: neighbours in a file often go to one device, and with more of them held back for
+/// it, the readers have nothing to fill for the others. Two at least, which hide every second rest of the link.
+pub fn batch_len(most: usize, devices: usize) -> usize {
+    (most / devices.max(1)).max(most.min(2))
+}
+
 /// What lanes send copies by.
 #[derive(Debug)]
 pub(super) struct Outbox<'a> {
@@ -60,13 +67,12 @@ pub(super) struct Receipt<'a> {
 impl<'a> Outbox<'a> {
     /// An outbox by these streams, one a device, to the blocks.
     pub(super) fn new(streams: &'a [Stream], blocks: Arc<[Block]>) -> Self {
-        let line = |stream: &Stream| Line {
-            most: if stream.device().is_host() { 1 } else { MAX_BATCH },
-            batches: Mutex::default(),
-        };
-        let lines = streams.iter().map(line).collect();
         // A block of no stream is an error of whoever issues copies to it.
-        let line_of = blocks.iter().map(|block| device::stream_of(streams, block).unwrap_or(0)).collect();
+        let line_of: Vec<usize> = blocks.iter().map(|block| device::stream_of(streams, block).unwrap_or(0)).collect();
+        let is_host = |place: usize| streams[place].device().is_host();
+        let devices = (0..streams.len()).filter(|place| line_of.contains(place) && !is_host(*place)).count();
+        let most = |place| if is_host(place) { 1 } else { batch_len(MAX_BATCH, devices) };
+        let lines = (0..streams.len()).map(|place| Line { most: most(place), batches: Mutex::default() }).collect();
         Outbox { streams, blocks, lines, line_of }
     }
 
@@ -214,14 +220,29 @@ mod tests {
         driver.set_delay(Duration::from_secs(2));
         let (first, second, mut streams) = ([copy(0)], [copy(1)], Vec::new());
         with_outbox(&mut streams, |outbox, send| {
-            let busy: Vec<_> = (0..6).map(|_| send(&first)).collect();
+            let busy: Vec<_> = (0..5).map(|_| send(&first)).collect();
             assert_eq!(busy.iter().filter(|piece| is_issued(piece)).count(), BUSY, "what a device has to do");
             let idle: Vec<_> = (0..3).map(|_| send(&second)).collect();
             assert_eq!(idle.iter().filter(|piece| is_issued(piece)).count(), BUSY, "and the other one");
             assert_eq!(driver.count("cuMemcpyBatchAsync"), 0);
-            // Four wait for the first device; that they are waited for issues them together, and nothing of the other's.
-            assert!(outbox.wait(&busy[5]).unwrap().is_some());
+            // Three wait for the first device; that they are waited for issues them together, and nothing of the other's.
+            assert!(outbox.wait(&busy[4]).unwrap().is_some());
             assert!(busy.iter().all(is_issued));
+            assert_eq!(driver.count("cuMemcpyBatchAsync"), 1);
+        });
+    }
+
+    #[test]
+    fn batches_of_several_devices_hold_back_no_more_than_those_of_one() {
+        assert_eq!([0, 1, 2, 3, 4, 8, 64].map(|devices| batch_len(MAX_BATCH, devices)), [8, 8, 4, 2, 2, 2, 2]);
+        assert_eq!([1, 8].map(|devices| batch_len(1, devices)), [1, 1], "one is one");
+        let driver = Driver::load();
+        driver.set_devices(2);
+        driver.set_delay(Duration::from_secs(2));
+        let (first, mut streams) = ([copy(0)], Vec::new());
+        with_outbox(&mut streams, |_, send| {
+            let pieces: Vec<_> = (0..7).map(|_| send(&first)).collect();
+            assert_eq!(pieces.iter().filter(|piece| is_issued(piece)).count(), BUSY + 4);
             assert_eq!(driver.count("cuMemcpyBatchAsync"), 1);
         });
     }
