@@ -130,6 +130,7 @@ class LoadReport(Report):
     alloc_s: float
     move_s: float
     pinned_bytes: int
+    numa_node: int | None
     limit: str
     limit_engine: str
     engines: list[dict[str, Any]]

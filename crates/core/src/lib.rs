@@ -47,6 +47,7 @@ mod error;
 mod export;
 mod format;
 mod load;
+mod numa;
 mod plan;
 mod pool;
 mod prefetch;

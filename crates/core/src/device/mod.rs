@@ -40,6 +40,10 @@ pub(crate) trait Backend: Send + Sync + fmt::Debug {
     fn is_host(&self) -> bool;
     /// What tells its link from others: the card and its place; `None` for the host.
     fn link(&self) -> Result<Option<String>, DeviceError>;
+    /// Its PCI address, such as `0000:B1:00.0`; `None` for the host, or where the driver does not tell.
+    fn pci_address(&self) -> Option<String> {
+        None
+    }
     /// What tells it from others in every process; `None` for the host.
     fn uuid(&self) -> Result<Option<[u8; 16]>, DeviceError> {
         Ok(None)
@@ -183,6 +187,11 @@ impl Device {
     /// Free and total memory in bytes; `None` where that is not known.
     pub fn memory(&self) -> Result<Option<(u64, u64)>> {
         Ok(self.0.memory()?)
+    }
+
+    /// Its PCI address, such as `0000:B1:00.0`; `None` for the host, or where it is not known.
+    pub(crate) fn pci_address(&self) -> Option<String> {
+        self.0.pci_address()
     }
 
     pub(crate) fn needs_pinning(&self) -> bool {

@@ -9,6 +9,7 @@ mod report;
 mod session;
 mod staging;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -26,6 +27,7 @@ use crate::control::{Control, check_threads};
 use crate::device::{Block, Claim, Device, DeviceError, Stream};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
+use crate::numa;
 use crate::plan::{Filter, LoadPlan, Placement, PlanOptions, Segment};
 use crate::read::choose::{self, Governor, Wishes, choose};
 use crate::read::{EngineChoice, Queue};
@@ -52,6 +54,8 @@ pub struct Loader {
     cache: Option<Cache>,
     helper: Option<Arc<Helper>>,
     control: Control,
+    /// Where the system tells of its nodes and devices.
+    system: PathBuf,
 }
 
 /// Builds a [`Loader`].
@@ -154,7 +158,8 @@ impl Loader {
     pub fn builder() -> LoaderBuilder {
         let control = Control::new();
         let (devices, wishes) = (vec![Device::host()], Wishes::default());
-        let loader = Loader { devices, wishes, pinned_len: PINNED_LEN, cache: None, helper: None, control };
+        let system = numa::SYSTEM.into();
+        let loader = Loader { devices, wishes, pinned_len: PINNED_LEN, cache: None, helper: None, control, system };
         LoaderBuilder { loader }
     }
 
@@ -304,9 +309,10 @@ impl Loader {
         }
         let plan_s = started.elapsed().as_secs_f64();
 
-        let (buffers, streams) = staging.fit(self, cache.as_ref(), piece_len, &mut shares)?;
-        let meter = self.control.meter(plan.read_len());
         let outcome = Outcome::default();
+        let node = if self.stages(&blocks) { staging.node(self) } else { None };
+        let (buffers, streams) = staging.fit(self, node, cache.as_ref(), piece_len, &mut shares, &outcome)?;
+        let meter = self.control.meter(plan.read_len());
         let blocks: Arc<[Block]> = blocks.into();
         let chunks = chunk_len.filter(|_| cache.is_none());
         let chunks = chunks.map(|chunk_len| Chunks::new(chunk_len, piece_len, plan.pieces()));
@@ -323,6 +329,8 @@ impl Loader {
                 for _ in 0..share.lanes {
                     let (shared, lanes) = (&shared, &lanes);
                     let work = move || {
+                        let bound = node.map_or(Ok(()), |node| node.bind_thread(share.lanes));
+                        bound.unwrap_or_else(|why| shared.outcome.note(why));
                         let mut lane = Lane::new(shared, share.buffers_per_lane, share.direct);
                         let files = checkpoint.files();
                         let result = share.engine.run(files, queue, &mut lane).and_then(|()| lane.finish());
@@ -362,6 +370,7 @@ impl Loader {
         report.plan_s = plan_s;
         report.move_s = move_s;
         report.cached_bytes = cached_len;
+        report.numa_node = node.map(|node| node.number());
         report.notes = shared.outcome.take_notes();
         if let Buffers::Ring(pool) = buffers {
             report.pinned_bytes = pool.pinned_len();

@@ -49,6 +49,9 @@ pub struct LoadReport {
     pub move_s: f64,
     /// Staging memory that was pinned.
     pub pinned_bytes: u64,
+    /// The NUMA node that the devices are at: staging memory was asked for there, and reader threads kept there, as far
+    /// as notes say nothing else. `None` where the host has one node, or the devices are at no one that is known.
+    pub numa_node: Option<u32>,
     /// The stage that held the load back: reading from the `disk` or the `page cache`, copying over the `link` (to the
     /// host: to `memory`), to `verify`, or to `pin`.
     pub limit: &'static str,
@@ -191,6 +194,7 @@ impl LoadReport {
             alloc_s: 0.0,
             move_s: 0.0,
             pinned_bytes: 0,
+            numa_node: None,
             limit,
             limit_engine,
             link_gb_per_s: None,
@@ -254,6 +258,7 @@ impl LoadReport {
         self.alloc_s += next.alloc_s;
         self.move_s += next.move_s;
         self.pinned_bytes = self.pinned_bytes.max(next.pinned_bytes);
+        self.numa_node = self.numa_node.or(next.numa_node);
         for engine in next.engines {
             match self.engines.iter_mut().find(|e| (e.engine, e.direct) == (engine.engine, engine.direct)) {
                 Some(same) => same.add(engine),
@@ -336,6 +341,9 @@ impl fmt::Display for LoadReport {
         }
         if self.pinned_bytes > 0 {
             writeln!(f, "  pinned {:.1} MB of staging memory", self.pinned_bytes as f64 / 1e6)?;
+        }
+        if let Some(node) = self.numa_node {
+            writeln!(f, "  near NUMA node {node}")?;
         }
         for note in &self.notes {
             writeln!(f, "  note: {note}")?;

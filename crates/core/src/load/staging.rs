@@ -1,12 +1,14 @@
 //! What a load stages by, kept from one batch of a session to the next: pinning it again would cost more than a batch.
 
+use std::cell::OnceCell;
 use std::sync::Arc;
 
 use super::Loader;
-use super::lane::Buffers;
+use super::lane::{Buffers, Outcome};
 use crate::cache::Use;
 use crate::device::{Device, Stream};
 use crate::error::{Error, Result};
+use crate::numa::Node;
 use crate::pool::BufferPool;
 use crate::read::choose::Share;
 use crate::read::depth::Depth;
@@ -16,6 +18,8 @@ use crate::read::depth::Depth;
 pub(super) struct Staging {
     pool: Option<BufferPool>,
     streams: Vec<Stream>,
+    /// Where the loader's devices are, once it was asked.
+    node: OnceCell<Option<Node>>,
     /// What was found out about the disk.
     pub(super) depth: Arc<Depth>,
     /// Something had to be read from a disk: pieces stay short, since a ring of other buffers would have to be pinned.
@@ -23,14 +27,22 @@ pub(super) struct Staging {
 }
 
 impl Staging {
+    /// The NUMA node near which bytes are staged, if there is one.
+    pub(super) fn node(&self, loader: &Loader) -> Option<Node> {
+        *self.node.get_or_init(|| Node::of(&loader.system, &loader.devices))
+    }
+
     /// A stream for each of the loader's devices, and buffers of `piece_len` bytes: those of a cache, or a pool that
-    /// holds the shares' buffers. Shares get fewer lanes and buffers where the loader's limit, or the cache, is small.
+    /// holds the shares' buffers, in memory of `node`. Shares get fewer lanes and buffers where the loader's limit, or the
+    /// cache, is small.
     pub(super) fn fit<'a>(
         &'a mut self,
         loader: &Loader,
+        node: Option<Node>,
         cache: Option<&'a Use>,
         piece_len: u64,
         shares: &mut [Share<'_>],
+        outcome: &Outcome,
     ) -> Result<(Buffers<'a>, &'a [Stream])> {
         if self.streams.is_empty() {
             self.streams = loader.devices.iter().map(Device::stream).collect::<Result<_>>()?;
@@ -56,9 +68,112 @@ impl Staging {
             None => {
                 // Each lane prepares and pins its own buffers, one at a time, while others read already.
                 let step = buffer_len * per_lane.clamp(1, 2);
-                BufferPool::new(buffer_len, buffers, step, loader.devices.iter().find(|d| d.needs_pinning()))?
+                let pinning = loader.devices.iter().find(|device| device.needs_pinning());
+                let pool = BufferPool::new(buffer_len, buffers, step, pinning)?;
+                if let Some(node) = node.map(|node| node.number())
+                    && let Err(e) = pool.prefer_node(node)
+                {
+                    outcome.note(format!("staging memory is not asked for on NUMA node {node}: {e}"));
+                }
+                pool
             }
         };
         Ok((Buffers::Ring(self.pool.insert(pool)), &self.streams))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::fs;
+    use std::path::Path;
+    use std::sync::Mutex;
+
+    use cuda::Driver;
+    use rustix::thread::{CpuSet, sched_getaffinity};
+
+    use super::*;
+    use crate::{Checkpoint, Control, EngineChoice, Filter, LoadReport};
+
+    const LEN: usize = 20 << 20;
+
+    /// A system of two nodes, each with all processors of this list: cuda:0 and cuda:1 at the first, cuda:2 at one that
+    /// only the list of nodes knows of, cuda:3 at none.
+    fn two_nodes(system: &Path, cpus: &str) {
+        let nodes = system.join("devices/system/node");
+        for node in [0, 900] {
+            fs::create_dir_all(nodes.join(format!("node{node}"))).unwrap();
+            fs::write(nodes.join(format!("node{node}/cpulist")), cpus).unwrap();
+        }
+        fs::write(nodes.join("has_memory"), "0,900\n").unwrap();
+        for (bus, node) in [(1, "0\n"), (2, "0\n"), (3, "900\n"), (4, "-1\n")] {
+            let folder = system.join(format!("bus/pci/devices/0000:{bus:02x}:00.0"));
+            fs::create_dir_all(&folder).unwrap();
+            fs::write(folder.join("numa_node"), node).unwrap();
+        }
+    }
+
+    /// Loads two tensors, by so many threads, and compares their bytes; the report, and the processors that lanes were
+    /// allowed.
+    fn load(system: &Path, devices: &[usize], threads: usize) -> (LoadReport, HashSet<Vec<usize>>) {
+        let path = system.join("model.safetensors");
+        let json = format!(
+            r#"{{"a":{{"dtype":"U8","shape":[{LEN}],"data_offsets":[0,{LEN}]}},"b":{{"dtype":"U8","shape":[{LEN}],"data_offsets":[{LEN},{}]}}}}"#,
+            2 * LEN
+        );
+        let bytes = test_support::noise(1, 2 * LEN);
+        fs::write(&path, test_support::safetensors(&json, &bytes)).unwrap();
+        let seen = Arc::new(Mutex::new(HashSet::new()));
+        let see = Arc::clone(&seen);
+        let control = Control::new().on_progress(move |_| {
+            let allowed = sched_getaffinity(None).unwrap();
+            see.lock().unwrap().insert((0..CpuSet::MAX_CPU).filter(|&cpu| allowed.is_set(cpu)).collect());
+        });
+        let devices = devices.iter().map(|&ordinal| Device::cuda(ordinal).unwrap()).collect::<Vec<_>>();
+        let several = devices.len() > 1;
+        let builder = Loader::builder().devices(devices).engine(EngineChoice::Pread).direct(Some(false));
+        let mut loader = builder.threads(threads).control(control).build().unwrap();
+        loader.system = system.into();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let place = |info: &crate::TensorInfo| usize::from(several && info.name == "b");
+        let loaded = loader.load_placed(&checkpoint, &Filter::all(), place).unwrap();
+        assert!(loaded.tensor("a").unwrap().to_vec().unwrap() == bytes[..LEN]);
+        assert!(loaded.tensor("b").unwrap().to_vec().unwrap() == bytes[LEN..]);
+        (loaded.report().clone(), std::mem::take(&mut *seen.lock().unwrap()))
+    }
+
+    #[test]
+    fn a_load_is_staged_near_its_devices_where_they_are_at_one_node_of_several() {
+        let driver = Driver::load();
+        driver.set_devices(4);
+        let dir = tempfile::tempdir().unwrap();
+        let before = sched_getaffinity(None).unwrap();
+        let all: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|&cpu| before.is_set(cpu)).collect();
+        two_nodes(dir.path(), &format!("{}\n", all[0]));
+        let refusals = |report: &LoadReport| report.notes.iter().filter(|note| note.contains("staging memory")).count();
+        let stayed = |report: &LoadReport| report.notes.iter().filter(|note| note.contains("reader threads")).count();
+
+        for devices in [&[0][..], &[0, 1]] {
+            let (report, seen) = load(dir.path(), devices, 1);
+            assert_eq!((report.numa_node, stayed(&report)), (Some(0), 0), "{:?}", report.notes);
+            assert_eq!(seen, HashSet::from([vec![all[0]]]));
+            // Memory of node 0 is refused where a container has not the right to ask.
+            assert!(report.notes.iter().all(|note| note.contains("NUMA node 0")) && refusals(&report) <= 1);
+            assert!(report.to_string().contains("near NUMA node 0"));
+        }
+        let (report, seen) = load(dir.path(), &[0], 3);
+        assert_eq!((report.numa_node, stayed(&report)), (Some(0), 1), "three lanes are too many: {:?}", report.notes);
+        assert_eq!(seen, HashSet::from([all.clone()]));
+        // The kernel has no such node: noted once, and nothing else is different.
+        let (report, seen) = load(dir.path(), &[2], 1);
+        assert_eq!((report.numa_node, refusals(&report)), (Some(900), 1), "{:?}", report.notes);
+        assert_eq!(seen, HashSet::from([vec![all[0]]]));
+        for devices in [&[0, 2][..], &[3], &[1, 3]] {
+            let (report, seen) = load(dir.path(), devices, 1);
+            assert_eq!((report.numa_node, report.notes.len()), (None, 0), "{:?}", report.notes);
+            assert_eq!(seen, HashSet::from([all.clone()]));
+            assert!(!report.to_string().contains("NUMA"));
+        }
+        assert_eq!(sched_getaffinity(None).unwrap(), before, "the caller's own thread is left alone");
     }
 }

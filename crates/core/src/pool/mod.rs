@@ -106,6 +106,12 @@ impl BufferPool {
         Ok(BufferPool { shared: Arc::new(shared) })
     }
 
+    /// Asks for memory of a NUMA node for all buffers that are not prepared yet; without an effect on what they hold, and
+    /// where the node is full, on where they are.
+    pub(crate) fn prefer_node(&self, node: u32) -> std::io::Result<()> {
+        self.shared.memory.prefer_node(node)
+    }
+
     /// A free buffer, or `None` when all are in use. Prepares a step where no prepared buffer is free, and waits for
     /// those that other threads are preparing.
     pub fn try_acquire(&self) -> Option<HostBuffer> {

@@ -182,6 +182,16 @@ impl Cuda {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Cuda { context: Arc::new(Context { ordinal, device, context }), name, blocking_wait: processors < 4 })
     }
+
+    /// Its place on the PCI bus, in the driver's words.
+    fn address(&self) -> Result<String, DeviceError> {
+        let device = self.context.device;
+        let mut address = [0; 32];
+        // SAFETY: the driver writes at most the given length, ended by zero.
+        self.context.check("ask its address", unsafe { sys::cuDeviceGetPCIBusId(address.as_mut_ptr(), 32, device) })?;
+        // SAFETY: `address` is zero-filled beyond what was written, so that it ends.
+        Ok(unsafe { CStr::from_ptr(address.as_ptr()) }.to_string_lossy().into_owned())
+    }
 }
 
 impl Backend for Cuda {
@@ -199,14 +209,13 @@ impl Backend for Cuda {
 
     fn link(&self) -> Result<Option<String>, DeviceError> {
         let uuid = uuid_of(self.context.ordinal)?;
-        let device = self.context.device;
-        let mut address = [0; 32];
-        // SAFETY: the driver writes at most the given length, ended by zero.
-        self.context.check("ask its address", unsafe { sys::cuDeviceGetPCIBusId(address.as_mut_ptr(), 32, device) })?;
-        // SAFETY: `address` is zero-filled beyond what was written, so that it ends.
-        let address = unsafe { CStr::from_ptr(address.as_ptr()) }.to_string_lossy();
+        let address = self.address()?;
         let uuid: String = uuid.iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Some(format!("{uuid} {address}")))
+    }
+
+    fn pci_address(&self) -> Option<String> {
+        self.address().ok()
     }
 
     fn uuid(&self) -> Result<Option<[u8; 16]>, DeviceError> {
