@@ -55,15 +55,26 @@ impl Outbox {
         batch
     }
 
-    /// An open batch that whoever sent a piece has to issue.
-    pub(crate) fn due(&mut self, now: f64) -> Option<usize> {
-        let full = |batch: &usize| self.batches[*batch].pieces >= self.most;
-        self.lines.iter().filter_map(|line| line.open).find(full).or_else(|| self.idle(now))
+    /// Whether a batch, to which a piece was added, has as many as it may.
+    pub(crate) fn is_full(&self, batch: usize) -> bool {
+        self.batches[batch].pieces >= self.most
+    }
+
+    /// The next line, of those from `first` on, whose open batch is to be issued by whoever comes by, and that batch.
+    pub(crate) fn idle(&mut self, first: usize, now: f64) -> Option<(usize, usize)> {
+        let Outbox { lines, batches, .. } = self;
+        lines.iter_mut().enumerate().skip(first).find_map(|(number, line)| {
+            let open = line.open?;
+            while line.issued.front().is_some_and(|&batch| batches[batch].end.is_some_and(|end| end <= now)) {
+                line.issued.pop_front();
+            }
+            (line.issued.len() < BUSY).then_some((number, open))
+        })
     }
 
     /// An open batch that a lane has to issue that asks whether another one is done.
     pub(crate) fn overdue(&mut self, batch: usize, now: f64) -> Option<usize> {
-        if self.end(batch).is_some() { None } else { self.idle(now) }
+        if self.end(batch).is_some() { None } else { self.idle(0, now).map(|(_, batch)| batch) }
     }
 
     pub(crate) fn is_open(&self, batch: usize) -> bool {
@@ -105,18 +116,6 @@ impl Outbox {
     pub(crate) fn wait(&mut self, batch: usize, lane: usize) {
         self.batches[batch].waiting.push(lane);
     }
-
-    /// The open batch of a link that may run out of work.
-    fn idle(&mut self, now: f64) -> Option<usize> {
-        let Outbox { lines, batches, .. } = self;
-        lines.iter_mut().find_map(|line| {
-            let open = line.open?;
-            while line.issued.front().is_some_and(|&batch| batches[batch].end.is_some_and(|end| end <= now)) {
-                line.issued.pop_front();
-            }
-            (line.issued.len() < BUSY).then_some(open)
-        })
-    }
 }
 
 #[cfg(test)]
@@ -127,8 +126,8 @@ mod tests {
     fn due(outbox: &mut Outbox, link: usize, pieces: usize, now: f64, links: &mut [Serial]) -> Vec<usize> {
         let mut due = Vec::new();
         for number in 1..=pieces {
-            outbox.send([(link, 10)].into_iter());
-            while let Some(batch) = outbox.due(now) {
+            let batch = outbox.send([(link, 10)].into_iter());
+            if outbox.is_full(batch) || outbox.idle(link, now) == Some((link, batch)) {
                 outbox.take(batch);
                 outbox.issue(batch, now, links);
                 due.push(number);

@@ -70,8 +70,8 @@ enum State {
     Filled(usize),
     /// Verified: is sent.
     Send(usize),
-    /// Was sent: issues what is due.
-    Sent,
+    /// Issues what is due of the lines from this one on.
+    Relieve(usize),
     /// Has issued this batch of its outbox.
     Issued(usize),
     /// Waits for its last copies.
@@ -257,8 +257,8 @@ impl<'a> Run<'a> {
             }
             State::Filled(piece) => Some(State::Send(piece)),
             State::Send(piece) => self.send(number, piece),
-            State::Sent => match self.outboxes[share.first_device].due(self.now) {
-                Some(batch) => self.issue(number, batch, State::Sent),
+            State::Relieve(line) => match self.outboxes[share.first_device].idle(line, self.now) {
+                Some((line, batch)) => self.issue(number, batch, State::Relieve(line + 1)),
                 None => Some(State::Next),
             },
             State::Issued(batch) => {
@@ -388,7 +388,11 @@ impl<'a> Run<'a> {
         let copies = share.pieces[piece].copies.iter().map(|&(device, len)| (device + share.first_device, len));
         let batch = self.outbox(number).send(copies);
         self.lanes[number].sent.push_back(batch);
-        Some(State::Sent)
+        if self.outbox(number).is_full(batch) {
+            self.issue(number, batch, State::Next)
+        } else {
+            Some(State::Relieve(0))
+        }
     }
 
     /// Issues an open batch, and goes on in another state.

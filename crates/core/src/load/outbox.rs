@@ -93,8 +93,8 @@ impl<'a> Outbox<'a> {
             self.issue(batches)?;
         } else {
             drop(batches);
+            self.issue_idle()?;
         }
-        self.issue_idle()?;
         Ok(Receipt { line, batch, place })
     }
 
