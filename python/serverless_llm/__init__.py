@@ -42,6 +42,7 @@ __all__ = [
     "LoadedDict",
     "NoSpaceError",
     "NotFoundError",
+    "PrefetchReport",
     "ReadWriteError",
     "SllmError",
     "StoreClient",
@@ -56,6 +57,7 @@ __all__ = [
     "load",
     "load_dict",
     "open",
+    "prefetch",
     "save_dict",
     "verify",
 ]

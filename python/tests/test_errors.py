@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from inspect import ismodule
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,13 @@ def test_each_is_a_builtin_too(ours: type[Exception], builtin: type[Exception]) 
 def test_all_are_exported() -> None:
     ours = {name for name, value in vars(errors).items() if isinstance(value, type)}
     assert ours <= set(sllm.__all__)
+
+
+def test_everything_the_package_offers_is_exported() -> None:
+    """Type checkers take only what `__all__` names as a part of a typed package."""
+    public = {name for name, value in vars(sllm).items() if not name.startswith("_") and not ismodule(value)}
+    assert public <= set(sllm.__all__)
+    assert sllm.__all__ == sorted(sllm.__all__)
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
