@@ -47,6 +47,7 @@ fn a_truncated_file_is_4_and_leaves_nothing() {
     let message = error["message"].as_str().unwrap();
     assert!(message.contains("model.safetensors"), "{message}");
     assert!(ran.stderr.starts_with("error: invalid checkpoint: "), "{}", ran.stderr);
+    assert_eq!(ran.stderr.matches("model.safetensors").count(), 1, "{}", ran.stderr);
     let left: Vec<_> = fs::read_dir(fixture.dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["model"]);
 }

@@ -117,7 +117,7 @@ pub enum Error {
 
     /// A checkpoint is not what its format allows.
     #[error("invalid checkpoint: {0}")]
-    Format(#[from] Box<FormatError>),
+    Format(Box<FormatError>), // no source: the message is the whole of it
 
     /// There is no checkpoint at this path or under this name.
     #[error("no checkpoint at {path}: {reason}", path = path.display())]
@@ -273,5 +273,36 @@ impl Error {
 impl From<FormatError> for Error {
     fn from(e: FormatError) -> Self {
         Error::Format(Box::new(e))
+    }
+}
+
+impl From<Box<FormatError>> for Error {
+    fn from(e: Box<FormatError>) -> Self {
+        Error::Format(e)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What has a message of its own and a source besides would be told twice.
+    #[test]
+    fn a_chain_says_nothing_twice() {
+        let path = PathBuf::from("/m");
+        let corrupt =
+            CorruptChunk { path: path.clone(), chunk: 0, offset: 0, len: 1, expected: 0, found: 1, tensors: vec![] };
+        for error in [
+            Error::from(FormatError::new(&path, "THE REASON").tensor("t").at(7)),
+            Error::from(Box::new(FormatError::new(&path, "THE REASON"))),
+            Error::io("open", &path)(io::Error::other("THE REASON")),
+            Error::Invalid("THE REASON".into()),
+            Error::NotFound { path: path.clone(), reason: "THE REASON".into() },
+            Error::Engine { engine: "uring", reason: "THE REASON".into() },
+            Error::Device(DeviceError::PagesRefused("THE REASON".into())),
+        ] {
+            assert_eq!(error.chain().matches("THE REASON").count(), 1, "{}", error.chain());
+        }
+        assert_eq!(Error::Corrupt(Box::new(corrupt)).chain().matches("is corrupt").count(), 1);
     }
 }
