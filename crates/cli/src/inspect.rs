@@ -1,7 +1,7 @@
 //! `sllm-store inspect`.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::path::Path;
 
 use serde::Serialize;
 use sllm_core::{Checkpoint, Dtype, Result, TensorInfo};
@@ -13,7 +13,7 @@ use crate::size::human;
 /// What a checkpoint holds.
 #[derive(Serialize)]
 struct Summary<'a> {
-    path: &'a Path,
+    path: Cow<'a, str>,
     layout: &'static str,
     identity: Option<&'a str>,
     chunk_len: Option<u64>,
@@ -94,7 +94,7 @@ impl<'a> Summary<'a> {
             }
         };
         Summary {
-            path: checkpoint.path(),
+            path: checkpoint.path().to_string_lossy(),
             layout: checkpoint.layout().name(),
             identity: checkpoint.identity(),
             chunk_len: checkpoint.sums().map(|sums| sums.chunk_len),
@@ -108,7 +108,7 @@ impl<'a> Summary<'a> {
     }
 
     fn text(&self) -> String {
-        let mut text = format!("path      {}\nlayout    {}\n", self.path.display(), self.layout);
+        let mut text = format!("path      {}\nlayout    {}\n", printable(&self.path), self.layout);
         if let Some(identity) = self.identity {
             text += &format!("identity  {identity}\n");
         }

@@ -2,8 +2,10 @@
 
 mod common;
 
+use std::ffi::OsStr;
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
@@ -132,6 +134,50 @@ fn a_wrong_argument_is_2() {
     assert_eq!(sllm([""; 0]).output().unwrap().status.code(), Some(2));
     let ran = run("inspect", &[&fixture.model], &["--json", "--no-such-option"]);
     assert_eq!(ran.json()["error"]["kind"], "invalid");
+}
+
+#[test]
+fn paths_that_are_not_utf8_have_a_form_in_json() {
+    let fixture = model();
+    let named = |name: &[u8]| fixture.dir.path().join(OsStr::from_bytes(name));
+    let (source, store, back) = (named(b"m\xff"), named(b"s\xff"), named(b"b\xff"));
+    fs::rename(&fixture.model, &source).unwrap();
+    fs::write(source.join(OsStr::from_bytes(b"left\xff.bin")), "").unwrap();
+    for (word, paths) in [
+        ("convert", &[&*source, &*store][..]),
+        ("inspect", &[&*store][..]),
+        ("verify", &[&*store][..]),
+        ("load", &[&*store][..]),
+        ("prefetch", &[&*store][..]),
+        ("export", &[&*store, &*back][..]),
+    ] {
+        let ran = run(word, paths, &["--json"]);
+        assert_eq!(ran.code, 0, "{word}: {}", ran.stderr);
+        let told = ran.json();
+        let path = if word == "load" { &told["runs"][0]["path"] } else { &told["path"] };
+        assert!(path.as_str().unwrap().ends_with('\u{fffd}'), "{word}: {told}");
+        assert!(word != "convert" || told["skipped"] == serde_json::json!(["left\u{fffd}.bin"]), "{told}");
+    }
+    let mut data = fs::OpenOptions::new().write(true).open(store.join("tensor.data_0")).unwrap();
+    data.write_all(b"changed").unwrap();
+    let ran = run("verify", &[&store], &["--json"]);
+    assert_eq!((ran.code, ran.json()["corrupt"].as_array().unwrap().len()), (1, 1));
+}
+
+#[test]
+fn a_weight_file_whose_name_is_not_utf8_is_refused_and_not_left_out() {
+    let fixture = model();
+    let shard = |name: &[u8]| fixture.model.join(OsStr::from_bytes(name));
+    fs::rename(shard(b"model.safetensors"), shard(b"model-1.safetensors")).unwrap();
+    assert_eq!(run("inspect", &[&fixture.model], &[]).code, 0);
+    fs::write(shard(b"model-2\xff.safetensors"), "").unwrap();
+    let ran = run("inspect", &[&fixture.model], &[]);
+    assert_eq!(ran.code, 4, "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("model-2\u{fffd}.safetensors: the name of a weight file must be UTF-8"),
+        "{}",
+        ran.stderr
+    );
 }
 
 #[test]

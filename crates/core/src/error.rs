@@ -59,6 +59,7 @@ impl std::error::Error for FormatError {}
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct CorruptChunk {
     /// The data file.
+    #[serde(serialize_with = "lossy")]
     pub path: PathBuf,
     /// The chunk's number in that file.
     pub chunk: u64,
@@ -280,6 +281,16 @@ impl From<Box<FormatError>> for Error {
     fn from(e: Box<FormatError>) -> Self {
         Error::Format(e)
     }
+}
+
+/// A path in JSON, which has no other text than UTF-8: what is not has a replacement character.
+pub(crate) fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
+}
+
+/// As [`lossy`], of several.
+pub(crate) fn lossy_all<S: Serializer>(paths: &[PathBuf], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(paths.iter().map(|path| path.to_string_lossy()))
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ use crate::format::safetensors::{LENGTH_FIELD, MAX_HEADER_LEN};
 #[non_exhaustive]
 pub struct ExportReport {
     /// The directory that was made.
+    #[serde(serialize_with = "crate::error::lossy")]
     pub path: PathBuf,
     /// Tensors in it.
     pub tensors: usize,

@@ -18,6 +18,7 @@ use crate::format::manifest::CHUNK_LEN;
 #[non_exhaustive]
 pub struct VerifyReport {
     /// The store.
+    #[serde(serialize_with = "crate::error::lossy")]
     pub path: PathBuf,
     /// The identity its manifest gives.
     pub identity: String,

@@ -17,9 +17,12 @@ fn names_in(dir: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(Error::io("list", dir))? {
         let name = entry.map_err(Error::io("list", dir))?.file_name();
-        if let Some(name) = name.to_str().filter(|name| name.ends_with(".safetensors")) {
-            names.push(name.to_owned());
+        if !name.as_encoded_bytes().ends_with(b".safetensors") {
+            continue;
         }
+        // Left out, its tensors would be missing and nobody be told.
+        let not_utf8 = |name| FormatError::new(&dir.join(name), "the name of a weight file must be UTF-8: rename it");
+        names.push(name.into_string().map_err(not_utf8)?);
     }
     names.sort_unstable();
     if names.iter().any(|name| name == SINGLE_NAME) {

@@ -71,6 +71,7 @@ impl ConvertOptions {
 #[non_exhaustive]
 pub struct ConvertReport {
     /// The store that was made.
+    #[serde(serialize_with = "crate::error::lossy")]
     pub path: PathBuf,
     /// Its identity.
     pub identity: String,
@@ -85,6 +86,7 @@ pub struct ConvertReport {
     /// Other files copied (configuration, tokenizer, ...).
     pub other_files: usize,
     /// Files of the source that were not copied: weights that are not part of the checkpoint, and special files.
+    #[serde(serialize_with = "crate::error::lossy_all")]
     pub skipped: Vec<PathBuf>,
     /// Seconds it took.
     pub seconds: f64,
