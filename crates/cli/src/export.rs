@@ -1,24 +1,25 @@
 //! `sllm-store export`.
 
-use sllm_core::{ExportReport, Result, WorkOptions};
+use sllm_core::{ExportReport, WorkOptions};
 
 use crate::args::ExportArgs;
-use crate::output::{Answer, Session};
+use crate::output::{Answer, Fault, Session, printable_path};
 use crate::size::{count, human};
 
-pub(crate) fn run(args: &ExportArgs, session: &Session) -> Result<Answer> {
+pub(crate) fn run(args: &ExportArgs, session: &Session) -> Result<Answer, Fault> {
     let store = args.revision.open(&args.store)?;
     let progress = session.progress("export");
     let options = WorkOptions::new().threads(args.threads.get()).control(progress.control());
-    let report = sllm_core::export(&store, &args.dir, &options)?;
+    let report = sllm_core::export(&store, &args.dir, &options);
     drop(progress);
-    session.answer(&report, || text(&report))
+    let report = report.map_err(|e| Fault::of_writing(e, &args.dir))?;
+    Ok(session.answer(&report, || text(&report))?)
 }
 
 fn text(report: &ExportReport) -> String {
     let mut text = format!(
         "{}: {}, {} in {}, {}, in {:.2} s ({:.2} GB/s)\n",
-        report.path.display(),
+        printable_path(&report.path),
         count(report.tensors, "tensor"),
         human(report.bytes),
         count(report.files, "file"),

@@ -1,6 +1,7 @@
 //! Answers on standard output, errors on standard error, and the exit codes.
 
 use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use sllm_core::{Cancel, Error, ErrorKind, Result};
@@ -60,6 +61,8 @@ pub(crate) struct Fault {
     kind: Kind,
     message: String,
     causes: Vec<String>,
+    /// What else is to be known.
+    note: Option<String>,
 }
 
 /// What a fault is about.
@@ -73,7 +76,19 @@ enum Kind {
 
 impl Fault {
     pub(crate) fn new(kind: ErrorKind, message: String) -> Fault {
-        Fault { kind: Kind::Core(kind), message, causes: Vec::new() }
+        Fault { kind: Kind::Core(kind), message, causes: Vec::new(), note: None }
+    }
+
+    /// The fault of a conversion or an export to `target`, with what it left there.
+    pub(crate) fn of_writing(error: Error, target: &Path) -> Fault {
+        let mut fault = Fault::from(error);
+        if matches!(fault.kind, Kind::Core(ErrorKind::Cancelled | ErrorKind::Io)) {
+            let note = |dir: PathBuf| {
+                format!("what was written is kept in {}: run this again to go on, or remove it", dir.display())
+            };
+            fault.note = sllm_core::interrupted(target).map(note);
+        }
+        fault
     }
 
     /// The fault as an `error` object of JSON.
@@ -82,6 +97,10 @@ impl Fault {
         for cause in &self.causes {
             message.push_str(": ");
             message.push_str(cause);
+        }
+        if let Some(note) = &self.note {
+            message.push_str("; ");
+            message.push_str(note);
         }
         ErrorObject { kind: self.kind.name(), message }
     }
@@ -93,6 +112,12 @@ impl Fault {
             text.push_str(cause);
             text.push('\n');
         }
+        if let Some(note) = &self.note {
+            text.push_str(note);
+            text.push('\n');
+        }
+        // Names of files may hold anything; lines are our own.
+        let text = escaped(&text, |c| c != '\n');
         // Nobody is left to be told that standard error is closed.
         let _ = io::stderr().write_all(text.as_bytes());
     }
@@ -100,7 +125,7 @@ impl Fault {
 
 impl From<Error> for Fault {
     fn from(error: Error) -> Fault {
-        Fault { kind: Kind::Core(error.kind()), message: error.to_string(), causes: causes(&error) }
+        Fault { causes: causes(&error), ..Fault::new(error.kind(), error.to_string()) }
     }
 }
 
@@ -120,7 +145,7 @@ impl From<sllm_client::Error> for Fault {
             },
             _ => Kind::Server,
         };
-        Fault { kind, message: error.to_string(), causes: causes(&error) }
+        Fault { kind, message: error.to_string(), causes: causes(&error), note: None }
     }
 }
 
@@ -165,13 +190,18 @@ pub(crate) fn finish(result: Result<Answer, Fault>, json: bool) -> u8 {
 pub(crate) fn tell_usage(error: &clap::Error, json: bool) -> u8 {
     let _ = error.print();
     if json && error.use_stderr() {
-        // The first line is the message; usage and hints follow.
-        let text = error.render().to_string();
-        let message = text.lines().next().unwrap_or_default();
-        let message = message.strip_prefix("error: ").unwrap_or(message).to_owned();
+        let message = usage_message(&error.render().to_string());
         let _ = write(&error_line(&Fault::new(ErrorKind::Invalid, message)));
     }
     u8::try_from(error.exit_code()).unwrap_or(2)
+}
+
+/// What clap says on several lines, as one: which arguments are missing, what may be given, and its tips, but no usage.
+fn usage_message(text: &str) -> String {
+    let text = text.strip_prefix("error: ").unwrap_or(text);
+    let paragraphs = text.split("\n\n").filter(|part| !part.starts_with("Usage: ") && !part.starts_with("For more "));
+    let lines = paragraphs.map(|part| part.split_whitespace().collect::<Vec<_>>().join(" "));
+    lines.filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
 }
 
 fn error_line(fault: &Fault) -> String {
@@ -190,8 +220,17 @@ fn write(body: &str) -> io::Result<()> {
 
 /// Text from a file, for a terminal: control characters are escaped.
 pub(crate) fn printable(text: &str) -> String {
+    escaped(text, |_| true)
+}
+
+/// A path, for a terminal.
+pub(crate) fn printable_path(path: &Path) -> String {
+    printable(&path.to_string_lossy())
+}
+
+fn escaped(text: &str, is_escaped: impl Fn(char) -> bool) -> String {
     text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
-        if c.is_control() {
+        if c.is_control() && is_escaped(c) {
             out.extend(c.escape_default())
         } else {
             out.push(c)
@@ -289,5 +328,19 @@ mod tests {
     #[test]
     fn control_characters_do_not_reach_a_terminal() {
         assert_eq!(printable("λ.weight\u{1b}[2J\n"), "λ.weight\\u{1b}[2J\\n");
+    }
+
+    #[test]
+    fn a_usage_error_is_one_line_that_names_the_arguments() {
+        let missing = "error: the following required arguments were not provided:\n  <SOURCE>\n  <TARGET>\n\n\
+                       Usage: sllm-store convert <SOURCE> <TARGET>\n\nFor more information, try '--help'.\n";
+        let told = "the following required arguments were not provided: <SOURCE> <TARGET>";
+        assert_eq!(usage_message(missing), told);
+        let unknown =
+            "error: unexpected argument '--jso' found\n\n  tip: a similar argument exists: '--json'\n\nUsage: x\n";
+        assert_eq!(
+            usage_message(unknown),
+            "unexpected argument '--jso' found; tip: a similar argument exists: '--json'"
+        );
     }
 }

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use sllm_core::{Error, PrefetchEnd, PrefetchOptions, PrefetchReport, Result};
 
 use crate::args::PrefetchArgs;
-use crate::output::{Answer, Session};
+use crate::output::{Answer, Session, printable, printable_path};
 use crate::size::human;
 
 /// `typed` is the whole command line, the program first.
@@ -15,7 +15,7 @@ pub(crate) fn run(args: &PrefetchArgs, typed: &[OsString], session: &Session) ->
     let checkpoint = args.revision.open(&args.path)?;
     if args.background {
         let id = in_background(typed)?;
-        let path = checkpoint.path().display();
+        let path = printable_path(checkpoint.path());
         return session.answer(&id, || format!("{path}: being read into the page cache by process {id}\n"));
     }
     let progress = session.progress("prefetch");
@@ -47,7 +47,7 @@ fn text(report: &PrefetchReport) -> String {
     };
     format!(
         "{}: {end}; {} of {} read in {:.2} s ({:.2} GB/s), {} were there, {:.2} s paused for others\n",
-        report.path,
+        printable(&report.path),
         human(report.read_bytes),
         human(report.bytes),
         report.seconds,

@@ -4,7 +4,7 @@ use serde::Serialize;
 use sllm_core::{CorruptChunk, ErrorKind, Result, VerifyReport, WorkOptions};
 
 use crate::args::VerifyArgs;
-use crate::output::{Answer, ErrorObject, Fault, Session};
+use crate::output::{Answer, ErrorObject, Fault, Session, printable_path};
 use crate::size::{count, human};
 
 /// The report, and the error that it amounts to.
@@ -42,7 +42,7 @@ fn text(report: &VerifyReport) -> String {
     if report.corrupt.is_empty() {
         text += &format!(
             "{}: {} as stored, {} in {:.2} s ({:.2} GB/s)\nidentity {}\n",
-            report.path.display(),
+            printable_path(&report.path),
             count(report.chunks, "chunk"),
             human(report.bytes),
             report.seconds,
@@ -56,7 +56,7 @@ fn text(report: &VerifyReport) -> String {
 fn chunk_text(chunk: &CorruptChunk) -> String {
     let mut text = format!(
         "{}: chunk {} (offset {}, {} bytes) is corrupt: checksum {:016x}, stored {:016x}\n",
-        chunk.path.display(),
+        printable_path(&chunk.path),
         chunk.chunk,
         chunk.offset,
         chunk.len,

@@ -62,7 +62,7 @@ fn a_target_that_exists_is_7() {
     fs::write(target.join("precious"), "data").unwrap();
     for ran in [run("convert", &[&fixture.model, &target], &[]), run("export", &[&store, &target], &[])] {
         assert_eq!(ran.code, 7);
-        assert!(ran.stderr.contains("exists already"), "{}", ran.stderr);
+        assert!(ran.stderr.contains("exists already: choose another path"), "{}", ran.stderr);
     }
     // What is no store is not replaced on request either.
     assert_eq!(run("convert", &[&fixture.model, &target], &["--overwrite"]).code, 2);
@@ -137,6 +137,18 @@ fn a_wrong_argument_is_2() {
 }
 
 #[test]
+fn a_usage_error_in_json_says_what_the_text_says() {
+    let message = |word: &str, options: &[&str]| {
+        let ran = run(word, &[], &[options, &["--json"]].concat());
+        assert_eq!(ran.code, 2);
+        ran.json()["error"]["message"].as_str().unwrap().to_owned()
+    };
+    assert!(message("convert", &[]).ends_with("<SOURCE> <TARGET>"));
+    assert!(message("load", &["m", "--engine", "fast"]).contains("auto, uring, pread, mapped"));
+    assert!(message("load", &["m", "--engin", "auto"]).contains("'--engine'"));
+}
+
+#[test]
 fn paths_that_are_not_utf8_have_a_form_in_json() {
     let fixture = model();
     let named = |name: &[u8]| fixture.dir.path().join(OsStr::from_bytes(name));
@@ -178,6 +190,26 @@ fn a_weight_file_whose_name_is_not_utf8_is_refused_and_not_left_out() {
         "{}",
         ran.stderr
     );
+}
+
+#[test]
+fn names_of_files_do_not_command_a_terminal() {
+    let fixture = model();
+    fs::write(fixture.model.join("x\u{1b}[31m.bin"), "").unwrap();
+    let ran = run("convert", &[&fixture.model, &fixture.path("st\u{1b}ore")], &[]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert!(
+        ran.stdout.contains("not copied: x\\u{1b}[31m.bin\n") && !ran.stdout.contains('\u{1b}'),
+        "{:?}",
+        ran.stdout
+    );
+    for word in ["inspect", "verify", "prefetch"] {
+        assert!(!run(word, &[&fixture.path("st\u{1b}ore")], &[]).stdout.contains('\u{1b}'), "{word}");
+    }
+    fs::write(fixture.path("bad\u{1b}.safetensors"), "").unwrap();
+    let ran = run("inspect", &[&fixture.path("bad\u{1b}.safetensors")], &[]);
+    assert!(ran.stderr.contains("bad\\u{1b}.safetensors") && ran.stderr.ends_with('\n'), "{:?}", ran.stderr);
+    assert!(!ran.stderr.contains('\u{1b}'), "{:?}", ran.stderr);
 }
 
 #[test]
@@ -281,8 +313,12 @@ fn ctrl_c_stops_a_conversion_with_130_and_makes_no_store() {
     let rest: Vec<String> = stderr.map(Result::unwrap).collect();
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), output.status.signal()), (Some(130), None), "{rest:?}");
-    assert_eq!(rest.last().unwrap(), "error: cancelled");
+    let [.., error, note] = rest.as_slice() else { panic!("{rest:?}") };
+    assert_eq!(error, "error: cancelled");
+    let partial = fixture.path(".store.sllm-partial");
+    assert!(note.contains(&format!("{}: run this again to go on, or remove it", partial.display())), "{note}");
     let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(json["error"]["kind"], "cancelled");
-    assert!(!target.exists());
+    assert_eq!(json["error"]["message"], format!("cancelled; {note}"));
+    assert!(!target.exists() && partial.is_dir());
 }

@@ -76,12 +76,15 @@ fn arguments_that_make_no_sense_are_refused_before_a_server_is_asked() {
         &["evict"],
         &["evict", "m", "--all"],
         &["status", "--watch", "--json"],
+        &["status", "--watch", "--quiet"],
         &["list", "--address", "https://host:1"],
         &["list", "--address", "no-port"],
     ] {
         let ran = ran(args);
         assert_eq!(ran.code, 2, "{args:?}: {}", ran.stderr);
     }
+    let evict = ran(&["evict", "--json"]);
+    assert_eq!(evict.json()["error"]["message"], "the following required arguments were not provided: <MODEL|--all>");
 }
 
 #[test]

@@ -159,7 +159,11 @@ pub enum Error {
     },
 
     /// The target of a conversion is there already.
-    #[error("{path} exists already: only a store is replaced, and only with --overwrite (overwrite=True)", path = path.display())]
+    #[error(
+        "{path} exists already: choose another path, or remove it; convert and save_dict replace a store there with \
+         --overwrite (overwrite=True)",
+        path = path.display()
+    )]
     Exists {
         /// The target.
         path: PathBuf,

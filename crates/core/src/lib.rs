@@ -58,7 +58,7 @@ mod verify;
 pub use cache::{Cache, CacheUsage};
 pub use checkpoint::{Checkpoint, ChunkSums, DataFile, Layout, OpenOptions, TensorInfo};
 pub use control::{Cancel, Control, Progress, WorkOptions};
-pub use convert::{ConvertOptions, ConvertReport, MemoryTensor, convert, save};
+pub use convert::{ConvertOptions, ConvertReport, MemoryTensor, convert, interrupted, save};
 pub use device::{
     Block, Device, DeviceError, LinkPeak, MemoryFile, Mover, SharedBlock, SharedMemory, format_uuid, parse_uuid,
 };

@@ -8,7 +8,7 @@ mod status;
 
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Subcommand, ValueHint};
+use clap::{ArgGroup, Args, Subcommand, ValueHint};
 use sllm_client::{ClientOptions, StoreClient};
 
 use crate::args::Output;
@@ -53,7 +53,7 @@ pub(crate) struct ListArgs {
 #[derive(Debug, Args)]
 pub(crate) struct StatusArgs {
     /// Show it again every second, until Ctrl-C
-    #[arg(long, conflicts_with = "json")]
+    #[arg(long, conflicts_with_all = ["json", "quiet"])]
     pub(crate) watch: bool,
     #[command(flatten)]
     pub(crate) server: Server,
@@ -86,9 +86,9 @@ pub(crate) struct PinArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(group(ArgGroup::new("what").args(["model", "all"]).required(true)))]
 pub(crate) struct EvictArgs {
     /// Its path below the server's storage path, or an absolute one inside it
-    #[arg(required_unless_present = "all", conflicts_with = "all")]
     pub(crate) model: Option<String>,
     /// All models
     #[arg(long)]

@@ -43,7 +43,7 @@ fn watch(client: &StoreClient, session: &Session) {
     while !session.is_cancelled() {
         let shown = match client.status().and_then(|status| Ok((status, client.list()?))) {
             Ok((status, models)) => text(&client.address().to_string(), &status, &models),
-            Err(error) => format!("{error}\n"),
+            Err(error) => printable(&error.chain()) + "\n",
         };
         // Who closes standard output has seen enough.
         if write!(out, "{clear}{shown}").and_then(|()| out.flush()).is_err() {

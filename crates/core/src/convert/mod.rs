@@ -31,6 +31,7 @@ use journal::fingerprint;
 use layout::{Bytes, TargetFile, place};
 use side_files::SideFiles;
 pub(crate) use side_files::is_reserved;
+pub use target::interrupted;
 use target::{Partial, Target};
 use writer::{Written, write_files};
 

@@ -1,6 +1,6 @@
 //! The directory that is being made: written beside its final place, and put there whole.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
@@ -16,6 +16,20 @@ use crate::format::manifest::{MANIFEST_NAME, is_manifest};
 
 /// End of a partial directory's name; it begins with a dot and the target's name.
 pub(crate) const PARTIAL_SUFFIX: &str = ".sllm-partial";
+
+/// What an interrupted conversion or export to `target` left, for the next run to go on from; `None` where there is nothing.
+pub fn interrupted(target: &Path) -> Option<PathBuf> {
+    let dir = target.parent()?.join(beside(target.file_name()?, PARTIAL_SUFFIX));
+    dir.join(JOURNAL_NAME).is_file().then_some(dir)
+}
+
+/// The name of what lies beside a target for a while.
+fn beside(name: &OsStr, suffix: &str) -> OsString {
+    let mut beside = OsString::from(".");
+    beside.push(name);
+    beside.push(suffix);
+    beside
+}
 
 /// Where a directory is to appear.
 #[derive(Debug)]
@@ -72,10 +86,7 @@ impl Target {
     }
 
     fn beside(&self, suffix: &str) -> PathBuf {
-        let mut name = OsString::from(".");
-        name.push(&self.name);
-        name.push(suffix);
-        self.parent.join(name)
+        self.parent.join(beside(&self.name, suffix))
     }
 
     /// Makes and locks the partial directory, or takes up one that an earlier run with the same fingerprint left.
