@@ -138,6 +138,27 @@ fn a_server_is_asked_and_told() {
 }
 
 #[test]
+fn a_preload_says_how_much_of_a_model_stays() {
+    let fixture = model();
+    let large = fixture.path("large.safetensors");
+    let len = 80u64 << 20; // the pool has 64 MiB
+    let head = test_support::safetensors(test_support::header(len), &[]);
+    std::fs::write(&large, &head).unwrap();
+    std::fs::OpenOptions::new().write(true).open(&large).unwrap().set_len(head.len() as u64 + len).unwrap();
+    let server = Server::start(fixture.dir.path());
+    for name in ["large.safetensors", "./large.safetensors", large.to_str().unwrap()] {
+        let told = server.asked(&["preload", name, "--json"]).json();
+        assert_eq!(told["models"][0]["bytes"], head.len() as u64 + len);
+        let resident = told["models"][0]["resident"].as_u64().unwrap();
+        assert!(resident > 0 && resident < len, "{name}: {told}");
+        let text = server.asked(&["preload", name]).stdout;
+        assert!(text.contains(" of 80.00 MiB in the server's memory"), "{text}");
+    }
+    let told = server.asked(&["preload", "model", "--json"]).json();
+    assert_eq!(told["models"][0]["bytes"], told["models"][0]["resident"]);
+}
+
+#[test]
 fn a_watched_status_is_shown_until_ctrl_c() {
     use std::io::{BufRead, BufReader};
     let fixture = model();

@@ -1,5 +1,6 @@
 //! `sllm-store preload`.
 
+use std::path::PathBuf;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -17,6 +18,8 @@ struct Preloaded<'a> {
 struct Row<'a> {
     model: &'a str,
     bytes: u64,
+    /// Bytes of it that stay in the server's memory; what does not fit went through it. `None` where that is not known.
+    resident: Option<u64>,
     seconds: f64,
     pinned: bool,
 }
@@ -30,13 +33,23 @@ pub(super) fn run(args: &PreloadArgs, session: &Session) -> Result<Answer, Fault
         let progress = client.preload(model, args.pin, &shown.control())?;
         drop(shown);
         let seconds = started.elapsed().as_secs_f64();
-        preloaded.models.push(Row { model, bytes: progress.total, seconds, pinned: args.pin });
+        preloaded.models.push(Row { model, bytes: progress.total, resident: None, seconds, pinned: args.pin });
+    }
+    let (listed, below) = (client.list()?, PathBuf::from(client.status()?.storage_path));
+    for row in &mut preloaded.models {
+        // An absolute path stays what it is.
+        let place = below.join(row.model);
+        row.resident = listed.iter().find(|model| below.join(&model.name) == place).map(|model| model.resident);
     }
     Ok(session.answer(&preloaded, || preloaded.models.iter().map(text).collect())?)
 }
 
 fn text(row: &Row<'_>) -> String {
-    let Row { model, bytes, seconds, pinned } = row;
+    let Row { model, bytes, resident, seconds, pinned } = row;
     let pinned = if *pinned { ", pinned" } else { "" };
-    format!("{}: {} in the server's memory{pinned}, in {seconds:.2} s\n", printable(model), human(*bytes))
+    let bytes = match resident {
+        Some(resident) if resident < bytes => format!("{} of {}", human(*resident), human(*bytes)),
+        _ => human(*bytes),
+    };
+    format!("{}: {bytes} in the server's memory{pinned}, in {seconds:.2} s\n", printable(model))
 }
