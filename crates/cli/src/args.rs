@@ -181,8 +181,8 @@ pub(crate) struct PrefetchArgs {
 #[derive(Debug, Args)]
 #[command(args_override_self = true)]
 pub(crate) struct StartArgs {
-    /// Directory below which the models lie [default: ~/models]
-    #[arg(long, env = "STORAGE_PATH", value_hint = ValueHint::DirPath)]
+    /// Directory below which the models lie [default: that of STORAGE_PATH, else ~/models]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub(crate) storage_path: Option<PathBuf>,
     /// Pinned memory at most, such as 64GB, which is 64GiB [default: 4GB]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -211,7 +211,7 @@ pub(crate) struct StartArgs {
     pub(crate) listen: Vec<Address>,
     /// Give metrics for Prometheus here, at http://ADDR/metrics
     #[arg(long, value_name = "HOST:PORT")]
-    pub(crate) metrics_listen: Option<std::net::SocketAddr>,
+    pub(crate) metrics_listen: Option<Address>,
     /// Read these models into memory at the start
     #[arg(long, value_name = "MODEL", num_args = 1..)]
     pub(crate) preload: Vec<String>,

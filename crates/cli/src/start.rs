@@ -1,5 +1,7 @@
 //! `sllm-store start`.
 
+use std::path::PathBuf;
+
 use sllm_core::Result;
 use sllm_server::{Settings, Size, TOKEN_VARIABLE, log_to_stderr, serve};
 
@@ -19,9 +21,14 @@ pub(crate) fn run(args: &StartArgs) -> Result<Answer> {
     Ok(Answer { body: String::new(), fault: None })
 }
 
+/// Goes before a file, as flags do; empty is not given.
+fn path_of_environment() -> Option<PathBuf> {
+    std::env::var_os("STORAGE_PATH").filter(|path| !path.is_empty()).map(PathBuf::from)
+}
+
 fn settings(args: &StartArgs) -> Settings {
     Settings {
-        storage_path: args.storage_path.clone(),
+        storage_path: args.storage_path.clone().or_else(path_of_environment),
         mem_pool_size: args.mem_pool_size.map(Size),
         chunk_size: args.chunk_size.map(Size),
         num_thread: args.num_thread,
@@ -29,7 +36,7 @@ fn settings(args: &StartArgs) -> Settings {
         host: args.host.clone(),
         port: args.port,
         listen: args.listen.clone(),
-        metrics_listen: args.metrics_listen,
+        metrics_listen: args.metrics_listen.clone(),
         preload: args.preload.clone(),
         pin: args.pin.clone(),
         ttl: args.ttl,

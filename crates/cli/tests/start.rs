@@ -221,7 +221,14 @@ fn what_cannot_be_is_refused_with_the_reason() {
     refuse(&["--quota", "32GB"], "PREFIX=SIZE");
     refuse(&["--log-format", "xml"], "json");
     refuse(&["--config", &path(&write("bad.toml", "mem_pool = 1"))], "mem_pool");
-    refuse(&["--token-file", &path(&write("token", "short"))], "token");
+    refuse(&["--metrics-listen", "9473"], "HOST:PORT");
+    refuse(&["--metrics-listen", "/run/metrics.sock"], "HOST:PORT");
+    let short = path(&write("token", "short"));
+    refuse(&["--token-file", &short], &format!("{short} is no token"));
+    let (code, text) = refused(dir.command().env("SLLM_STORE_TOKEN", "short"));
+    assert!(code == Some(2) && text.contains("SLLM_STORE_TOKEN is no token"), "{text}");
+    let (code, text) = refused(dir.command().env("STORAGE_PATH", "").env("HOME", "/missing"));
+    assert!(code == Some(3) && text.contains("/missing/models") && text.contains("--storage-path"), "{text}");
     let (code, text) = refused(dir.command().args(["--config", "/missing.toml"]));
     assert_eq!(code, Some(3), "{text}");
     let (code, text) = refused(dir.command().args(["--storage-path", "/missing"]));

@@ -1,12 +1,11 @@
 //! What a server is told: flags and the configuration file give [`Settings`], which resolve to a [`Config`].
 
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
 use sllm_core::{Error, Result, parse_size};
-use sllm_proto::Address;
+use sllm_proto::{Address, TOKEN_VARIABLE};
 
 use crate::listen::default_socket;
 use crate::token::Token;
@@ -41,7 +40,7 @@ pub struct Config {
     /// A Unix socket to listen at too, unless another server does.
     pub listen_if_free: Option<PathBuf>,
     /// Where metrics are served, as text over HTTP.
-    pub metrics_listen: Option<SocketAddr>,
+    pub metrics_listen: Option<Address>,
     /// Models to be read into the pool at the start.
     pub preload: Vec<String>,
     /// Models to be read into the pool at the start, and kept there.
@@ -108,11 +107,16 @@ impl<'de> Deserialize<'de> for Size {
     }
 }
 
+fn address<E: serde::de::Error>(text: String) -> Result<Address, E> {
+    text.parse().map_err(|reason: String| E::custom(format!("{text:?} is no address: {reason}")))
+}
+
 fn addresses<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Address>, D::Error> {
-    let address = |text: String| {
-        text.parse().map_err(|reason: String| serde::de::Error::custom(format!("{text:?} is no address: {reason}")))
-    };
     Vec::<String>::deserialize(deserializer)?.into_iter().map(address).collect()
+}
+
+fn some_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Address>, D::Error> {
+    String::deserialize(deserializer).and_then(address).map(Some)
 }
 
 /// What was typed, as flags or as a file; everything may be left out.
@@ -137,7 +141,8 @@ pub struct Settings {
     #[serde(deserialize_with = "addresses")]
     pub listen: Vec<Address>,
     /// See [`Config::metrics_listen`].
-    pub metrics_listen: Option<SocketAddr>,
+    #[serde(deserialize_with = "some_address")]
+    pub metrics_listen: Option<Address>,
     /// See [`Config::preload`].
     pub preload: Vec<String>,
     /// See [`Config::pin`].
@@ -236,7 +241,7 @@ impl Settings {
         config.gpu_idle = self.gpu_idle_seconds.map_or(config.gpu_idle, Duration::from_secs);
         config.token = match (self.token_file, token) {
             (Some(file), _) => Some(Token::from_file(&file)?),
-            (None, Some(token)) => Some(Token::new(&token)?),
+            (None, Some(token)) => Some(Token::of(&token, TOKEN_VARIABLE)?),
             (None, None) => None,
         };
         config.check()?;
@@ -345,6 +350,15 @@ mod tests {
         for text in ["chunk = 1", "chunk_size = '4 apples'", "quota = ['x']", "listen = ['nowhere']", "port = 70000"] {
             assert!(toml::from_str::<Settings>(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn metrics_are_at_a_name_or_a_number_and_not_at_a_socket() {
+        let of = |text: &str| Settings { storage_path: Some("/".into()), ..settings(text) }.resolve(None);
+        let config = of("metrics_listen = 'localhost:9473'").unwrap();
+        assert_eq!(config.metrics_listen, Some(Address::tcp("localhost", 9473).unwrap()));
+        assert!(of("metrics_listen = '[::1]:0'").is_ok());
+        assert!(toml::from_str::<Settings>("metrics_listen = 'localhost'").is_err());
     }
 
     #[test]

@@ -261,8 +261,8 @@ mod tests {
         let (grpc, mut taken) = mpsc::channel(8);
         let (tickets, clients) = (Arc::default(), Arc::default());
         let first_word = Duration::from_millis(50);
-        let listener = bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
-        let Listener::Tcp(_, address) = listener else { panic!("{listener:?}") };
+        let (tcp, address) = bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
+        let listener = Listener::Tcp(tcp, address);
         let accepting = tokio::spawn(Reception { grpc, tickets, clients, first_word }.accept(listener));
         let hung_up = tokio::task::spawn_blocking(move || {
             let mut silent = std::net::TcpStream::connect(address).unwrap();

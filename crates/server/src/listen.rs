@@ -67,8 +67,7 @@ impl Listener {
                 }
             },
             Address::Tcp { host, port } => {
-                let found = (host.as_str(), *port).to_socket_addrs().map_err(cannot("resolve", address.to_string()))?;
-                let addresses: Vec<SocketAddr> = found.collect();
+                let addresses = resolve(host, *port)?;
                 if let Some(open) = addresses.iter().find(|address| !address.ip().is_loopback())
                     && !secret
                 {
@@ -77,12 +76,10 @@ impl Listener {
                          SLLM_STORE_TOKEN), or listen on 127.0.0.1"
                     )));
                 }
-                let bound = addresses.iter().map(|address| bind_tcp(*address));
-                let bound = bound.collect::<Result<Vec<Listener>>>()?;
-                if bound.is_empty() {
-                    return Err(Error::Invalid(format!("{address} names no address")));
-                }
-                Ok(bound)
+                addresses
+                    .into_iter()
+                    .map(|address| bind_tcp(address).map(|(tcp, got)| Listener::Tcp(tcp, got)))
+                    .collect()
             }
         }
     }
@@ -96,12 +93,34 @@ impl Listener {
     }
 }
 
-/// Listens on a TCP address.
-pub(crate) fn bind_tcp(address: SocketAddr) -> Result<Listener> {
+/// The addresses that a name stands for, at least one.
+fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>> {
+    let name = || format!("{host}:{port}");
+    let addresses: Vec<SocketAddr> = (host, port).to_socket_addrs().map_err(cannot("resolve", name()))?.collect();
+    if addresses.is_empty() {
+        return Err(Error::Invalid(format!("{} names no address", name())));
+    }
+    Ok(addresses)
+}
+
+/// Listens for those who ask for metrics.
+pub(crate) fn bind_metrics(address: &Address) -> Result<Vec<TcpListener>> {
+    match address {
+        Address::Tcp { host, port } => {
+            resolve(host, *port)?.into_iter().map(|address| bind_tcp(address).map(|(tcp, _)| tcp)).collect()
+        }
+        Address::Unix(_) => {
+            Err(Error::Invalid(format!("metrics are served by TCP: --metrics-listen takes HOST:PORT, not {address}")))
+        }
+    }
+}
+
+/// Listens on a TCP address; also the address with the port that it got.
+pub(crate) fn bind_tcp(address: SocketAddr) -> Result<(TcpListener, SocketAddr)> {
     let listener = TcpListener::bind(address).map_err(cannot("listen on", address.to_string()))?;
     listener.set_nonblocking(true).map_err(cannot("listen on", address.to_string()))?;
     let got = listener.local_addr().map_err(cannot("listen on", address.to_string()))?;
-    Ok(Listener::Tcp(listener, got))
+    Ok((listener, got))
 }
 
 /// Listens at a Unix socket; `None` where somebody else does.

@@ -18,7 +18,7 @@ use tonic_health::ServingStatus;
 
 use crate::config::Config;
 use crate::connection::{FIRST_WORD, Peer, Reception};
-use crate::listen::{Listener, bind_tcp, bind_unix};
+use crate::listen::{Listener, bind_metrics, bind_unix};
 use crate::rpc::{StorageRpc, StoreRpc};
 use crate::scrape;
 use crate::store::Store;
@@ -38,7 +38,7 @@ const SWEEP: Duration = Duration::from_secs(5);
 pub struct Server {
     store: Arc<Store>,
     listeners: Vec<Listener>,
-    metrics: Option<std::net::TcpListener>,
+    metrics: Vec<std::net::TcpListener>,
 }
 
 impl Server {
@@ -64,9 +64,9 @@ impl Server {
                 ),
             }
         }
-        let metrics = match store.config.metrics_listen.map(bind_tcp).transpose()? {
-            Some(Listener::Tcp(listener, _)) => Some(listener),
-            _ => None,
+        let metrics = match &store.config.metrics_listen {
+            Some(address) => bind_metrics(address)?,
+            None => Vec::new(),
         };
         Ok(Server { store: Arc::new(store), listeners, metrics })
     }
@@ -78,7 +78,7 @@ impl Server {
 
     /// Where its metrics are.
     pub fn metrics_address(&self) -> Option<SocketAddr> {
-        self.metrics.as_ref()?.local_addr().ok()
+        self.metrics.first()?.local_addr().ok()
     }
 
     /// Answers until `shutdown` is ready. Then no load begins any more, running ones may end within
@@ -97,7 +97,7 @@ impl Server {
                 }
             });
         }
-        if let Some(listener) = metrics {
+        for listener in metrics {
             let broken = |source| Error::Io { what: "listen for", path: "metrics".into(), source };
             let listener = tokio::net::TcpListener::from_std(listener).map_err(broken)?;
             tasks.spawn(scrape::serve(listener, Arc::clone(&store)));
@@ -171,9 +171,10 @@ impl tonic::service::Interceptor for Check {
     fn call(&mut self, request: Request<()>) -> std::result::Result<Request<()>, Status> {
         let by_socket = request.extensions().get::<Peer>() == Some(&Peer::Unix);
         match &self.0 {
-            Some(token) if !by_socket && !token.is_shown(request.metadata()) => {
-                Err(Status::unauthenticated("the token is missing or wrong: send `authorization: Bearer TOKEN`"))
-            }
+            Some(token) if !by_socket && !token.is_shown(request.metadata()) => Err(Status::unauthenticated(
+                "the token is missing or wrong: send `authorization: Bearer TOKEN` (sllm-store sends that of --token-file or \
+                 SLLM_STORE_TOKEN)",
+            )),
             _ => Ok(request),
         }
     }

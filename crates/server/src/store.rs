@@ -40,7 +40,7 @@ impl Store {
     pub(crate) fn new(config: Config) -> Result<Store> {
         let path = &config.storage_path;
         let root = path.canonicalize().map_err(|source| Error::Io {
-            what: "find the storage path",
+            what: "find the storage path (--storage-path names another)",
             path: path.clone(),
             source,
         })?;

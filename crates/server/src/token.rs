@@ -16,11 +16,16 @@ pub struct Token(String);
 impl Token {
     /// Checks what was given as a token.
     pub fn new(text: &str) -> Result<Token> {
+        Token::of(text, "what was given as a token")
+    }
+
+    /// As [`Token::new`]; `place` is where it was found, for an error.
+    pub(crate) fn of(text: &str, place: impl fmt::Display) -> Result<Token> {
         let text = text.trim();
         if text.len() < MIN_LEN || !text.bytes().all(|byte| byte.is_ascii_graphic()) {
-            let reason =
-                format!("a token has {MIN_LEN} or more visible ASCII characters; `openssl rand -hex 32` makes one");
-            return Err(Error::Invalid(reason));
+            return Err(Error::Invalid(format!(
+                "{place} is no token: it has {MIN_LEN} or more visible ASCII characters; `openssl rand -hex 32` makes one"
+            )));
         }
         Ok(Token(text.to_owned()))
     }
@@ -28,7 +33,7 @@ impl Token {
     /// Reads a token's file.
     pub fn from_file(path: &Path) -> Result<Token> {
         let io = |source| Error::Io { what: "read", path: path.to_owned(), source };
-        Token::new(&std::fs::read_to_string(path).map_err(io)?)
+        Token::of(&std::fs::read_to_string(path).map_err(io)?, path.display())
     }
 
     /// Whether a request shows it. Takes as long for any wrong token of a length.

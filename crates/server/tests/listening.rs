@@ -135,7 +135,7 @@ async fn a_storage_path_that_is_none_is_refused() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn metrics_are_text_over_http() {
-    let served = Served::start(|_| (), |config| config.metrics_listen = Some("127.0.0.1:0".parse().unwrap()));
+    let served = Served::start(|_| (), |config| config.metrics_listen = Some("localhost:0".parse().unwrap()));
     let address = served.metrics.unwrap();
     let get = move |path: &str| {
         let mut stream = std::net::TcpStream::connect(address).unwrap();
