@@ -8,6 +8,7 @@ mod checkpoint;
 mod error;
 mod load;
 mod memory;
+mod number;
 mod server;
 mod session;
 mod views;

@@ -10,6 +10,7 @@ use sllm_core::{Block, Device, EngineChoice, Filter, Loader};
 use crate::checkpoint::Checkpoint;
 use crate::error::raise;
 use crate::memory::HostBytes;
+use crate::number::{bytes_of, threads_of};
 use crate::server;
 use crate::wait;
 use crate::work::json;
@@ -98,8 +99,8 @@ pub(crate) fn fill(
     engine: &str,
     direct: Option<bool>,
     verify: bool,
-    threads: Option<usize>,
-    pinned_bytes: Option<u64>,
+    #[pyo3(from_py_with = threads_of)] threads: Option<usize>,
+    #[pyo3(from_py_with = bytes_of)] pinned_bytes: Option<u64>,
     alloc_s: f64,
     progress: Option<&Bound<'_, PyAny>>,
     server: Option<&str>,

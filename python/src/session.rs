@@ -12,6 +12,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::raise;
 use crate::load::Placement;
 use crate::memory::HostBytes;
+use crate::number::{bytes_of, threads_of};
 use crate::server;
 use crate::work::json;
 
@@ -70,8 +71,8 @@ impl Session {
         engine: &str,
         direct: Option<bool>,
         verify: bool,
-        threads: Option<usize>,
-        pinned_bytes: Option<u64>,
+        #[pyo3(from_py_with = threads_of)] threads: Option<usize>,
+        #[pyo3(from_py_with = bytes_of)] pinned_bytes: Option<u64>,
         server: Option<&str>,
         token: Option<String>,
     ) -> PyResult<Session> {

@@ -10,6 +10,7 @@ use sllm_core::{ConvertOptions, Dtype, Error, MemoryTensor, PrefetchOptions, Wor
 use crate::checkpoint::Checkpoint;
 use crate::error::named;
 use crate::memory::HostBytes;
+use crate::number::{bytes_of, threads_of};
 use crate::wait;
 
 /// A tensor in host memory: name, torch's dtype name, shape, address, bytes.
@@ -45,7 +46,7 @@ pub(crate) fn convert(
     source: &Checkpoint,
     target: PathBuf,
     overwrite: bool,
-    threads: Option<usize>,
+    #[pyo3(from_py_with = threads_of)] threads: Option<usize>,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<String> {
     let source = &source.inner;
@@ -64,7 +65,7 @@ pub(crate) fn save(
     tensors: Vec<Saved>,
     target: PathBuf,
     overwrite: bool,
-    threads: Option<usize>,
+    #[pyo3(from_py_with = threads_of)] threads: Option<usize>,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<String> {
     let report = wait::run(py, progress, |control| {
@@ -90,7 +91,7 @@ pub(crate) fn save(
 pub(crate) fn verify(
     py: Python<'_>,
     store: &Checkpoint,
-    threads: Option<usize>,
+    #[pyo3(from_py_with = threads_of)] threads: Option<usize>,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<String> {
     let store = &store.inner;
@@ -108,7 +109,7 @@ pub(crate) fn export(
     py: Python<'_>,
     store: &Checkpoint,
     target: PathBuf,
-    threads: Option<usize>,
+    #[pyo3(from_py_with = threads_of)] threads: Option<usize>,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<String> {
     let store = &store.inner;
@@ -125,7 +126,7 @@ pub(crate) fn export(
 pub(crate) fn prefetch(
     py: Python<'_>,
     checkpoint: &Checkpoint,
-    limit: Option<u64>,
+    #[pyo3(from_py_with = bytes_of)] limit: Option<u64>,
     yields: bool,
     progress: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<String> {

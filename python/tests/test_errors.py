@@ -112,3 +112,34 @@ def test_arguments_that_make_no_sense(store: Path, arguments: dict[str, object],
 def test_only_stores_have_checksums(safetensors_file: Path) -> None:
     with pytest.raises(sllm.InvalidError, match="checksums"):
         sllm.verify(safetensors_file)
+
+
+@pytest.mark.parametrize("number", [-1, 1 << 64])
+def test_numbers_that_cannot_be_make_no_sense(store: Path, tmp_path: Path, number: int) -> None:
+    host = {"device": "cpu", "framework": "numpy"}
+    for call in (
+        lambda: sllm.load(store, threads=number, **host),
+        lambda: sllm.load(store, pinned_bytes=number, **host),
+        lambda: list(sllm.iter_tensors(store, pinned_bytes=number, **host)),
+        lambda: sllm.convert(store, tmp_path / "other", threads=number),
+        lambda: sllm.verify(store, threads=number),
+        lambda: sllm.export(store, tmp_path / "other", threads=number),
+        lambda: sllm.prefetch(store, limit=number),
+    ):
+        with pytest.raises(sllm.InvalidError, match=f"^{number} is no number of "):
+            call()
+    with pytest.raises(TypeError):
+        sllm.verify(store, threads="two")  # type: ignore[arg-type]
+
+
+def test_a_revision_goes_with_a_repository_only(store: Path) -> None:
+    with pytest.raises(sllm.InvalidError, match="has no revisions"):
+        sllm.open(store, revision="v2")
+    with pytest.raises(sllm.InvalidError, match="has no revisions"):
+        sllm.load(store, device="cpu", framework="numpy", revision="v2")
+
+
+def test_a_path_that_is_not_utf8_has_a_report(safetensors_file: Path, tmp_path: Path) -> None:
+    target = tmp_path / os.fsdecode(b"store\xff")
+    assert sllm.convert(safetensors_file, target).path.endswith("store\ufffd")
+    assert sllm.verify(target).ok and sllm.load(target, device="cpu", framework="numpy", tensors="scalar")

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::builder::{BoolishValueParser, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
 use clap_complete::Shell;
-use sllm_core::{Checkpoint, EngineChoice, Error, OpenOptions, parse_size};
+use sllm_core::{Checkpoint, EngineChoice, OpenOptions, parse_size};
 use sllm_server::{Address, LogFormat, Quota};
 
 use crate::client::ClientCommand;
@@ -335,16 +335,10 @@ pub(crate) struct Revision {
 }
 
 impl Revision {
-    /// Opens a checkpoint at this revision. Only a repository has revisions.
+    /// Opens a checkpoint at this revision.
     pub(crate) fn open(&self, path: &std::path::Path) -> sllm_core::Result<Checkpoint> {
         match &self.revision {
             None => Checkpoint::open(path),
-            Some(_) if path.exists() => {
-                let path = path.display();
-                Err(Error::Invalid(format!(
-                    "{path} is a path on disk, which has no revisions: --revision goes with a repository id"
-                )))
-            }
             Some(revision) => OpenOptions::new().revision(revision).open(path),
         }
     }

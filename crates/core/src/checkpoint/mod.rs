@@ -123,7 +123,7 @@ impl OpenOptions {
         Self::default()
     }
 
-    /// The branch, tag or commit of a repository in the Hugging Face cache.
+    /// The branch, tag or commit of a repository in the Hugging Face cache. With a path on disk it is an error.
     pub fn revision(mut self, revision: impl Into<String>) -> Self {
         self.revision = Some(revision.into());
         self
@@ -146,6 +146,12 @@ impl OpenOptions {
             }
             Err(e) => return Err(Error::io("open", path)(e)),
         };
+        if self.revision.is_some() {
+            let path = path.display();
+            return Err(Error::Invalid(format!(
+                "{path} is a path on disk, which has no revisions: a revision (--revision) goes with a repository id"
+            )));
+        }
         if metadata.is_dir() { Checkpoint::open_dir(path) } else { safetensors::open_file(path) }
     }
 }
