@@ -1,7 +1,7 @@
 //! The server as a process: how it starts, what it says, and how it ends.
 
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -233,6 +233,31 @@ fn what_cannot_be_is_refused_with_the_reason() {
     assert_eq!(code, Some(3), "{text}");
     let (code, text) = refused(dir.command().args(["--storage-path", "/missing"]));
     assert_eq!(code, Some(3), "{text}");
+}
+
+#[test]
+fn the_log_says_where_a_preload_went_and_that_a_pool_is_too_large() {
+    let dir = Dir::new();
+    fs::write(dir.path("models/m.safetensors"), test_support::safetensors(test_support::header(4), b"data")).unwrap();
+    // What it says until the preload ended, well or not, and what it says of that.
+    let log = |size: &str| {
+        let mut server = dir.start(dir.command().args(["--mem-pool-size", size, "--preload", "m.safetensors"]));
+        let stderr = server.0.as_mut().unwrap().stderr.take().unwrap();
+        let mut before = String::new();
+        for line in BufReader::new(stderr).lines().map(Result::unwrap) {
+            if line.contains("model=m.safetensors") {
+                return (before, line);
+            }
+            before += &line;
+        }
+        panic!("it ended: {before}");
+    };
+    let (before, loaded) = log("32MB");
+    assert!(loaded.contains("loaded") && loaded.contains("target=pool"), "{loaded}");
+    assert!(!before.contains("--mem-pool-size"), "{before}");
+    let (before, failed) = log("100TB");
+    assert!(failed.contains("failed") && failed.contains("target=pool"), "{failed}");
+    assert!(before.contains("lower --mem-pool-size"), "{before}");
 }
 
 #[test]

@@ -107,7 +107,9 @@ impl Store {
     /// Counts what a load read, and logs it.
     pub(crate) fn tell(&self, model: &Model, report: &LoadReport) {
         self.count(report);
-        let (model, target) = (&model.name, report.devices.join(","));
+        // What is only read into the pool goes to no device.
+        let target = if report.devices.is_empty() { "pool".to_owned() } else { report.devices.join(",") };
+        let model = &model.name;
         let (bytes, from_pool, seconds) = (report.read_bytes, report.cached_bytes, report.seconds);
         tracing::info!(%model, %target, bytes, from_pool, seconds, "loaded");
         for note in &report.notes {
