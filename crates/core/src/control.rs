@@ -95,6 +95,19 @@ impl Control {
         }
     }
 
+    /// The same for a part of the work, with so many bytes before it and after it.
+    pub(crate) fn part(&self, before: u64, after: u64) -> Control {
+        let mut part = self.clone();
+        if let Some(tell) = part.progress.take() {
+            let whole = move |Progress { done, total }| {
+                let (done, total) = (done.saturating_add(before), total.saturating_add(before).saturating_add(after));
+                tell(Progress { done, total });
+            };
+            part.progress = Some(Arc::new(whole));
+        }
+        part
+    }
+
     pub(crate) fn meter(&self, total: u64) -> Meter<'_> {
         Meter { control: self, done: AtomicU64::new(0), total }
     }

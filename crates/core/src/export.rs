@@ -55,9 +55,8 @@ pub fn export(store: &Checkpoint, dir: &Path, options: &WorkOptions) -> Result<E
     let target = Target::check(dir, Some(store.path()), false)?;
     let side_files = side_files_of(store)?;
     let files: Vec<TargetFile<'_>> = shards.iter().map(|shard| shard.target_file(store)).collect();
-    let sources = Some(store.files());
     let (written, ()) =
-        build(&target, &files, sources, &side_files, options, |partial, _| match &store.origin().index {
+        build(&target, &files, Some(store), &side_files, options, |partial, _| match &store.origin().index {
             Some(metadata) => partial.write(INDEX_NAME, index_json(metadata, &shards).as_bytes()),
             None => Ok(()),
         })?;

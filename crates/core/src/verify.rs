@@ -34,6 +34,15 @@ pub struct VerifyReport {
     pub gb_per_s: f64,
 }
 
+/// Verifies a store before other work on `more` bytes, and gives the bytes that it read; a corrupt chunk is an error.
+pub(crate) fn verify_before(store: &Checkpoint, options: &WorkOptions, more: u64) -> Result<u64> {
+    let report = verify(store, &options.clone().control(options.control.part(0, more)))?;
+    match report.corrupt.into_iter().next() {
+        Some(fault) => Err(Error::Corrupt(Box::new(fault))),
+        None => Ok(report.bytes),
+    }
+}
+
 /// Reads every chunk of a store and compares it with its checksum. Corrupt chunks are listed in the report, all of them.
 ///
 /// # Errors

@@ -7,7 +7,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use common::{Made, write_safetensors};
-use sllm_core::{Cancel, Checkpoint, Control, ConvertOptions, Dtype, Error, ErrorKind, WorkOptions, convert, verify};
+use sllm_core::{
+    Cancel, Checkpoint, Control, ConvertOptions, Dtype, Error, ErrorKind, Progress, WorkOptions, convert, export,
+    verify,
+};
 use tempfile::{TempDir, tempdir};
 
 const CHUNK: u64 = 4 << 20;
@@ -75,6 +78,37 @@ fn a_flipped_bit_is_found_wherever_it_is() {
     }
     let report = verify(&Checkpoint::open(&path).unwrap(), &WorkOptions::new()).unwrap();
     assert_eq!((report.corrupt.len(), report.chunks, report.bytes), (0, len.div_ceil(CHUNK), len));
+}
+
+#[test]
+fn a_corrupt_store_is_neither_converted_nor_exported() {
+    let (dir, path) = store();
+    let left = |dir: &Path| fs::read_dir(dir).unwrap().count();
+    let before = left(dir.path());
+    flip(&path.join("tensor.data_0"), CHUNK + 7, 3);
+    let store = Checkpoint::open(&path).unwrap();
+    for target in ["again", "out"] {
+        let target = dir.path().join(target);
+        let options = ConvertOptions::new();
+        let error = match target.ends_with("again") {
+            true => convert(&store, &target, &options).map(drop).unwrap_err(),
+            false => export(&store, &target, &WorkOptions::new()).map(drop).unwrap_err(),
+        };
+        let Error::Corrupt(fault) = &error else { panic!("{error}") };
+        assert_eq!((fault.chunk, fault.tensors.as_slice()), (1, &["large".to_owned()][..]));
+    }
+    assert_eq!(left(dir.path()), before, "nothing is left of either");
+
+    flip(&path.join("tensor.data_0"), CHUNK + 7, 3);
+    let seen = std::sync::Arc::new(std::sync::Mutex::new(Vec::new()));
+    let see = std::sync::Arc::clone(&seen);
+    let control = Control::new().on_progress(move |progress| see.lock().unwrap().push(progress));
+    let store = Checkpoint::open(&path).unwrap();
+    export(&store, &dir.path().join("out"), &WorkOptions::new().threads(1).control(control)).unwrap();
+    let seen = seen.lock().unwrap();
+    let total = store.files()[0].len() + fs::metadata(dir.path().join("out/m.safetensors")).unwrap().len();
+    assert!(seen.iter().all(|progress| progress.total == total) && seen.is_sorted_by_key(|progress| progress.done));
+    assert_eq!(seen.last(), Some(&Progress { done: total, total }), "reading and writing are one progress");
 }
 
 #[test]

@@ -27,6 +27,7 @@ use crate::format::manifest::{
     FileEntry, MANIFEST_NAME, MAX_FILE_LEN, Manifest, Source, SourceFile, TensorEntry, data_file_name,
 };
 use crate::format::original::{self, contiguous_strides, strided_len};
+use crate::verify::verify_before;
 use journal::fingerprint;
 use layout::{Bytes, TargetFile, place};
 use side_files::SideFiles;
@@ -104,7 +105,8 @@ pub struct ConvertReport {
 /// # Errors
 /// [`Error::Exists`] without [`ConvertOptions::overwrite`]; [`Error::NoSpace`] before anything is written;
 /// [`Error::Invalid`] where the target lies in the source or is something else than a store; [`Error::Truncated`] and
-/// [`Error::Io`] from the files; [`Error::Cancelled`].
+/// [`Error::Io`] from the files; [`Error::Corrupt`] where the source is a store and a checksum is not right;
+/// [`Error::Cancelled`].
 pub fn convert(source: &Checkpoint, target: &Path, options: &ConvertOptions) -> Result<ConvertReport> {
     convert_in_files_of(MAX_FILE_LEN, source, target, options)
 }
@@ -142,7 +144,7 @@ fn convert_in_files_of(
     };
     let to = Target::check(target, Some(source.path()), options.overwrite)?;
     let side_files = side_files_of(source)?;
-    write_store(content, Some(source.files()), &to, side_files, max_file_len, options)
+    write_store(content, Some(source), &to, side_files, max_file_len, options)
 }
 
 /// The files beside a checkpoint's weights; none where it is a single file.
@@ -222,7 +224,7 @@ struct Content<'a> {
 
 fn write_store(
     content: Content<'_>,
-    sources: Option<&[DataFile]>,
+    from: Option<&Checkpoint>,
     target: &Target,
     side_files: SideFiles,
     max_file_len: u64,
@@ -248,7 +250,7 @@ fn write_store(
         identity = manifest.identity;
         Ok(manifest.tensors.len())
     };
-    let (written, tensors) = build(target, &files, sources, &side_files, &options.work, finish)?;
+    let (written, tensors) = build(target, &files, from, &side_files, &options.work, finish)?;
     let bytes = files.iter().map(|file| file.len).sum();
     let seconds = start.elapsed().as_secs_f64();
     Ok(ConvertReport {
@@ -267,21 +269,29 @@ fn write_store(
 
 /// Writes a whole directory beside its target and puts it there. `finish` writes what depends on the checksums.
 ///
-/// `sources` are the files that are read; with them an interrupted run is taken up again.
+/// `source` is what is read; with it an interrupted run is taken up again. Where it has checksums, they are compared before
+/// anything is written: what is written gets checksums of its own, or none.
 pub(crate) fn build<T>(
     target: &Target,
     files: &[TargetFile<'_>],
-    sources: Option<&[DataFile]>,
+    source: Option<&Checkpoint>,
     side_files: &SideFiles,
     options: &WorkOptions,
     finish: impl FnOnce(&Partial<'_>, &mut Written) -> Result<T>,
 ) -> Result<(Written, T)> {
     options.thread_count()?;
+    let sources = source.map(Checkpoint::files);
     let fingerprint = sources.map(|sources| fingerprint(sources, files));
     let partial = target.begin(fingerprint.as_deref(), files, side_files.len)?;
     let work = || {
         let journal = partial.journal.as_ref();
-        let mut written = write_files(partial.dir(), files, journal, &partial.finished, options)?;
+        let len = files.iter().map(|file| file.len).sum();
+        let read = match source.filter(|source| source.sums().is_some()) {
+            Some(store) => verify_before(store, options, len)?,
+            None => 0,
+        };
+        let options = options.clone().control(options.control.part(read, 0));
+        let mut written = write_files(partial.dir(), files, journal, &partial.finished, &options)?;
         sources.unwrap_or_default().iter().try_for_each(DataFile::check_unchanged)?;
         side_files.copy_to(partial.dir())?;
         let told = finish(&partial, &mut written)?;

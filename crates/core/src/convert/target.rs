@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use super::journal::{Finished, JOURNAL_NAME, Journal};
 use super::layout::TargetFile;
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorKind, Result};
 use crate::format::manifest::{MANIFEST_NAME, is_manifest};
 
 /// End of a partial directory's name; it begins with a dot and the target's name.
@@ -198,9 +198,10 @@ impl Partial<'_> {
         Ok(())
     }
 
-    /// Leaves the directory for a later run; removes it where that could not take it up, or where the disk is full.
+    /// Leaves the directory for a later run; removes it where that could not take it up, where the disk is full, or where
+    /// the source is corrupt.
     pub(crate) fn abandon(&self, error: &Error) {
-        if self.journal.is_none() || error.kind() == crate::error::ErrorKind::NoSpace {
+        if self.journal.is_none() || matches!(error.kind(), ErrorKind::NoSpace | ErrorKind::Corrupt) {
             let _ = fs::remove_dir_all(&self.dir);
         }
     }
