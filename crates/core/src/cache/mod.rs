@@ -2,7 +2,7 @@
 //!
 //! A [`Cache`] is a [`BufferPool`] whose buffers hold chunks of files. A load that is given one
 //! ([`crate::LoaderBuilder::cache`]) copies out of the chunks that are there, and reads the others into it: the buffer
-//! that a read fills is the chunk that stays. Of two loads that want a chunk one reads it and the other waits.
+//! that is filled is the chunk that stays. Of two loads that want a chunk one reads it and the other waits.
 //!
 //! Nothing is freed under a copy: a chunk is an `Arc`, a copy in flight holds one, and evicting only takes the cache's.
 //! Files are known by what they were when they were opened (device, inode, length, time of the last change), not by
