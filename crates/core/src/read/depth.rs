@@ -26,6 +26,8 @@ const ROUNDS: usize = 4;
 /// its end in half a second.
 const WINDOW: Window = Window { time: Duration::from_millis(30), reads: 48 };
 const FIRST_WINDOW: Window = Window { time: Duration::from_millis(10), reads: 24 };
+/// A pause in which nothing was read is counted up to this; after a longer one the window begins anew.
+const PAUSE: Duration = Duration::from_millis(10);
 /// Windows between two trials; twice as many after each that changed nothing, up to the most.
 const HOLD: usize = 40;
 const MOST_HOLD: usize = 160;
@@ -48,6 +50,8 @@ struct State {
     /// Of lanes that read in the order of their tickets: those that read, and the tickets of those that wait.
     reading: usize,
     waiting: BTreeSet<u64>,
+    /// When the last of them ended.
+    rested: Instant,
     /// Reads that were begun before the level was changed, whose ends say nothing of it.
     unsettled: usize,
     /// Of the window: its start, its reads and their bytes.
@@ -62,6 +66,7 @@ impl Default for Depth {
             climb: Climb::default(),
             reading: 0,
             waiting: BTreeSet::new(),
+            rested: Instant::now(),
             unsettled: 0,
             since: Instant::now(),
             reads: 0,
@@ -94,7 +99,7 @@ impl Depth {
         let entered = !waits(&mut state);
         state.waiting.remove(&ticket);
         if entered {
-            if state.reading == 0 {
+            if state.reading == 0 && state.rested.elapsed() > PAUSE {
                 state.begin();
             }
             state.reading += 1;
@@ -109,6 +114,7 @@ impl Depth {
     pub(crate) fn leave(&self, len: u64) {
         let mut state = self.lock();
         state.reading = state.reading.saturating_sub(1);
+        state.rested = Instant::now();
         drop(state);
         self.done(len);
         self.changed.notify_all();
@@ -374,6 +380,18 @@ mod tests {
         });
         assert_eq!(*order.lock().unwrap(), [7, 8, 9]);
         assert!(depth.lock().waiting.is_empty(), "who has given up waits no more");
+    }
+
+    #[test]
+    fn short_pauses_between_reads_do_not_keep_the_level_from_moving() {
+        let depth = Depth::default();
+        let (start, mut ticket) = (Instant::now(), 0);
+        while depth.reads() == LEVELS[FIRST] && start.elapsed() < Duration::from_secs(60) {
+            assert!(depth.enter(ticket, Duration::MAX));
+            depth.leave(1 << 20);
+            ticket += 1;
+        }
+        assert_eq!(depth.reads(), LEVELS[FIRST + 1], "one read at a time, each over before the next");
     }
 
     #[test]
