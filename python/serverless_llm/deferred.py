@@ -6,8 +6,8 @@ native session (file to device, no staging memory, no second copy), which runs w
 memory whose bytes are still under way waits for them first. An operation other than a copy finds the bytes in the mapped
 file.
 
-Not seen are accesses that pass torch's dispatcher (`data_ptr()`, `numpy()`, `tolist()`, kernels that Triton launches
-itself) and operations of other threads.
+Memory that is reached past torch's dispatcher (`data_ptr()`, `numpy()`, a storage) is waited for too, and from then on
+torch itself copies from it and to it, at once. Not seen are operations of other threads, and what was reached so before.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import bisect
 import itertools
 import mmap
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,17 +25,21 @@ import torch
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _native, _session, _torch
+from . import _accesses, _native, _session, _torch
+from ._accesses import address_of, storage_of
 from ._arrays import Placed
 from ._native import Checkpoint
+from ._ranges import Ranges
 from .errors import ReadWriteError
 from .reports import LoadReport
 
 _COPY = torch.ops.aten.copy_.default
-_PLAIN = torch.Tensor.__torch_dispatch__
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 _DENSE = (1,)  # the strides of elements one after another
 _NORESERVE = 0x4000  # the system's MAP_NORESERVE: private pages are written only if an operation changes a tensor
 _AT_ONCE = 256  # tensors that are made at once
+
+_entering = threading.Lock()
 
 Tick = Callable[[int], object]
 
@@ -60,7 +65,7 @@ class _Mapping:
         self.ranges: list[tuple[int, int, int]] = []
         for number, mapped in enumerate(self._maps):
             if mapped is not None:
-                start = torch.frombuffer(mapped, dtype=torch.uint8).data_ptr()
+                start = address_of(torch.frombuffer(mapped, dtype=torch.uint8))
                 self.ranges.append((start, start + len(mapped), number))
 
     def check(self, number: int, end: int) -> None:
@@ -97,9 +102,12 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
     """Moves what is copied out of its tensors by a native session. A context manager.
 
     Destinations are on `device` or on the host. `options` are those of a load (engine, direct, verify, threads,
-    pinned_bytes). Leaving it by an exception stops the session: nothing is written after that. `finish` waits for all
-    bytes and gives the report.
+    pinned_bytes). `finish` waits for all bytes and gives the report; leaving it waits for them too. Leaving it by an
+    exception stops the session: nothing is written after that.
     """
+
+    # Those that are entered, in all threads.
+    _entered: tuple[Deferred, ...] = ()
 
     def __init__(self, device: torch.device, options: dict[str, Any], tick: Tick = lambda done: None) -> None:
         super().__init__()
@@ -116,11 +124,19 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
             self._ids.append(_torch.device_id(device))
             self._cuda = torch.device(self._ids[1])
             self._devices[self._cuda] = 1
-        # Ranges under way, by their storage's address, and the storages: a tensor may be given another one meanwhile.
-        self._pending: dict[int, list[tuple[int, int]]] = {}
+        # Accesses past the dispatcher, which may be another thread's, change what follows too.
+        self._lock = threading.RLock()
+        # What is under way, and the storages that it goes to: their lengths by their addresses, their memory, and
+        # themselves, since a tensor may be given another one meanwhile.
+        self._pending = Ranges()
+        self._lengths: dict[int, int] = {}
+        self._memory = Ranges()
         self._held: list[torch.UntypedStorage] = []
-        # Ranges of the mapped files that an operation has changed.
-        self._changed: list[tuple[int, int]] = []
+        # Memory that torch itself copies from and to: what an operation has changed of the mapped files, and what was
+        # reached past the dispatcher, and may be at any time.
+        self._left = Ranges()
+        # Whether an error of a session was raised.
+        self._failed = False
         # The session of the last copy.
         self._latest: Any = None
         # Whether torch may have queued work, which could be on memory that is copied to.
@@ -150,13 +166,20 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
 
     # --- the way of an operation that is not known for a view ---
 
+    def _wrapped(self, func: Any) -> None:
+        """Called before an operation on tensors of a kind of their own, which is then theirs: its parts come one by one.
+        What of their memory they use otherwise is not seen."""
+        if not _is_view(func):
+            self.arrive()
+
     def _operate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func is _COPY and self._move(args[0], args[1]):
             return args[0]
         if _is_composite(func):  # in inference mode they come whole: look at what they are made of
             super().__enter__()
             try:
-                return func.decompose(*args, **kwargs)
+                # Not `decompose`: that takes a decomposition in Python, where there is one, which may round otherwise.
+                return func._op_dk(_COMPOSITE, *args, **kwargs)
             finally:
                 super().__exit__(None, None, None)
         if _is_view(func):
@@ -170,9 +193,11 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
 
     def _move(self, dst: torch.Tensor, src: torch.Tensor) -> bool:
         """Takes a copy out of a mapped file over; False where it is another kind of copy."""
-        if not src.is_cpu or src.dtype is not dst.dtype or not _is_plain(dst) or not _is_plain(src):
+        if not src.is_cpu or src.dtype is not dst.dtype:
             return False
-        address, target = src.data_ptr(), dst.data_ptr()
+        if src.layout is not torch.strided or dst.layout is not torch.strided:
+            return False
+        address, target = address_of(src), address_of(dst)
         found = self._place(address)
         # What is written to a mapped file is a change of a source.
         if found is None or dst.is_cpu and self._place(target) is not None:
@@ -185,37 +210,54 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
             return False
         if src.shape != dst.shape:
             src = src.expand(dst.shape)
-        item = src.itemsize
-        if self._changed and _meets(self._changed, address, _span(src)):
-            return False
-        storage = dst.untyped_storage()
-        base = storage.data_ptr()
-        if session is not self._latest:
-            # Sessions do not know of each other: what is copied later is written later only within one.
-            if self._pending:
-                self.arrive()
-            self._latest = session
-        if self._queued and self._cuda is not None:
-            torch.cuda.current_stream(self._cuda).synchronize()
-            self._queued = False
-        goal = (device, base, storage.nbytes(), target - base)
-        count = dst.numel()
+        item, count = src.itemsize, dst.numel()
+        if not count:
+            return True
         if dst.is_contiguous() and src.is_contiguous():
             view = ((count,), _DENSE, _DENSE)
             span = count * item
         else:
             view = (src.shape, src.stride(), dst.stride())
             span = _span(dst)
-        if not session.copy(file, address - start, item, *view, *goal):
+        if len(Deferred._entered) > 1 and not self._may_write(target, target + span):
             return False
-        ranges = self._pending.get(base)
-        if ranges is None:
-            self._pending[base] = [(target, target + span)]
-            self.written.add(base)
-        else:
-            ranges.append((target, target + span))
-        self._held.append(storage)
-        self.moved += count * item
+        with self._lock:
+            left = self._left
+            if left and (left.meets(address, address + _span(src)) or left.meets(target, target + span)):
+                return False
+            storage = storage_of(dst)
+            base, length = storage.data_ptr(), storage.nbytes()
+            if session is not self._latest:
+                # Sessions do not know of each other: what is copied later is written later only within one.
+                if self._pending:
+                    self.arrive()
+                self._latest = session
+            # Nor does one know of storages that share memory.
+            if self._lengths.get(base) != length and self._memory.meets(base, base + length):
+                self.arrive()
+            if self._queued and self._cuda is not None:
+                torch.cuda.current_stream(self._cuda).synchronize()
+                self._queued = False
+            if not session.copy(file, address - start, item, *view, device, base, length, target - base):
+                return False
+            if base not in self._lengths:
+                self._lengths[base] = length
+                self._memory.add(base, base + length)
+                self.written.add(base)
+            self._pending.add(target, target + span)
+            self._held.append(storage)
+            self.moved += count * item
+        return True
+
+    def _may_write(self, start: int, end: int) -> bool:
+        """Waits until no other one that is entered writes to a range; False where it maps a file there."""
+        for other in Deferred._entered:
+            if other is not self:
+                if other._place(start) is not None:
+                    return False
+                with other._lock:
+                    if other._pending.meets(start, end):
+                        other.arrive()
         return True
 
     def _place(self, address: int) -> tuple[int, int, int, Any, _Mapping] | None:
@@ -230,21 +272,26 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
         written = _written(func)
         for place, value in (*enumerate(args), *kwargs.items()):
             for tensor in _tensors(value):
-                if tensor.is_meta or tensor.numel() == 0:
+                if tensor.is_meta:
                     continue
-                if not _is_plain(tensor):  # what it does with its memory is not seen
-                    if self._pending:
-                        self.arrive()
+                if tensor.layout is not torch.strided:  # its memory is that of other tensors
+                    self.arrive()
                     continue
-                address, span = tensor.data_ptr(), _span(tensor)
-                if place in written:
-                    self.written.add(tensor.untyped_storage().data_ptr())
-                if self._pending:
-                    ranges = self._pending.get(tensor.untyped_storage().data_ptr())
-                    if ranges and _meets(ranges, address, span):
+                writes = place in written
+                if writes and self._lengths and _may_free(func, place):
+                    with self._lock:
+                        if storage_of(tensor).data_ptr() in self._lengths:
+                            self.arrive()
+                if not tensor.numel():
+                    continue
+                address, span = address_of(tensor), _span(tensor)
+                if writes:
+                    self.written.add(storage_of(tensor).data_ptr())
+                with self._lock:
+                    if self._pending and self._pending.meets(address, address + span):
                         self.arrive()
-                if tensor.device.type == "cpu":
-                    self._touch(func, tensor, address, span, place in written)
+                    if tensor.device.type == "cpu":
+                        self._touch(func, tensor, address, span, writes)
 
     def _touch(self, func: Any, tensor: torch.Tensor, address: int, span: int, writes: bool) -> None:
         """Notes an operation on bytes of a mapped file."""
@@ -257,7 +304,21 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
         if self._options["verify"]:
             self._verify(session, file, address - start, span)
         if writes:
-            self._changed.append((address, address + span))
+            self._left.add(address, address + span)
+
+    def _reached(self, tensor: torch.Tensor) -> None:
+        """Called before memory is reached past the dispatcher, in any thread."""
+        try:
+            storage = storage_of(tensor)
+            start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+        except (NotImplementedError, RuntimeError):  # it has none, or none of its own
+            self.arrive()
+            return
+        with self._lock:
+            if self._pending.meets(start, end):
+                self.arrive()
+            if start != end and start:
+                self._left.add(start, end)
 
     def _verify(self, session: Any, file: int, offset: int, span: int) -> None:
         """Reads bytes once more, by the session, which compares their checksums."""
@@ -270,14 +331,24 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
 
     def arrive(self) -> None:
         """Waits for all bytes that are under way."""
-        for _, session in self._sources:
-            self._wait(session)
+        with self._lock:
+            for _, session in self._sources:
+                self._wait(session)
+            self._forget()
+
+    def _forget(self) -> None:
         self._pending.clear()
+        self._lengths.clear()
+        self._memory.clear()
         self._held.clear()
 
     def _wait(self, session: Any) -> None:
         start = time.perf_counter()
-        _session.wait(session, lambda: self._tick(self._read_bytes()))
+        try:
+            _session.wait(session, lambda: self._tick(self._read_bytes()))
+        except BaseException:
+            self._failed = True
+            raise
         self.waited_s += time.perf_counter() - start
 
     def _read_bytes(self) -> int:
@@ -300,15 +371,29 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
             text += f"; read through the mapped files: {operations}"
         return text
 
+    def __enter__(self) -> Any:
+        super().__enter__()
+        with _entering:
+            Deferred._entered = (*Deferred._entered, self)
+        _accesses.watch(self._reached)
+        return self
+
     def __exit__(self, *exc: Any) -> None:
-        for _, session in self._sources:
-            session.close()
-        self._sources.clear()
-        self._ranges.clear()
-        self._starts.clear()
-        self._pending.clear()
-        self._held.clear()
-        super().__exit__(*exc)
+        try:
+            if exc[0] is None and not self._failed:
+                self.arrive()
+        finally:
+            with self._lock:
+                for _, session in self._sources:
+                    session.close()
+                self._sources.clear()
+                self._ranges.clear()
+                self._starts.clear()
+                self._forget()
+            _accesses.unwatch(self._reached)
+            with _entering:
+                Deferred._entered = tuple(other for other in Deferred._entered if other is not self)
+            super().__exit__(*exc)
 
 
 def _span(tensor: torch.Tensor) -> int:
@@ -317,22 +402,6 @@ def _span(tensor: torch.Tensor) -> int:
         return tensor.numel() * tensor.itemsize
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
     return (last + 1) * tensor.itemsize if tensor.numel() else 0
-
-
-def _meets(ranges: list[tuple[int, int]], address: int, span: int) -> bool:
-    return any(start < address + span and address < end for start, end in ranges)
-
-
-_dispatches: dict[type, bool] = {torch.Tensor: True}
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether it is memory and nothing more: no subclass that gives operations a meaning of its own."""
-    of = type(tensor)
-    plain = _dispatches.get(of)
-    if plain is None:
-        plain = _dispatches[of] = of.__torch_dispatch__ is _PLAIN
-    return plain and tensor.layout is torch.strided
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -380,3 +449,9 @@ def _written(func: Any) -> frozenset[int | str]:
         places = frozenset([i for i, _ in arguments] + [a.name for _, a in arguments])
         _writes[func] = places
     return places
+
+
+def _may_free(func: Any, place: int | str) -> bool:
+    """Whether an operation may give an argument that it writes other memory."""
+    # Those that are given by name are what results go to.
+    return isinstance(place, str) or func._schema.name.startswith(("aten::resize", "aten::set_"))

@@ -41,15 +41,22 @@ impl ViewsFirst {
 
     /// Does a view, or calls the subclass's `_operate(operation, args, kwargs)`; `_operate_uncompiled` where torch's
     /// compiler would else look at what that does.
-    #[pyo3(signature = (operation, _types, args, kwargs=None))]
+    ///
+    /// Where one of `types`, which are those of arguments, does operations in its own way, it is left to that, after
+    /// `_wrapped(operation)`.
+    #[pyo3(signature = (operation, types, args, kwargs=None))]
     fn __torch_dispatch__<'py>(
         slf: &Bound<'py, Self>,
         operation: &Bound<'py, PyAny>,
-        _types: &Bound<'py, PyAny>,
+        types: &Bound<'py, PyAny>,
         args: &Bound<'py, PyTuple>,
         kwargs: Option<&Bound<'py, PyDict>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = slf.py();
+        if types.len()? > 0 && !are_plain(types)? {
+            slf.call_method1(intern!(py, "_wrapped"), (operation,))?;
+            return Ok(py.NotImplemented().into_bound(py));
+        }
         let view = {
             let views = slf.get().views.lock_py_attached(py).unwrap_or_else(PoisonError::into_inner);
             views.get(&operation.as_ptr().addr()).map(|view| view.call.clone_ref(py))
@@ -61,6 +68,21 @@ impl ViewsFirst {
         let kwargs = kwargs.map_or_else(|| PyDict::new(py), Clone::clone);
         slf.call_method1(operate, (operation, args, kwargs))
     }
+}
+
+/// Whether operations on tensors of all these types are torch's.
+fn are_plain(types: &Bound<'_, PyAny>) -> PyResult<bool> {
+    static PLAIN: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    let py = types.py();
+    let name = intern!(py, "__torch_dispatch__");
+    let find = || py.import("torch")?.getattr("Tensor")?.getattr(name).map(Bound::unbind);
+    let plain = PLAIN.get_or_try_init(py, find)?;
+    for of in types.try_iter()? {
+        if !of?.getattr(name)?.is(plain) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Whether torch's compiler may look at what this thread runs in Python. True where torch does not tell.

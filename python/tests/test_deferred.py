@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import copy
+import ctypes
 import json
 import os
+import pickle
 import random
+import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ from serverless_llm import _native
 
 torch = pytest.importorskip("torch")
 deferred = pytest.importorskip("serverless_llm.deferred")
+Pair = pytest.importorskip("programs").Pair
 
 OPTIONS = {"engine": "auto", "direct": None, "verify": False, "threads": None, "pinned_bytes": None}
 ENGINES = ["auto", "pread", "mapped", "uring"]
@@ -74,144 +80,6 @@ def numbers_store(numbers: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def opened(path: Path) -> Any:
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     return _native.open_files(path, files) if files else _native.open(path)
-
-
-# --- the same program, run on ordinary tensors and on deferred ones ---
-
-
-class Program:
-    """A random sequence of operations; the same seed and the same shapes give the same one."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-        self.parameters: list[Any] = []
-        self.seen: list[Any] = []
-
-    def run(self, tensors: Iterator[tuple[str, Any]], steps: int) -> None:
-        sources: list[Any] = []
-        for _, tensor in sorted(tensors, key=lambda pair: pair[0]):
-            sources.append(tensor)
-        kinds = sorted({str(tensor.dtype): tensor.dtype for tensor in sources}.items())
-        self.parameters = [torch.zeros(20_000, dtype=dtype) for _, dtype in kinds]
-        for _ in range(steps):
-            source = self.random.choice(sources)
-            for _ in range(self.random.randrange(4)):
-                source = self.view(source)
-            choice = self.random.random()
-            if choice < 0.6:
-                self.copy(source)
-            elif choice < 0.7:
-                self.change(source)
-            elif choice < 0.85:
-                self.change(self.place(self.random.choice(self.parameters), [self.random.randrange(1, 300)]))
-            elif choice < 0.92:
-                self.seen.append(torch.cat([source.flatten()[:50]]))
-            else:
-                parameter = self.random.choice(self.parameters)
-                at = self.random.randrange(len(parameter))
-                self.seen.append(torch.tensor(parameter[at].item()))
-
-    def view(self, tensor: Any) -> Any:
-        """Another view of the same bytes."""
-        pick = self.random.randrange(13)
-        dims = tensor.dim()
-        dim = self.random.randrange(dims) if dims else 0
-        size = tensor.shape[dim] if dims else 1
-        if pick == 0 and dims > 1:
-            return tensor.transpose(0, dims - 1)
-        if pick == 1:
-            return tensor.unsqueeze(0).expand(self.random.randrange(1, 4), *tensor.shape)
-        if pick == 2:
-            return tensor.squeeze()
-        if pick == 3 and tensor.is_contiguous() and dims:
-            return tensor.view(-1)
-        if pick == 4 and dims and tensor.stride(-1) == 1:
-            return tensor.view(torch.uint8)
-        if pick == 5:
-            return tensor.detach()
-        if not dims or not size:
-            return tensor
-        if pick == 6:
-            return tensor.select(dim, self.random.randrange(size))
-        if pick == 7:
-            return self.random.choice(tensor.chunk(self.random.randrange(1, 4), dim))
-        if pick == 8:
-            return self.random.choice(tensor.split(self.random.randrange(1, size + 1), dim))
-        if pick == 9:
-            return tensor[:: self.random.randrange(1, 4)]
-        if pick == 10:
-            return self.random.choice(tensor.unbind(dim))
-        if pick == 11:
-            return tensor.movedim(dim, 0)
-        start = self.random.randrange(size)
-        return tensor.narrow(dim, start, self.random.randrange(1, size - start + 1))
-
-    def place(self, parameter: Any, shape: list[int]) -> Any:
-        """A view of this shape somewhere in a parameter: its dimensions in any order, with gaps between rows."""
-        order = list(range(len(shape)))
-        if self.random.random() < 0.3:
-            self.random.shuffle(order)
-        for gap in (self.random.choice([0, 0, 0, 1, 17]), 0):
-            strides = [0] * len(shape)
-            step = 1
-            for number, dim in enumerate(reversed(order)):
-                strides[dim] = step
-                step *= max(shape[dim], 1)
-                step += gap if number == 0 else 0
-            if step <= len(parameter):
-                break
-        start = self.random.choice([0, self.random.randrange(len(parameter) - step + 1)])
-        return parameter.as_strided(shape, strides, start)
-
-    def copy(self, source: Any) -> None:
-        same = [parameter for parameter in self.parameters if parameter.dtype is source.dtype]
-        parameter = self.random.choice(same if same and self.random.random() < 0.85 else self.parameters)
-        shape = list(source.shape)
-        if len(shape) < 3 and self.random.random() < 0.15:
-            shape.insert(0, 2)  # the copy repeats it
-        if torch.Size(shape).numel() <= len(parameter):
-            self.place(parameter, shape).copy_(source)
-
-    def change(self, tensor: Any) -> None:
-        if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride())):
-            return
-        pick = self.random.randrange(4)
-        if pick == 0:
-            tensor.zero_()
-        elif pick == 1:
-            tensor.add_(1)
-        elif pick == 2:
-            tensor.copy_(tensor.flip(0) if tensor.dim() else tensor + 1)
-        else:
-            same = [p for p in self.parameters if p.dtype is tensor.dtype and len(p) >= tensor.numel()]
-            if same:
-                tensor.copy_(self.place(self.random.choice(same), list(tensor.shape)).clone())
-
-
-@pytest.mark.parametrize("layout", ["numbers", "numbers_store"])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_random_programs_do_the_same(layout: str, engine: str, request: pytest.FixtureRequest) -> None:
-    path = request.getfixturevalue(layout)
-    if engine == "uring" and not uring_works(path):
-        pytest.skip("io_uring is refused here")
-    checkpoint = opened(path)
-    verify = layout == "numbers_store" and engine != "mapped"  # which has no buffers to take checksums of
-    moved = read_through = 0
-    for number in range(40):
-        seed = number + 1000 * ENGINES.index(engine)
-        theirs, ours = Program(seed), Program(seed)
-        ordinary = sllm.load(path, device="cpu", framework="torch")
-        theirs.run(iter([(name, tensor.clone()) for name, tensor in ordinary.items()]), 60)
-        inference = torch.inference_mode(number % 4 == 1)  # composite operations then come whole
-        with inference, session(engine=engine, verify=verify and number % 2 == 0) as mode:
-            ours.run(mode.tensors(checkpoint), 60)
-            mode.finish()
-            moved += mode.moved
-            read_through += sum(mode.read_through.values())
-        for a, b in zip(theirs.parameters + theirs.seen, ours.parameters + ours.seen, strict=True):
-            assert a.dtype is b.dtype and raw(a) == raw(b), f"seed {seed}"
-    # Both ways were gone.
-    assert moved > 40 * 1000 and read_through > 40 * 1000
 
 
 # --- one thing at a time ---
@@ -332,6 +200,171 @@ def test_memory_under_way_stays_when_its_tensor_gets_other_memory(tmp_path: Path
     assert parameter.tolist() == [1, 1]
 
 
+def test_memory_that_two_storages_share_is_one_memory(numbers: Path) -> None:
+    matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"].flatten()
+    parameter = torch.zeros(40 * 96)
+    rest = torch.from_numpy(parameter.numpy()[96:])
+    with session() as mode:
+        source = dict(mode.tensors(opened(numbers)))["matrix.float32"].flatten()
+        parameter.copy_(source)
+        seen = rest.clone()
+        parameter.copy_(source)
+        rest[:96].copy_(source[:96])
+        mode.finish()
+        assert mode.moved == 2 * parameter.nbytes + 96 * 4
+    assert raw(seen) == raw(matrix[96:])
+    assert raw(parameter) == raw(torch.cat([matrix[:96], matrix[:96], matrix[192:]]))
+
+
+def test_memory_that_is_replaced_has_what_was_under_way_to_it(numbers: Path) -> None:
+    matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"].flatten()
+    ways: list[Callable[[Any], Any]] = [
+        lambda memory: memory[:96].resize_(9000),
+        lambda memory: torch.add(torch.ones(9000), 1, out=memory[:0].resize_(0)),
+        lambda memory: memory.untyped_storage().resize_(50_000),
+    ]
+    for number, way in enumerate(ways):
+        with session() as mode:
+            source = dict(mode.tensors(opened(numbers)))["matrix.float32"].flatten()
+            memory = torch.zeros(41 * 96)
+            memory[96:].copy_(source)
+            assert mode.moved == 40 * 96 * 4
+            way(memory)
+            mode.finish()
+        written = 9000 if number == 1 else 0
+        assert raw(memory[max(96, written) :]) == raw(matrix[max(0, written - 96) :]), number
+
+
+PAST_THE_DISPATCHER: dict[str, Callable[[Any], bytes]] = {
+    "numpy": lambda t: bytes(t.numpy().tobytes()),
+    "tolist": lambda t: raw(torch.tensor(t.tolist())),
+    "data_ptr": lambda t: ctypes.string_at(t.data_ptr(), t.nbytes),
+    "storage": lambda t: bytes(t.untyped_storage().tolist()),
+    "deepcopy": lambda t: raw(copy.deepcopy(t)),
+    "pickle": lambda t: raw(pickle.loads(pickle.dumps(t))),
+    "dlpack": lambda t: raw(torch.from_dlpack(t)),
+}
+
+
+@pytest.mark.parametrize("way", PAST_THE_DISPATCHER)
+def test_memory_reached_past_the_dispatcher_has_its_bytes(way: str, numbers: Path) -> None:
+    matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"]
+    found = []
+    with session() as mode:
+        parameter = torch.zeros(40, 96)
+        parameter.copy_(dict(mode.tensors(opened(numbers)))["matrix.float32"])
+        assert mode.moved == parameter.nbytes
+        thread = threading.Thread(target=lambda: found.append(PAST_THE_DISPATCHER[way](parameter)))
+        thread.start()
+        thread.join()
+        mode.finish()
+    assert found == [raw(matrix)]
+
+
+def test_what_is_written_past_the_dispatcher_is_not_lost(numbers: Path) -> None:
+    methods = {name: getattr(torch.Tensor, name) for name in ("numpy", "data_ptr", "__dlpack__")}
+    with session() as mode:
+        source = dict(mode.tensors(opened(numbers)))["matrix.float32"]
+        plain, parameter, other = source.clone(), torch.zeros(40, 96), torch.zeros(40, 96)
+        array, seen = parameter.numpy(), []
+        source.numpy()[3] = 9
+        other.copy_(source)
+        parameter.copy_(source)
+        seen.append(array.copy())
+        array[:] = 7
+        mode.finish()
+    plain[3] = 9
+    assert raw(other) == raw(plain) == seen[0].tobytes()
+    assert (parameter == 7).all()
+    # torch is as before.
+    assert {name: getattr(torch.Tensor, name) for name in methods} == methods
+    assert "numpy" not in vars(torch.Tensor)
+
+
+def test_operations_of_a_subclass_are_seen_part_by_part(numbers: Path) -> None:
+    matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"]
+    with session() as mode:
+        source = dict(mode.tensors(opened(numbers)))["matrix.float32"]
+        first, second, changed = (torch.zeros(40, 96) for _ in range(3))
+        Pair(first, second).copy_(source)
+        assert mode.moved == 2 * source.nbytes
+        total = Pair(first, second).add(1)
+        Pair(source, torch.zeros(40, 96)).add_(1)
+        changed.copy_(source)
+        mode.finish()
+    assert raw(first) == raw(second) == raw(matrix)
+    assert raw(total.a) == raw(changed) == raw(matrix + 1)
+
+
+def test_what_is_entered_within_another_one_keeps_its_order(numbers: Path) -> None:
+    matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"]
+    parameter, changed = torch.zeros(40, 96), torch.zeros(40, 96)
+    with session() as outer:
+        source = dict(outer.tensors(opened(numbers)))["matrix.float32"]
+        parameter.copy_(source)
+        with session() as inner:
+            other = dict(inner.tensors(opened(numbers)))["matrix.float32"]
+            parameter[:10].copy_(other[10:20])
+            source[:10].copy_(other[20:30])
+            inner.finish()
+        changed.copy_(source)
+        outer.finish()
+    assert raw(parameter) == raw(torch.cat([matrix[10:20], matrix[10:]]))
+    assert raw(changed) == raw(torch.cat([matrix[20:30], matrix[10:]]))
+
+
+def test_leaving_waits_for_what_is_under_way(numbers: Path) -> None:
+    parameter = torch.zeros(40, 96)
+    with session() as mode:
+        for name, tensor in mode.tensors(opened(numbers)):
+            if name == "matrix.float32":
+                parameter.copy_(tensor)
+                break
+    assert raw(parameter) == raw(sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"])
+
+
+def test_two_threads_load_at_once(numbers: Path, numbers_store: Path) -> None:
+    theirs = sllm.load(numbers, device="cpu", framework="torch")
+
+    def load(path: Path) -> dict[str, Any]:
+        ours = {}
+        with session() as mode:
+            for name, tensor in mode.tensors(opened(path)):
+                ours[name] = torch.zeros_like(tensor)
+                ours[name].copy_(tensor)
+                if tensor.numel() > 1000:
+                    ours[name][3:5].add_(1)
+            mode.finish()
+        return ours
+
+    expected = {name: tensor.clone() for name, tensor in theirs.items()}
+    for tensor in expected.values():
+        if tensor.numel() > 1000:
+            tensor[3:5].add_(1)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        for ours in threads.map(load, [numbers, numbers_store] * 4):
+            assert {name: raw(tensor) for name, tensor in ours.items()} == {n: raw(t) for n, t in expected.items()}
+    assert "numpy" not in vars(torch.Tensor)
+
+
+def test_an_iterator_that_ends_in_another_thread_forgets_no_copy(numbers: Path) -> None:
+    theirs = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"]
+    for _ in range(20):
+        with session() as mode:
+            tensors = mode.tensors(opened(numbers))
+            source = next(tensor for name, tensor in tensors if name == "matrix.float32")
+            rest = threading.Thread(target=list, args=(tensors,))
+            rest.start()
+            parameters = [torch.zeros(40, 96) for _ in range(30)]
+            sums = []
+            for parameter in parameters:
+                parameter.copy_(source)
+                sums.append(parameter.sum())
+            rest.join()
+            mode.finish()
+        assert all(total == theirs.sum() for total in sums)
+
+
 def test_a_changed_source_is_not_read_from_the_file(numbers: Path) -> None:
     with session() as mode:
         tensors = dict(mode.tensors(opened(numbers)))
@@ -386,6 +419,7 @@ def test_conversion_scalars_and_nothing(numbers: Path) -> None:
         scalar.copy_(tensors["scalar.float32"])
         repeated.copy_(tensors["row.float32"])
         torch.zeros(0, 9).copy_(tensors["empty.float32"])
+        torch.zeros(0, 500).copy_(tensors["row.float32"])
         assert mode.moved == 4 + repeated.nbytes
         with pytest.raises(RuntimeError, match="size"):
             torch.zeros(3, 3).copy_(tensors["matrix.float32"])
