@@ -7,12 +7,13 @@ memory whose bytes are still under way waits for them first. An operation other 
 file.
 
 Memory that is reached past torch's dispatcher (`data_ptr()`, `numpy()`, a storage) is waited for too, and from then on
-torch itself copies from it and to it, at once. Not seen are operations of other threads, and what was reached so before.
+torch itself copies from it and to it, at once. Not seen are other threads' operations, and what was reached so before.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import mmap
 import os
@@ -30,11 +31,12 @@ from ._accesses import address_of, storage_of
 from ._arrays import Placed
 from ._native import Checkpoint
 from ._ranges import Ranges
-from .errors import ReadWriteError
+from .errors import FormatError, ReadWriteError
 from .reports import LoadReport
 
 _COPY = torch.ops.aten.copy_.default
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
+_LAZY = torch._C.DispatchKeySet(torch._C.DispatchKey.Negative) | torch._C.DispatchKeySet(torch._C.DispatchKey.Conjugate)
 _DENSE = (1,)  # the strides of elements one after another
 _NORESERVE = 0x4000  # the system's MAP_NORESERVE: private pages are written only if an operation changes a tensor
 _AT_ONCE = 256  # tensors that are made at once
@@ -61,6 +63,7 @@ class _Mapping:
             except OSError as e:
                 path = os.path.join(checkpoint.path, checkpoint.files[number][0])
                 raise ReadWriteError(f"{path}: cannot be mapped: {e}") from e
+        self._times = [os.fstat(fd).st_mtime_ns for fd in self._descriptors]
         # First and last address, and number, of each file.
         self.ranges: list[tuple[int, int, int]] = []
         for number, mapped in enumerate(self._maps):
@@ -74,6 +77,14 @@ class _Mapping:
         if size < end:
             path = os.path.join(self.checkpoint.path, self.checkpoint.files[number][0])
             raise ReadWriteError(f"{path}: ends at byte {size}, before byte {end}: it was cut after it was opened")
+
+    def check_unwritten(self) -> None:
+        """Raises where a file was written to since. Sessions look at what they move themselves."""
+        for fd, time_ns, (name, size) in zip(self._descriptors, self._times, self.checkpoint.files):
+            now = os.fstat(fd)
+            if (now.st_mtime_ns, now.st_size) != (time_ns, size):
+                path = os.path.join(self.checkpoint.path, name)
+                raise FormatError(f"{path}: it was changed while it was read; start again")
 
     def tensors(self, selected: list[int] | None) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors, in the order of the files; all, or those at these places."""
@@ -167,8 +178,8 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
     # --- the way of an operation that is not known for a view ---
 
     def _wrapped(self, func: Any) -> None:
-        """Called before an operation on tensors of a kind of their own, which is then theirs: its parts come one by one.
-        What of their memory they use otherwise is not seen."""
+        """Called before an operation on tensors of a kind of their own, which is then theirs: its parts come one by
+        one. What of their memory they use otherwise is not seen."""
         if not _is_view(func):
             self.arrive()
 
@@ -179,7 +190,8 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
             super().__enter__()
             try:
                 # Not `decompose`: that takes a decomposition in Python, where there is one, which may round otherwise.
-                return func._op_dk(_COMPOSITE, *args, **kwargs)
+                with _negating(args, kwargs):
+                    return func._op_dk(_COMPOSITE, *args, **kwargs)
             finally:
                 super().__exit__(None, None, None)
         if _is_view(func):
@@ -355,8 +367,11 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
         return sum(session.read_bytes() for _, session in self._sources)
 
     def finish(self) -> list[LoadReport]:
-        """Waits for all bytes, and gives a report for each checkpoint of which some were moved."""
+        """Waits for all bytes, and gives a report for each checkpoint of which some were moved. Raises where a file
+        was written to meanwhile."""
         self.arrive()
+        for mapping, _ in self._sources:
+            mapping.check_unwritten()
         reports = [report for _, session in self._sources for report in _session.finish(session)]
         self._sources.clear()
         self._ranges.clear()
@@ -451,7 +466,17 @@ def _written(func: Any) -> frozenset[int | str]:
     return places
 
 
-def _may_free(func: Any, place: int | str) -> bool:
+def _negating(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Lets torch negate and conjugate tensors that are yet to be, which it leaves out under a mode: it has done so
+    before, but for an operation that comes whole."""
+    tensors = itertools.chain.from_iterable(map(_tensors, (*args, *kwargs.values())))
+    if not any(tensor.is_neg() or tensor.is_conj() for tensor in tensors):
+        return contextlib.nullcontext()
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._ForceDispatchKeyGuard(included, excluded - _LAZY)
+
+
+def _may_free(func: Any, place: object) -> bool:
     """Whether an operation may give an argument that it writes other memory."""
     # Those that are given by name are what results go to.
     return isinstance(place, str) or func._schema.name.startswith(("aten::resize", "aten::set_"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -51,8 +52,6 @@ def raw(array: Any) -> bytes:
 @pytest.fixture(scope="session")
 def safetensors_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file that the safetensors library wrote, with every dtype."""
-    import json
-
     path = tmp_path_factory.mktemp("source") / "model.safetensors"
     # The library's own serializer takes few dtypes by name, so that the header is written here; the library reads it
     # back, which checks it.
@@ -76,6 +75,40 @@ def store(safetensors_file: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     path = tmp_path_factory.mktemp("store") / "store"
     sllm.convert(safetensors_file, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def numbers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files of small numbers, which every order of additions gives the same sum of."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("numbers")
+    generator = torch.Generator().manual_seed(7)
+    shapes = {"matrix": (40, 96), "experts": (3, 20, 64), "row": (500,), "scalar": (), "empty": (0, 9), "one": (1, 1)}
+    for number, dtypes in enumerate([(torch.float32, torch.bfloat16), (torch.uint8, torch.int64, torch.float64)]):
+        tensors = {
+            f"{name}.{str(dtype)[6:]}": torch.randint(0, 5, shape, generator=generator).to(dtype)
+            for name, shape in shapes.items()
+            for dtype in dtypes
+        }
+        save_file(tensors, folder / f"model-{number}.safetensors")
+    names = {name: info.file for name, info in opened(folder).items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def numbers_store(numbers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("numbers_store") / "store"
+    sllm.convert(numbers, path)
+    return path
+
+
+def opened(path: Path) -> Any:
+    """A checkpoint: a store, or all safetensors files of a folder."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    return _native.open_files(path, files) if files else _native.open(path)
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

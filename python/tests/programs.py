@@ -82,7 +82,7 @@ class Program:
     def attempt(self, function: Callable[..., Any], *args: Any) -> Any:
         try:
             return function(*args)
-        except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as e:
+        except Exception as e:  # the other way must raise it too
             return type(e).__name__
 
     def view(self, tensor: Any) -> Any:
@@ -366,12 +366,12 @@ READS: Named = [
         ("asarray", past(lambda p, t: np.asarray(t.detach()).tobytes())),
         ("data_ptr", past(lambda p, t: ctypes.string_at(t.data_ptr(), t.itemsize))),
         ("storage", past(lambda p, t: t.untyped_storage()[t.storage_offset() * t.itemsize])),
-        ("deepcopy", past(lambda p, t: copy.deepcopy(t.detach()))),
+        ("deepcopy", past(lambda p, t: copy.deepcopy(t.detach().as_subclass(torch.Tensor)))),
         ("pickle", past(lambda p, t: pickle.loads(pickle.dumps(t.detach().as_subclass(torch.Tensor))))),
         ("save", past(saved)),
         ("vmap", lambda p, t: torch.vmap(lambda t: torch.zeros_like(t).copy_(t))(t)),
         ("gradient", gradient),
-        ("sparse", lambda p, t: t.to_sparse().to_dense()),
+        ("sparse", lambda p, t: t.as_subclass(torch.Tensor).to_sparse().to_dense()),
         ("pair", lambda p, t: Pair(t, t)),
     ]
 ]

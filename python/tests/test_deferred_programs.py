@@ -26,8 +26,8 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file whose tensors begin at any byte, and a store of the same: small numbers, which every order of additions gives
-    the same sum of."""
+    """A file whose tensors begin at any byte, and a store of the same: small numbers, which every order of additions
+    gives the same sum of."""
     generator = torch.Generator().manual_seed(7)
     header, body = {}, b""
     forms = [(shape, dtype) for shape in programs.SHAPES for dtype in programs.DTYPES]
@@ -51,8 +51,9 @@ def state(value: Any) -> Any:
         return state(value.a), state(value.b)
     if not isinstance(value, torch.Tensor):
         return value
+    value = value.detach().to_dense()
     form = (value.dtype, value.shape, value.stride())
-    return form, raw(torch.zeros(value.shape, dtype=value.dtype).copy_(value.detach()))
+    return form, raw(torch.zeros(value.shape, dtype=value.dtype).copy_(value))
 
 
 def compare(seed: int, folder: Path, steps: int = STEPS) -> Any:

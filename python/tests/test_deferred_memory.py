@@ -1,0 +1,209 @@
+"""Whatever reaches the memory of parameters and of deferred tensors finds there what ordinary tensors would have."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import ctypes
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import opened, raw
+
+import serverless_llm as sllm
+
+torch = pytest.importorskip("torch")
+deferred = pytest.importorskip("serverless_llm.deferred")
+Pair = pytest.importorskip("programs").Pair
+
+OPTIONS = {"engine": "auto", "direct": None, "verify": False, "threads": None, "pinned_bytes": None}
+
+
+def session() -> Any:
+    """Deferred tensors with parameters on the host."""
+    return deferred.Deferred(torch.device("cpu"), OPTIONS)
+
+
+def test_memory_under_way_stays_when_its_tensor_gets_other_memory(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(16 << 20, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    parameter = torch.nn.Parameter(torch.zeros(16 << 20, dtype=torch.uint8), requires_grad=False)
+    with session() as mode:
+        for _, tensor in mode.tensors(opened(tmp_path)):
+            parameter.copy_(tensor)
+            memory = weakref.ref(mode._held[-1])
+            parameter.data = torch.ones(2, dtype=torch.uint8)
+            assert memory() is not None and memory().nbytes() == 16 << 20
+        mode.finish()
+    assert parameter.tolist() == [1, 1]
+
+
+def test_memory_that_two_storages_share_is_one_memory(numbers: Path) -> None:
+    matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"].flatten()
+    parameter = torch.zeros(40 * 96)
+    rest = torch.from_numpy(parameter.numpy()[96:])
+    with session() as mode:
+        source = dict(mode.tensors(opened(numbers)))["matrix.float32"].flatten()
+        parameter.copy_(source)
+        seen = rest.clone()
+        parameter.copy_(source)
+        rest[:96].copy_(source[:96])
+        mode.finish()
+        assert mode.moved == 2 * parameter.nbytes + 96 * 4
+    assert raw(seen) == raw(matrix[96:])
+    assert raw(parameter) == raw(torch.cat([matrix[:96], matrix[:96], matrix[192:]]))
+
+
+def test_memory_that_is_replaced_has_what_was_under_way_to_it(numbers: Path) -> None:
+    matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"].flatten()
+    ways: list[Callable[[Any], Any]] = [
+        lambda memory: memory[:96].resize_(9000),
+        lambda memory: torch.add(torch.ones(9000), 1, out=memory[:0].resize_(0)),
+        lambda memory: memory.untyped_storage().resize_(50_000),
+    ]
+    for number, way in enumerate(ways):
+        with session() as mode:
+            source = dict(mode.tensors(opened(numbers)))["matrix.float32"].flatten()
+            memory = torch.zeros(41 * 96)
+            memory[96:].copy_(source)
+            assert mode.moved == 40 * 96 * 4
+            way(memory)
+            mode.finish()
+        written = 9000 if number == 1 else 0
+        assert raw(memory[max(96, written) :]) == raw(matrix[max(0, written - 96) :]), number
+
+
+PAST_THE_DISPATCHER: dict[str, Callable[[Any], bytes]] = {
+    "numpy": lambda t: bytes(t.numpy().tobytes()),
+    "tolist": lambda t: raw(torch.tensor(t.tolist())),
+    "data_ptr": lambda t: ctypes.string_at(t.data_ptr(), t.nbytes),
+    "storage": lambda t: bytes(t.untyped_storage().tolist()),
+    "deepcopy": lambda t: raw(copy.deepcopy(t)),
+    "pickle": lambda t: raw(pickle.loads(pickle.dumps(t))),
+    "dlpack": lambda t: raw(torch.from_dlpack(t)),
+}
+
+
+@pytest.mark.parametrize("way", PAST_THE_DISPATCHER)
+def test_memory_reached_past_the_dispatcher_has_its_bytes(way: str, numbers: Path) -> None:
+    matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"]
+    found = []
+    with session() as mode:
+        parameter = torch.zeros(40, 96)
+        parameter.copy_(dict(mode.tensors(opened(numbers)))["matrix.float32"])
+        assert mode.moved == parameter.nbytes
+        thread = threading.Thread(target=lambda: found.append(PAST_THE_DISPATCHER[way](parameter)))
+        thread.start()
+        thread.join()
+        mode.finish()
+    assert found == [raw(matrix)]
+
+
+def test_what_is_written_past_the_dispatcher_is_not_lost(numbers: Path) -> None:
+    methods = {name: getattr(torch.Tensor, name) for name in ("numpy", "data_ptr", "__dlpack__")}
+    with session() as mode:
+        source = dict(mode.tensors(opened(numbers)))["matrix.float32"]
+        plain, parameter, other = source.clone(), torch.zeros(40, 96), torch.zeros(40, 96)
+        array, seen = parameter.numpy(), []
+        source.numpy()[3] = 9
+        other.copy_(source)
+        parameter.copy_(source)
+        seen.append(array.copy())
+        array[:] = 7
+        mode.finish()
+    plain[3] = 9
+    assert raw(other) == raw(plain) == seen[0].tobytes()
+    assert (parameter == 7).all()
+    # torch is as before.
+    assert {name: getattr(torch.Tensor, name) for name in methods} == methods
+    assert "numpy" not in vars(torch.Tensor)
+
+
+def test_operations_of_a_subclass_are_seen_part_by_part(numbers: Path) -> None:
+    matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"]
+    with session() as mode:
+        source = dict(mode.tensors(opened(numbers)))["matrix.float32"]
+        first, second, changed = (torch.zeros(40, 96) for _ in range(3))
+        Pair(first, second).copy_(source)
+        assert mode.moved == 2 * source.nbytes
+        total = Pair(first, second).add(1)
+        Pair(source, torch.zeros(40, 96)).add_(1)
+        changed.copy_(source)
+        mode.finish()
+    assert raw(first) == raw(second) == raw(matrix)
+    assert raw(total.a) == raw(changed) == raw(matrix + 1)
+
+
+def test_what_is_entered_within_another_one_keeps_its_order(numbers: Path) -> None:
+    matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"]
+    parameter, changed = torch.zeros(40, 96), torch.zeros(40, 96)
+    with session() as outer:
+        source = dict(outer.tensors(opened(numbers)))["matrix.float32"]
+        parameter.copy_(source)
+        with session() as inner:
+            other = dict(inner.tensors(opened(numbers)))["matrix.float32"]
+            parameter[:10].copy_(other[10:20])
+            source[:10].copy_(other[20:30])
+            inner.finish()
+        changed.copy_(source)
+        outer.finish()
+    assert raw(parameter) == raw(torch.cat([matrix[10:20], matrix[10:]]))
+    assert raw(changed) == raw(torch.cat([matrix[20:30], matrix[10:]]))
+
+
+def test_leaving_waits_for_what_is_under_way(numbers: Path) -> None:
+    parameter = torch.zeros(40, 96)
+    with session() as mode:
+        for name, tensor in mode.tensors(opened(numbers)):
+            if name == "matrix.float32":
+                parameter.copy_(tensor)
+                break
+    assert raw(parameter) == raw(sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"])
+
+
+def test_two_threads_load_at_once(numbers: Path, numbers_store: Path) -> None:
+    theirs = sllm.load(numbers, device="cpu", framework="torch")
+
+    def load(path: Path) -> dict[str, Any]:
+        ours = {}
+        with session() as mode:
+            for name, tensor in mode.tensors(opened(path)):
+                ours[name] = torch.zeros_like(tensor)
+                ours[name].copy_(tensor)
+                if tensor.numel() > 1000:
+                    ours[name][3:5].add_(1)
+            mode.finish()
+        return ours
+
+    expected = {name: tensor.clone() for name, tensor in theirs.items()}
+    for tensor in expected.values():
+        if tensor.numel() > 1000:
+            tensor[3:5].add_(1)
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        for ours in threads.map(load, [numbers, numbers_store] * 4):
+            assert {name: raw(tensor) for name, tensor in ours.items()} == {n: raw(t) for n, t in expected.items()}
+    assert "numpy" not in vars(torch.Tensor)
+
+
+def test_an_iterator_that_ends_in_another_thread_forgets_no_copy(numbers: Path) -> None:
+    theirs = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"]
+    for _ in range(20):
+        with session() as mode:
+            tensors = mode.tensors(opened(numbers))
+            source = next(tensor for name, tensor in tensors if name == "matrix.float32")
+            rest = threading.Thread(target=list, args=(tensors,))
+            rest.start()
+            parameters = [torch.zeros(40, 96) for _ in range(30)]
+            sums = []
+            for parameter in parameters:
+                parameter.copy_(source)
+                sums.append(parameter.sum())
+            rest.join()
+            mode.finish()
+        assert all(total == theirs.sum() for total in sums)
