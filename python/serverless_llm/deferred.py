@@ -319,7 +319,7 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
             self._left.add(address, address + span)
 
     def _reached(self, tensor: torch.Tensor) -> None:
-        """Called before memory is reached past the dispatcher, in any thread."""
+        """Called before memory is reached past the dispatcher, in any thread: perhaps by work that is queued."""
         try:
             storage = storage_of(tensor)
             start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
@@ -331,10 +331,11 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
                 self.arrive()
             if start != end and start:
                 self._left.add(start, end)
+            self._queued = True
 
     def _verify(self, session: Any, file: int, offset: int, span: int) -> None:
         """Reads bytes once more, by the session, which compares their checksums."""
-        scratch = torch.empty(span, dtype=torch.uint8, device="cpu").untyped_storage()
+        scratch = storage_of(torch.empty(span, dtype=torch.uint8, device="cpu"))
         self._held.append(scratch)
         session.copy(file, offset, 1, [span], [1], [1], 0, scratch.data_ptr(), span, 0)
         self._wait(session)

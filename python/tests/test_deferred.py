@@ -346,7 +346,7 @@ def test_an_exception_stops_the_session(numbers: Path) -> None:
     # The copy had not begun: so little gathers until someone waits.
     assert not parameter.any()
     # torch is as before.
-    assert torch.ones(3).sum() == 3
+    assert torch.ones(3).sum() == 3 and "numpy" not in vars(torch.Tensor)
 
 
 @pytest.fixture
