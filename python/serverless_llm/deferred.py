@@ -290,7 +290,7 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
                     self.arrive()
                     continue
                 writes = place in written
-                if writes and self._lengths and _may_free(func, place):
+                if self._lengths and (writes and _may_free(func, place) or _reads_around(func)):
                     with self._lock:
                         if storage_of(tensor).data_ptr() in self._lengths:
                             self.arrive()
@@ -475,6 +475,12 @@ def _negating(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return contextlib.nullcontext()
     included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     return torch._C._ForceDispatchKeyGuard(included, excluded - _LAZY)
+
+
+def _reads_around(func: Any) -> bool:
+    """Whether an operation may read memory of a storage beside the tensor's: the bytes between rows, or anywhere."""
+    name = func._schema.name
+    return name == "aten::copy" or name.startswith("aten::as_strided") or name.endswith("_scatter")
 
 
 def _may_free(func: Any, place: object) -> bool:

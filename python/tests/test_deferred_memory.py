@@ -79,6 +79,17 @@ def test_memory_that_is_replaced_has_what_was_under_way_to_it(numbers: Path) -> 
         assert raw(memory[max(96, written) :]) == raw(matrix[max(0, written - 96) :]), number
 
 
+def test_an_operation_may_read_beside_its_tensor(numbers: Path) -> None:
+    matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"].flatten()
+    with session() as mode:
+        memory = torch.zeros(41 * 96)
+        memory[96:].copy_(dict(mode.tensors(opened(numbers)))["matrix.float32"].flatten())
+        beside = torch.as_strided_copy(memory[:1], (96,), (1,), 96)
+        mode.finish()
+        assert mode.moved == matrix.nbytes
+    assert raw(beside) == raw(matrix[:96])
+
+
 PAST_THE_DISPATCHER: dict[str, Callable[[Any], bytes]] = {
     "numpy": lambda t: bytes(t.numpy().tobytes()),
     "tolist": lambda t: raw(torch.tensor(t.tolist())),
