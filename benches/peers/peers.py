@@ -134,7 +134,9 @@ def main() -> int:
     args = parse()
     began = time.monotonic()
     results = Results(args.out, args.device, args.resume)
-    results.data["commands"].append(" ".join(["peers.py", "WORKDIR", *(a for a in sys.argv[1:] if a != args.work)]))
+    # Paths of this host tell nobody anything.
+    told = [os.path.basename(a) if a == args.out else a for a in sys.argv[1:] if a != args.work]
+    results.data["commands"].append(" ".join(["peers.py", "WORKDIR", *told]))
     with_store = any(LOADERS[peer].kind == "store" for peer in args.peers)
     for model in args.models:
         inputs.prepare(os.path.join(args.work, model.replace(":", "-")), model, with_store)

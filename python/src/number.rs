@@ -18,11 +18,7 @@ pub(crate) fn threads_of(value: &Bound<'_, PyAny>) -> PyResult<Option<usize>> {
 fn refused(value: &Bound<'_, PyAny>, what: &str, error: PyErr) -> PyErr {
     let py = value.py();
     if error.is_instance_of::<PyOverflowError>(py) {
-        named(
-            py,
-            "InvalidError",
-            &format!("{value} is no number of {what}: give 0 or more, at most what 64 bits can count"),
-        )
+        named(py, "InvalidError", &format!("{value} is no number of {what}"))
     } else {
         error
     }

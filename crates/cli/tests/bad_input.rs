@@ -203,7 +203,7 @@ fn names_of_files_do_not_command_a_terminal() {
         "{:?}",
         ran.stdout
     );
-    for word in ["inspect", "verify", "prefetch"] {
+    for word in ["inspect", "verify", "prefetch", "load"] {
         assert!(!run(word, &[&fixture.path("st\u{1b}ore")], &[]).stdout.contains('\u{1b}'), "{word}");
     }
     fs::write(fixture.path("bad\u{1b}.safetensors"), "").unwrap();

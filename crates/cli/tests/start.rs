@@ -255,7 +255,7 @@ fn the_log_says_where_a_preload_went_and_that_a_pool_is_too_large() {
     let (before, loaded) = log("32MB");
     assert!(loaded.contains("loaded") && loaded.contains("target=pool"), "{loaded}");
     assert!(!before.contains("--mem-pool-size"), "{before}");
-    let (before, failed) = log("100TB");
+    let (before, failed) = log("1000TB");
     assert!(failed.contains("failed") && failed.contains("target=pool"), "{failed}");
     assert!(before.contains("lower --mem-pool-size"), "{before}");
 }

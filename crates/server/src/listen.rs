@@ -76,10 +76,7 @@ impl Listener {
                          SLLM_STORE_TOKEN), or listen on 127.0.0.1"
                     )));
                 }
-                addresses
-                    .into_iter()
-                    .map(|address| bind_tcp(address).map(|(tcp, got)| Listener::Tcp(tcp, got)))
-                    .collect()
+                Ok(bind_all(addresses)?.into_iter().map(|(tcp, got)| Listener::Tcp(tcp, got)).collect())
             }
         }
     }
@@ -106,12 +103,30 @@ fn resolve(host: &str, port: u16) -> Result<Vec<SocketAddr>> {
 /// Listens for those who ask for metrics.
 pub(crate) fn bind_metrics(address: &Address) -> Result<Vec<TcpListener>> {
     match address {
-        Address::Tcp { host, port } => {
-            resolve(host, *port)?.into_iter().map(|address| bind_tcp(address).map(|(tcp, _)| tcp)).collect()
-        }
+        Address::Tcp { host, port } => Ok(bind_all(resolve(host, *port)?)?.into_iter().map(|(tcp, _)| tcp).collect()),
         Address::Unix(_) => {
             Err(Error::Invalid(format!("metrics are served by TCP: --metrics-listen takes HOST:PORT, not {address}")))
         }
+    }
+}
+
+/// Listens on the TCP addresses of one name. Of several, those are left out that this machine does not have, such as
+/// `::1` of `localhost` where IPv6 is off.
+fn bind_all(mut addresses: Vec<SocketAddr>) -> Result<Vec<(TcpListener, SocketAddr)>> {
+    addresses.sort_unstable();
+    addresses.dedup();
+    let (mut bound, mut missing) = (Vec::new(), None);
+    for address in addresses {
+        match bind_tcp(address) {
+            Err(Error::Io { source, what, path }) if source.kind() == io::ErrorKind::AddrNotAvailable => {
+                missing = Some(Error::Io { source, what, path });
+            }
+            result => bound.push(result?),
+        }
+    }
+    match missing {
+        Some(error) if bound.is_empty() => Err(error),
+        _ => Ok(bound),
     }
 }
 
@@ -201,6 +216,16 @@ mod tests {
     use std::os::unix::net::UnixStream;
 
     use super::*;
+
+    #[test]
+    fn of_a_names_addresses_those_are_taken_that_are_here() {
+        // 192.0.2.0/24 is nobody's (RFC 5737).
+        let (here, twice, away) = ("127.0.0.1:0", "127.0.0.1:0", "192.0.2.1:0");
+        let addresses = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect();
+        assert_eq!(bind_all(addresses(&[away, here, twice])).unwrap().len(), 1);
+        let error = bind_all(addresses(&[away])).unwrap_err();
+        assert!(error.chain().contains("192.0.2.1"), "{}", error.chain());
+    }
 
     #[test]
     fn a_left_socket_is_replaced_and_a_live_one_is_not() {

@@ -108,6 +108,8 @@ def left_empty(model: Any, loaded: set[str], written: set[int]) -> set[str]:
     vLLM's own check passes over every layer that has a method of quantisation with something to do after the load, and
     an unquantised one has such a method too.
     """
+    from .._accesses import storage_of
+
     names = list(model.named_parameters(remove_duplicate=False))
     filled = {id(parameter) for name, parameter in names if name in loaded}
     kinds = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
@@ -116,7 +118,7 @@ def left_empty(model: Any, loaded: set[str], written: set[int]) -> set[str]:
         for name, module in model.named_modules()
         if type(getattr(module, "quant_method", None)).__name__ in kinds
         for own, parameter in module.named_parameters(recurse=False)
-        if id(parameter) not in filled and parameter.untyped_storage().data_ptr() not in written
+        if id(parameter) not in filled and storage_of(parameter).data_ptr() not in written
     }
 
 

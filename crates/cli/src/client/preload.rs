@@ -35,11 +35,14 @@ pub(super) fn run(args: &PreloadArgs, session: &Session) -> Result<Answer, Fault
         let seconds = started.elapsed().as_secs_f64();
         preloaded.models.push(Row { model, bytes: progress.total, resident: None, seconds, pinned: args.pin });
     }
-    let (listed, below) = (client.list()?, PathBuf::from(client.status()?.storage_path));
-    for row in &mut preloaded.models {
-        // An absolute path stays what it is.
-        let place = below.join(row.model);
-        row.resident = listed.iter().find(|model| below.join(&model.name) == place).map(|model| model.resident);
+    // The models are there: that the server does not say more is no failure of theirs.
+    if let (Ok(listed), Ok(status)) = (client.list(), client.status()) {
+        let below = PathBuf::from(status.storage_path);
+        for row in &mut preloaded.models {
+            // An absolute path stays what it is.
+            let place = below.join(row.model);
+            row.resident = listed.iter().find(|model| below.join(&model.name) == place).map(|model| model.resident);
+        }
     }
     Ok(session.answer(&preloaded, || preloaded.models.iter().map(text).collect())?)
 }
@@ -48,8 +51,12 @@ fn text(row: &Row<'_>) -> String {
     let Row { model, bytes, resident, seconds, pinned } = row;
     let pinned = if *pinned { ", pinned" } else { "" };
     let bytes = match resident {
-        Some(resident) if resident < bytes => format!("{} of {}", human(*resident), human(*bytes)),
-        _ => human(*bytes),
+        Some(resident) if resident < bytes => {
+            format!("{} of {} in the server's memory", human(*resident), human(*bytes))
+        }
+        Some(_) => format!("{} in the server's memory", human(*bytes)),
+        // Whether they are still there is not known.
+        None => format!("{} read by the server", human(*bytes)),
     };
-    format!("{}: {bytes} in the server's memory{pinned}, in {seconds:.2} s\n", printable(model))
+    format!("{}: {bytes}{pinned}, in {seconds:.2} s\n", printable(model))
 }

@@ -190,6 +190,33 @@ fn two_loads_at_once_read_a_file_once() {
 }
 
 #[test]
+fn loads_at_once_read_past_the_page_cache_by_small_buffers() {
+    // Where the build directory is, files can be read directly.
+    let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    let checkpoint = Checkpoint::open(model(dir.path(), "a", (5 << 20) + 17, 1)).unwrap();
+    for chunks in [2, 20, 100] {
+        // Chunks of four steps.
+        let cache = Cache::new(64 << 10, chunks * (64 << 10), None).unwrap();
+        let builder = Loader::builder().cache(cache.clone()).direct(Some(true));
+        let loader = builder.clone().build().unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..3 {
+                scope.spawn(|| load_whole(&loader, &checkpoint));
+            }
+            let cancel = crate::Cancel::new();
+            let stop = cancel.clone();
+            let control = crate::Control::new().cancelled_by(cancel).on_progress(move |_| stop.cancel());
+            let stopped = builder.clone().control(control).build().unwrap().fill_cache(&checkpoint);
+            assert!(stopped.is_err() || chunks == 100, "others may have read all of it");
+        });
+        let report = load_whole(&loader, &checkpoint);
+        let missed = report.engines.iter().find(|engine| engine.source == "disk");
+        assert_eq!(missed.is_some(), chunks < 100, "{report}");
+        assert!(missed.is_none_or(|engine| (engine.engine, engine.direct) == ("pread", true)), "{report}");
+    }
+}
+
+#[test]
 fn a_load_that_gives_up_leaves_its_chunks_to_those_that_wait() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = Checkpoint::open(model(dir.path(), "a", 50 * CHUNK, 1)).unwrap();

@@ -280,17 +280,17 @@ pub(crate) fn build<T>(
     finish: impl FnOnce(&Partial<'_>, &mut Written) -> Result<T>,
 ) -> Result<(Written, T)> {
     options.thread_count()?;
+    let len = files.iter().map(|file| file.len).sum();
+    let read = match source.filter(|source| source.sums().is_some()) {
+        Some(store) => verify_before(store, options, len)?,
+        None => 0,
+    };
+    let options = options.clone().control(options.control.part(read, 0));
     let sources = source.map(Checkpoint::files);
     let fingerprint = sources.map(|sources| fingerprint(sources, files));
     let partial = target.begin(fingerprint.as_deref(), files, side_files.len)?;
     let work = || {
         let journal = partial.journal.as_ref();
-        let len = files.iter().map(|file| file.len).sum();
-        let read = match source.filter(|source| source.sums().is_some()) {
-            Some(store) => verify_before(store, options, len)?,
-            None => 0,
-        };
-        let options = options.clone().control(options.control.part(read, 0));
         let mut written = write_files(partial.dir(), files, journal, &partial.finished, &options)?;
         sources.unwrap_or_default().iter().try_for_each(DataFile::check_unchanged)?;
         side_files.copy_to(partial.dir())?;

@@ -198,10 +198,9 @@ impl Partial<'_> {
         Ok(())
     }
 
-    /// Leaves the directory for a later run; removes it where that could not take it up, where the disk is full, or where
-    /// the source is corrupt.
+    /// Leaves the directory for a later run; removes it where that could not take it up, or where the disk is full.
     pub(crate) fn abandon(&self, error: &Error) {
-        if self.journal.is_none() || matches!(error.kind(), ErrorKind::NoSpace | ErrorKind::Corrupt) {
+        if self.journal.is_none() || error.kind() == ErrorKind::NoSpace {
             let _ = fs::remove_dir_all(&self.dir);
         }
     }

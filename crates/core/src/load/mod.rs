@@ -304,8 +304,8 @@ impl Loader {
             None => self.stages(&blocks).then_some(Governor::Depth(&staging.depth)),
         };
         let mut shares = choose(checkpoint.files(), missing, &devices, &self.wishes, governor)?;
-        if !cached.is_empty() {
-            shares.push(choose::cached(cached, &devices, &self.wishes));
+        if let Some(cache) = self.cache.as_ref().filter(|_| !cached.is_empty()) {
+            shares.push(choose::cached(cached, &devices, &self.wishes, cache.bounce()));
         }
         let plan_s = started.elapsed().as_secs_f64();
 

@@ -343,7 +343,7 @@ impl fmt::Display for LoadReport {
             writeln!(f, "  pinned {:.1} MB of staging memory", self.pinned_bytes as f64 / 1e6)?;
         }
         if let Some(node) = self.numa_node {
-            writeln!(f, "  near NUMA node {node}")?;
+            writeln!(f, "  devices at NUMA node {node}")?;
         }
         for note in &self.notes {
             writeln!(f, "  note: {note}")?;

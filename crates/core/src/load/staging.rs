@@ -159,7 +159,7 @@ mod tests {
             assert_eq!(seen, HashSet::from([vec![all[0]]]));
             // Memory of node 0 is refused where a container has not the right to ask.
             assert!(report.notes.iter().all(|note| note.contains("NUMA node 0")) && refusals(&report) <= 1);
-            assert!(report.to_string().contains("near NUMA node 0"));
+            assert!(report.to_string().contains("devices at NUMA node 0"));
         }
         let (report, seen) = load(dir.path(), &[0], 3);
         assert_eq!((report.numa_node, stayed(&report)), (Some(0), 1), "three lanes are too many: {:?}", report.notes);

@@ -17,8 +17,8 @@ use crate::checkpoint::DataFile;
 use crate::error::Result;
 use crate::pool::BufferPool;
 
-/// Bytes of a buffer, and of a read.
-const STEP_LEN: usize = 1 << 20;
+/// Bytes of a buffer, and of a read; few in tests, whose pieces then take several.
+const STEP_LEN: usize = if cfg!(test) { 16 << 10 } else { 1 << 20 };
 /// Buffers: for all reads, and as many that are copied from. Only those that are needed get memory.
 const BUFFERS: usize = 2 * MOST_READS;
 /// A lane that waits for its turn looks so often whether its load was stopped.
@@ -68,5 +68,71 @@ impl Bounce {
             place[..got].copy_from_slice(&buffer.as_slice()[..got]);
         }
         Ok(answer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+    use crate::plan::Piece;
+    use crate::read::{Filled, Room};
+
+    /// A load that was stopped: who waits is told.
+    struct Stopped;
+
+    impl Sink for Stopped {
+        fn room(&mut self, _piece: &Piece) -> Result<Room> {
+            Err(Error::Cancelled)
+        }
+        fn has_room(&mut self) -> bool {
+            false
+        }
+        fn filled(&mut self, _piece: &Piece, _filled: Filled) -> Result<()> {
+            Err(Error::Cancelled)
+        }
+        fn check(&self) -> Result<()> {
+            Err(Error::Cancelled)
+        }
+        fn note(&self, _note: String) {}
+    }
+
+    #[test]
+    fn errors_give_the_turn_back_and_who_waits_is_stopped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, [7; 8192]).unwrap();
+        let file = DataFile::open(&path, "f", true).unwrap();
+        let bounce = Bounce::new().unwrap();
+        let mut memory = [0; 8192];
+        let mut read = |offset: u64| {
+            let request = Request { offset, at: 4096, len: 4096, direct: false };
+            bounce.read(bounce.ticket(), &file, request, &mut memory, &Stopped)
+        };
+        for _ in 0..2 * MOST_READS {
+            assert_eq!(read(u64::MAX).unwrap(), Err(Errno::INVAL), "no such place");
+        }
+        assert_eq!(read(4096).unwrap(), Ok(4096));
+        assert_eq!(memory[..4096], [0; 4096]);
+        assert_eq!(memory[4096..], [7; 4096]);
+
+        while bounce.depth.enter(bounce.ticket(), Duration::ZERO) {}
+        let request = Request { offset: 0, at: 0, len: 4096, direct: false };
+        let stopped = bounce.read(bounce.ticket(), &file, request, &mut memory, &Stopped);
+        assert!(matches!(stopped, Err(Error::Cancelled)));
+    }
+
+    #[test]
+    fn where_all_buffers_are_in_use_bytes_are_read_to_their_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, [9; 4096]).unwrap();
+        let file = DataFile::open(&path, "f", true).unwrap();
+        let bounce = Bounce::new().unwrap();
+        let _held: Vec<_> = std::iter::from_fn(|| bounce.pool.try_acquire()).collect();
+        let mut memory = [0; 4096];
+        let request = Request { offset: 0, at: 0, len: 4096, direct: false };
+        assert_eq!(bounce.read(0, &file, request, &mut memory, &Stopped).unwrap(), Ok(4096));
+        assert_eq!(memory, [9; 4096]);
     }
 }

@@ -34,8 +34,6 @@ const COLD_LANES: usize = 8;
 /// Buffers of a thread where it is found out: the copy of the buffer is waited for, since one that is used again is in a
 /// cache, the host's too.
 pub const COLD_BUFFERS: usize = 1;
-/// Threads that read into a cache by small buffers: each holds a chunk, while fewer may read.
-const BOUNCE_LANES: usize = 16;
 /// Buffers of a pread lane: one is filled while the other is copied. More leave the processor's cache.
 pub const PREAD_BUFFERS: usize = 2;
 
@@ -87,12 +85,17 @@ const CACHED_LANES: usize = 2;
 const CACHED_LANES_HOST: usize = 8;
 
 /// The share of pieces that are in the cache.
-pub(crate) fn cached<'a>(pieces: Vec<&'a Piece>, devices: &[Device], wishes: &Wishes) -> Share<'a> {
+pub(crate) fn cached<'a>(
+    pieces: Vec<&'a Piece>,
+    devices: &[Device],
+    wishes: &Wishes,
+    bounce: &Arc<Bounce>,
+) -> Share<'a> {
     let copies = devices.iter().any(Device::is_host) || wishes.verify;
     let wanted = wishes.threads.unwrap_or(if copies { processors().min(CACHED_LANES_HOST) } else { CACHED_LANES });
     Share {
         engine: Box::new(Cached {
-            pread: Pread { direct: wishes.direct == Some(true), pace: Pace::Free, faults: None },
+            pread: Pread { direct: wishes.direct == Some(true), pace: Pace::Bounce(Arc::clone(bounce)), faults: None },
         }),
         name: "cache",
         direct: false,
@@ -322,7 +325,7 @@ fn share<'a>(
                 _ if warm => (processors().min(MAX_LANES), PREAD_BUFFERS, Pace::Free),
                 None => (COLD_LANES, PREAD_BUFFERS, Pace::Free),
                 Some(Governor::Depth(depth)) => (MOST_READS, COLD_BUFFERS, Pace::Turns(Turns::new(Arc::clone(depth)))),
-                Some(Governor::Bounce(bounce)) => (BOUNCE_LANES, PREAD_BUFFERS, Pace::Bounce(Arc::clone(bounce))),
+                Some(Governor::Bounce(bounce)) => (MOST_READS, PREAD_BUFFERS, Pace::Bounce(Arc::clone(bounce))),
             };
             let lanes = lanes(wanted);
             let engine = Box::new(Pread { direct, pace, faults: None });

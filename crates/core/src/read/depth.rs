@@ -5,9 +5,9 @@
 //! (`docs/benchmarks.md`, "Disk"), the others idle with few. So a share begins with some, tries more and fewer in turn with
 //! them, since a disk's rate moves by itself too, goes where it is faster, and tries again now and then.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Reads in flight that are tried.
@@ -49,7 +49,7 @@ struct State {
     climb: Climb,
     /// Of lanes that read in the order of their tickets: those that read, and the tickets of those that wait.
     reading: usize,
-    waiting: BTreeSet<u64>,
+    waiting: BTreeMap<u64, Arc<Condvar>>,
     /// When the last of them ended.
     rested: Instant,
     /// Reads that were begun before the level was changed, whose ends say nothing of it.
@@ -65,7 +65,7 @@ impl Default for Depth {
         let state = State {
             climb: Climb::default(),
             reading: 0,
-            waiting: BTreeSet::new(),
+            waiting: BTreeMap::new(),
             rested: Instant::now(),
             unsettled: 0,
             since: Instant::now(),
@@ -90,24 +90,22 @@ impl Depth {
     /// Waits until as few read as the disk wants, and no ticket that waits is older, for so long.
     pub(crate) fn enter(&self, ticket: u64, limit: Duration) -> bool {
         let mut state = self.lock();
-        state.waiting.insert(ticket);
-        let waits = |state: &mut State| {
-            state.reading >= state.climb.reads() || state.waiting.first().is_some_and(|&first| first < ticket)
-        };
-        let waited = self.changed.wait_timeout_while(state, limit, waits);
-        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        let entered = !waits(&mut state);
+        if !state.may_enter(ticket) {
+            let turn = Arc::new(Condvar::new());
+            state.waiting.insert(ticket, Arc::clone(&turn));
+            let waited = turn.wait_timeout_while(state, limit, |state| !state.may_enter(ticket));
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let enters = state.may_enter(ticket);
         state.waiting.remove(&ticket);
-        if entered {
+        if enters {
             if state.reading == 0 && state.rested.elapsed() > PAUSE {
                 state.begin();
             }
             state.reading += 1;
         }
-        drop(state);
-        // Another one is the oldest now.
-        self.changed.notify_all();
-        entered
+        state.call_oldest();
+        enters
     }
 
     /// Ends a read that was entered, of so many bytes.
@@ -117,7 +115,7 @@ impl Depth {
         state.rested = Instant::now();
         drop(state);
         self.done(len);
-        self.changed.notify_all();
+        self.lock().call_oldest();
     }
 
     /// Whether lane `number` of those that have one read in flight at most may read. Waits for that as long as this, or
@@ -159,6 +157,7 @@ impl Depth {
         (state.reads, state.bytes, state.since) = (0, 0, Instant::now());
         if state.climb.reads() != before {
             state.unsettled = before.max(state.climb.reads());
+            state.call_oldest();
             drop(state);
             self.changed.notify_all();
         }
@@ -170,6 +169,21 @@ impl Depth {
 }
 
 impl State {
+    /// Whether one more may read, and none that waits is older.
+    fn may_enter(&self, ticket: u64) -> bool {
+        let is_oldest = self.waiting.first_key_value().is_none_or(|(&oldest, _)| oldest >= ticket);
+        is_oldest && self.reading < self.climb.reads()
+    }
+
+    /// Wakes the one whose turn it is, and no other: there may be many.
+    fn call_oldest(&self) {
+        if let Some((&oldest, turn)) = self.waiting.first_key_value()
+            && self.may_enter(oldest)
+        {
+            turn.notify_one();
+        }
+    }
+
     fn begin(&mut self) {
         self.unsettled = self.climb.reads();
         (self.reads, self.bytes) = (0, 0);
