@@ -69,7 +69,7 @@ pub use format::PAGE;
 pub use load::{EngineReport, LoadReport, Loaded, Loader, LoaderBuilder, Remote, RemoteReport, Session, TensorView};
 pub use plan::{BlockSpec, Filter, LoadPlan, Piece, PieceCopy, Placed, Placement, PlanOptions, Segment, Strided};
 pub use pool::{BufferPool, HostBuffer};
-pub use prefetch::{PrefetchEnd, PrefetchOptions, PrefetchReport, prefetch};
+pub use prefetch::{PrefetchEnd, PrefetchOptions, PrefetchReport, free_memory, prefetch};
 pub use read::EngineChoice;
 pub use size::parse_size;
 pub use verify::{VerifyReport, verify};

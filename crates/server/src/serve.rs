@@ -35,8 +35,12 @@ pub fn serve(config: Config) -> Result<()> {
         };
         let pool = config.pool_len;
         let server = Server::bind(config)?;
-        if let Some(machine) = machine_memory().filter(|machine| pool > *machine) {
-            tracing::warn!(pool, machine, "the pool may have more bytes than this machine has memory: lower --mem-pool-size");
+        if let Some(free) = sllm_core::free_memory().filter(|free| pool > *free) {
+            tracing::warn!(
+                pool,
+                free,
+                "the pool may take more memory than is free here, or in this control group: lower --mem-pool-size"
+            );
         }
         let addresses = server.addresses();
         tracing::info!(addresses = %addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "), "listening");
@@ -60,13 +64,6 @@ pub fn serve(config: Config) -> Result<()> {
     // A thread that hangs in the kernel does not keep the process.
     runtime.shutdown_background();
     result
-}
-
-/// Bytes of memory that this machine has; `None` where the system does not say.
-fn machine_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
-    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// Takes all descriptors that the system allows: every client has some, and every model keeps its files open.

@@ -297,7 +297,12 @@ impl LoadReport {
 impl fmt::Display for LoadReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let gb = |bytes: u64| bytes as f64 / 1e9;
-        writeln!(f, "loaded {} ({}) to {}", self.path, self.layout, self.devices.join(", "))?;
+        write!(f, "loaded {} ({})", self.path, self.layout)?;
+        // Without bytes to move there is no device.
+        if !self.devices.is_empty() {
+            write!(f, " to {}", self.devices.join(", "))?;
+        }
+        writeln!(f)?;
         let (bytes, rate) = (gb(self.bytes), self.gb_per_s());
         // Of a session, which is told of rows, the number is not known.
         let tensors = if self.tensors > 0 { format!(", {} tensors", self.tensors) } else { String::new() };

@@ -7,6 +7,8 @@
 mod pace;
 mod room;
 
+pub use room::free_memory;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};

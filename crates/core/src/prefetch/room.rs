@@ -5,12 +5,17 @@ use std::path::Path;
 
 /// Bytes that may be read into the page cache; `None` where the system does not say.
 pub(super) fn available() -> Option<u64> {
+    // Some is left to those who start at the same time.
+    free_memory().map(|free| free / 10 * 9)
+}
+
+/// Bytes of memory that this process may still take, by the system and by the limits of its control group; the page cache
+/// counts as free. `None` where the system does not say.
+pub fn free_memory() -> Option<u64> {
     let of_system = fs::read_to_string("/proc/meminfo").ok().and_then(|text| meminfo(&text));
     let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     let of_group = group(Path::new("/sys/fs/cgroup"), &own);
-    let least = [of_system, of_group].into_iter().flatten().min()?;
-    // Some is left to those who start at the same time.
-    Some(least / 10 * 9)
+    [of_system, of_group].into_iter().flatten().min()
 }
 
 /// `MemAvailable` of `/proc/meminfo`, in bytes.
