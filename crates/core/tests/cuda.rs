@@ -159,9 +159,9 @@ fn pieces_of_a_device_wait_for_no_other_device() {
     let second = [Made::new("b", Dtype::U8, &[1 << 20])];
     write_sharded(dir.path(), &[("1.safetensors", &first), ("2.safetensors", &second)]);
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    driver.set_delay(Duration::from_secs(2));
+    driver.set_delay(Duration::from_secs(5));
     // The lane waits for its first copy when the deadline passes.
-    let control = Control::new().until(Instant::now() + Duration::from_secs(1));
+    let control = Control::new().until(Instant::now() + Duration::from_secs(3));
     let devices = vec![Device::cuda(0).unwrap(), Device::cuda(1).unwrap()];
     let loader = Loader::builder().devices(devices).engine(EngineChoice::Mapped).threads(1).control(control);
     let placed = |info: &sllm_core::TensorInfo| usize::from(info.name == "b");
