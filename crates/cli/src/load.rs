@@ -8,7 +8,7 @@ use sllm_core::{Device, EngineChoice, Error, LoadReport, Loader, LoaderBuilder, 
 
 use crate::args::LoadArgs;
 use crate::client;
-use crate::output::{Answer, Fault, Session, printable};
+use crate::output::{Answer, Fault, Session, printable_lines};
 
 /// One load's report, with the rate that people compare.
 #[derive(Serialize)]
@@ -100,9 +100,7 @@ fn builder(args: &LoadArgs, device: Device) -> Result<LoaderBuilder> {
 
 impl Measured {
     fn text(&self) -> String {
-        let lines =
-            |report: &LoadReport| report.to_string().lines().map(|line| printable(line) + "\n").collect::<String>();
-        let mut text: String = self.runs.iter().map(|run| lines(&run.report)).collect();
+        let mut text: String = self.runs.iter().map(|run| printable_lines(&run.report.to_string())).collect();
         if self.runs.len() > 1 {
             let Median { seconds, gb_per_s } = self.median;
             text += &format!("median of {} runs: {seconds:.3} s, {gb_per_s:.2} GB/s\n", self.runs.len());

@@ -117,7 +117,7 @@ impl Fault {
             text.push('\n');
         }
         // Names of files may hold anything; lines are our own.
-        let text = escaped(&text, |c| c != '\n');
+        let text = printable_lines(&text);
         // Nobody is left to be told that standard error is closed.
         let _ = io::stderr().write_all(text.as_bytes());
     }
@@ -221,6 +221,11 @@ fn write(body: &str) -> io::Result<()> {
 /// Text from a file, for a terminal: control characters are escaped.
 pub(crate) fn printable(text: &str) -> String {
     escaped(text, |_| true)
+}
+
+/// The same of several lines, whose ends stay.
+pub(crate) fn printable_lines(text: &str) -> String {
+    escaped(text, |c| c != '\n')
 }
 
 /// A path, for a terminal.
