@@ -4,7 +4,7 @@
                                    [--tensor-parallel 2] [--pipeline-parallel 2] [--expert-parallel] [--extra JSON]
 
 For each engine it prints a line of JSON: the seconds of its `load_weights` and of making it, and whether the first tokens
-of two prompts are those of the first engine. `--sleep` lets the last engine sleep and wake at these levels (2: with
+of two prompts, and a sum over every bit of each parameter and buffer, are those of the first engine. `--sleep` lets the last engine sleep and wake at these levels (2: with
 `reload_weights`) and asks again; `--profile` shows where Python's time of its `load_weights` went. With several ranks each
 has a process of its own, whose seconds are in its log only. make_model.py makes a MODEL.
 """
@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # `sums` is sent to the ranks
 
 import torch  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
@@ -73,6 +74,27 @@ def tokens(engine: LLM) -> list[list[int]]:
     return [list(answer.outputs[0].token_ids) for answer in answers]
 
 
+def sums(model: torch.nn.Module) -> dict[str, tuple[list[int], int]]:
+    """The shape of every parameter and buffer, and a sum over its bits that depends on their places."""
+    step, found = 1 << 24, {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        words = flat.view(torch.int32) if flat.numel() % 4 == 0 and flat.data_ptr() % 4 == 0 else flat
+        total = 0
+        for begin in range(0, words.numel(), step):
+            part = words[begin : begin + step].to(torch.int64)
+            place = torch.arange(begin, begin + part.numel(), device=part.device) % 65521 + 1
+            total += int((part * place).sum())
+        found[name] = (list(tensor.shape), total)
+    return found
+
+
+def differences(sums: list[dict[str, Any]], first: list[dict[str, Any]]) -> list[str]:
+    """The names whose sums, or presence, differ in a rank."""
+    pairs = zip(sums, first, strict=True)
+    return sorted({name for own, other in pairs for name in own.keys() | other.keys() if own.get(name) != other.get(name)})
+
+
 def sleep(engine: LLM, level: int) -> None:
     """Sleeps and wakes."""
     engine.sleep(level=level)
@@ -86,7 +108,7 @@ def sleep(engine: LLM, level: int) -> None:
 
 def main() -> None:
     args = parse_args()
-    watch, first, wrong = Watch(), None, 0
+    watch, first, first_sums, wrong = Watch(), None, None, 0
     formats = args.formats.split(",")
     levels = [int(level) for level in args.sleep.split(",") if level]
     for number, load_format in enumerate(formats):
@@ -118,9 +140,16 @@ def main() -> None:
         said = tokens(engine)
         first = said if first is None else first
         row["equal"] = said == first
+        found = engine.apply_model(sums)
+        first_sums = found if first_sums is None else first_sums
+        different = differences(found, first_sums)
+        row |= {"tensors": sum(map(len, found)), "tensors_equal": not different}
+        if different:
+            row["different"] = different[:20]
         for level in levels if last else []:
             sleep(engine, level)
             row[f"equal_after_sleep_{level}"] = tokens(engine) == first
+            row[f"tensors_equal_after_sleep_{level}"] = not differences(engine.apply_model(sums), first_sums or [])
         wrong += sum(value is False for value in row.values())
         print(json.dumps(row), flush=True)
         if watch.profile is not None:
