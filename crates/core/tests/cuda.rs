@@ -34,9 +34,13 @@ fn model() -> Model {
     Model { _dir: dir, source, store, tensors }
 }
 
-/// Everything that a load took is given back.
+/// Everything that a load took is given back; file pages are released after it.
 fn assert_nothing_left(driver: &Driver) {
-    assert_eq!(driver.registered_now(), 0, "memory is still pinned");
+    let begun = Instant::now();
+    while driver.registered_now() > 0 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "memory is still pinned");
+        std::thread::sleep(Duration::from_millis(1));
+    }
     assert_eq!(driver.device_bytes_now(0), 0, "device memory is still allocated");
     assert_eq!((driver.get("streams"), driver.get("events")), (0, 0), "streams or events are left");
 }

@@ -15,7 +15,7 @@ use super::depth::{Depth, MOST_READS};
 use super::transfer::Request;
 use crate::checkpoint::DataFile;
 use crate::error::Result;
-use crate::pool::BufferPool;
+use crate::pool::{BufferPool, copy_past_caches};
 
 /// Bytes of a buffer, and of a read; few in tests, whose pieces then take several.
 const STEP_LEN: usize = if cfg!(test) { 16 << 10 } else { 1 << 20 };
@@ -65,7 +65,7 @@ impl Bounce {
         let answer = rustix::io::pread(file.descriptor(request.direct), room, request.offset);
         self.depth.leave(*answer.as_ref().unwrap_or(&0) as u64);
         if let (Some(buffer), Ok(got)) = (&buffer, answer) {
-            place[..got].copy_from_slice(&buffer.as_slice()[..got]);
+            copy_past_caches(&mut place[..got], &buffer.as_slice()[..got]);
         }
         Ok(answer)
     }

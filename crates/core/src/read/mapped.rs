@@ -1,7 +1,7 @@
 //! Pages of the page cache, copied in place: no staging, no copy by the processor.
 //!
 //! A file is mapped in windows, each registered with the device for reading and kept until the load is over; releasing
-//! them as one goes is slower. The processor never reads the pages: a file that is cut off would kill it with SIGBUS.
+//! them as one goes is slower, and nobody waits for it afterwards. The processor never reads the pages: a file that is cut off would kill it with SIGBUS.
 //! The device reads pages that the registration holds; the host device reads through the kernel.
 
 use std::os::fd::AsFd;
@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
-use super::{Filled, Queue, ReadEngine, Sink};
+use super::{Filled, Queue, ReadEngine, Sink, releases};
 use crate::checkpoint::DataFile;
 use crate::device::{Device, DeviceError};
 use crate::error::{Error, Result};
@@ -49,7 +49,9 @@ impl Window {
         let mut window = Window { ptr: ptr.cast(), len: bytes, offset, registered: None };
         if device.needs_pinning() {
             // SAFETY: the window stays mapped until it is dropped, which unpins it first.
-            unsafe { device.pin(window.ptr, bytes.next_multiple_of(4096), true) }?;
+            let pin = || unsafe { device.pin(window.ptr, bytes.next_multiple_of(4096), true) };
+            // What an earlier load had may be on its way out.
+            pin().or_else(|refusal| if releases::settle() { pin() } else { Err(refusal) })?;
             window.registered = Some(device.clone());
         } else {
             // SAFETY: the range is the mapping just made; the advice changes no contents.
@@ -106,6 +108,15 @@ impl Mapped {
     pub(crate) fn probe(&self, files: &[DataFile], piece: &Piece) -> Result<()> {
         let window = Window::open(&files[piece.file], piece.offset, piece.len, &self.device);
         window.map(drop)
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        let windows = std::mem::take(self.windows.get_mut().unwrap_or_else(PoisonError::into_inner));
+        if self.device.needs_pinning() && !windows.is_empty() {
+            releases::release(windows);
+        }
     }
 }
 
