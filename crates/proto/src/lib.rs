@@ -40,3 +40,5 @@ pub const MAX_MESSAGE_LEN: usize = 64 << 20;
 pub const PASS_MEMORY: [u8; 8] = *b"sllm-mem";
 /// Bytes of a ticket.
 pub const TICKET_LEN: usize = 16;
+/// Bytes by which a client's process is told from all others, beside the number of an allocation of its.
+pub const PROCESS_LEN: usize = 16;
