@@ -22,6 +22,9 @@ use std::path::PathBuf;
 /// The environment's token, which a server wants of its TCP clients.
 pub const TOKEN_VARIABLE: &str = "SLLM_STORE_TOKEN";
 
+/// Bytes that are read of a file with a token.
+pub const MAX_TOKEN_FILE: u64 = 64 << 10;
+
 /// Where a server of `user` listens that was not told where, best first; `runtime` is `XDG_RUNTIME_DIR`. The server
 /// takes the first whose directory it may write to, a client the first that is there.
 pub fn default_sockets(runtime: Option<OsString>, user: u32) -> Vec<PathBuf> {
