@@ -95,6 +95,13 @@ fn a_token_file_that_cannot_be_read_is_named() {
 }
 
 #[test]
+fn a_token_file_without_an_end_is_refused() {
+    let ran = ran(&["list", "--address", "localhost:1", "--token-file", "/dev/zero"]);
+    assert_eq!(ran.code, 2);
+    assert!(ran.stderr.contains("/dev/zero has more than the 65536 bytes"), "{}", ran.stderr);
+}
+
+#[test]
 fn a_load_goes_on_from_files_where_no_server_is_and_notes_it() {
     let fixture = model();
     let path = fixture.model.to_str().unwrap();

@@ -225,6 +225,10 @@ fn what_cannot_be_is_refused_with_the_reason() {
     refuse(&["--metrics-listen", "/run/metrics.sock"], "HOST:PORT");
     let short = path(&write("token", "short"));
     refuse(&["--token-file", &short], &format!("{short} is no token"));
+    refuse(&["--token-file", &path(&write("long", &"t".repeat((64 << 10) + 1)))], "more than the 65536 bytes");
+    // Files without an end.
+    refuse(&["--token-file", "/dev/zero"], "/dev/zero has more than the 65536 bytes");
+    refuse(&["--config", "/dev/zero"], "/dev/zero has more than the 1048576 bytes");
     let (code, text) = refused(dir.command().env("SLLM_STORE_TOKEN", "short"));
     assert!(code == Some(2) && text.contains("SLLM_STORE_TOKEN is no token"), "{text}");
     let (code, text) = refused(dir.command().env("STORAGE_PATH", "").env("HOME", "/missing"));

@@ -37,5 +37,5 @@ pub use address::find_address;
 pub use client::{ClientOptions, StoreClient};
 pub use error::{Error, Refusal, Result};
 pub use remote::{Moved, RemoteOptions, StoreRemote};
-pub use sllm_proto::Address;
+pub use sllm_proto::{Address, MAX_TOKEN_FILE};
 pub use types::{Job, Model, Pool, Status};

@@ -20,7 +20,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use sllm_core::{Block, Control};
+use sllm_core::{Block, Control, SharedBlock};
 use sllm_proto::store as pb;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 use tokio_stream::wrappers::UnboundedReceiverStream;
@@ -50,8 +50,9 @@ pub(crate) struct Load {
     kept: Kept,
     /// Blocks attached.
     blocks: u32,
-    /// Blocks of allocations of GPUs, by handle.
-    allocations: HashMap<Vec<u8>, u32>,
+    /// Blocks of allocations of GPUs, by handle and number: memory that was freed and made again may have the handle of the
+    /// first.
+    allocations: HashMap<([u8; 64], u64), u32>,
     /// How long each batch may take that was sent and is not done, and its bytes.
     under_way: VecDeque<(Duration, u64)>,
     /// Until when the first of them must be done.
@@ -113,13 +114,19 @@ impl Load {
         Ok(number)
     }
 
-    /// Gives the server an allocation of a GPU once, and tells its number again afterwards.
-    pub(crate) fn attach_once(&mut self, key: Vec<u8>, attach: impl FnOnce() -> Result<pb::Attach>) -> Result<u32> {
-        if let Some(&number) = self.allocations.get(&key) {
+    /// Gives the server the allocation of a shared block once, and tells its number again afterwards. One that the driver
+    /// has no number for is given every time.
+    pub(crate) fn attach_once(
+        &mut self,
+        shared: &SharedBlock,
+        attach: impl FnOnce() -> Result<pb::Attach>,
+    ) -> Result<u32> {
+        let key = shared.buffer_id.map(|id| (shared.handle, id));
+        if let Some(&number) = key.and_then(|key| self.allocations.get(&key)) {
             return Ok(number);
         }
         let number = self.attach(attach()?, None)?;
-        self.allocations.insert(key, number);
+        self.allocations.extend(key.map(|key| (key, number)));
         Ok(number)
     }
 

@@ -24,12 +24,7 @@ pub(crate) fn pass(client: &StoreClient, memory: &MemoryFile) -> Result<[u8; TIC
         Address::Unix(path) => path.clone(),
         tcp => return Err(Error::MemoryOverTcp { address: tcp.to_string() }),
     };
-    let mut ticket = [0; TICKET_LEN];
-    match getrandom(&mut ticket, GetRandomFlags::empty()) {
-        Ok(TICKET_LEN) => {}
-        Ok(_) => return Err(Error::NotPassed("the system gave too few random bytes for a ticket".into())),
-        Err(e) => return Err(Error::NotPassed(format!("no random ticket can be had: {e}"))),
-    }
+    let ticket: [u8; TICKET_LEN] = random("a ticket")?;
     let memory = memory.clone();
     client.runtime().run("take memory", client.call_limit(), async move {
         match hand_over(path, memory, ticket).await {
@@ -39,6 +34,16 @@ pub(crate) fn pass(client: &StoreClient, memory: &MemoryFile) -> Result<[u8; TIC
             Err(e) => Err(Error::NotPassed(e.to_string())),
         }
     })
+}
+
+/// Random bytes, by which the server knows what they are for.
+pub(crate) fn random<const LEN: usize>(what: &str) -> Result<[u8; LEN]> {
+    let mut bytes = [0; LEN];
+    match getrandom(&mut bytes, GetRandomFlags::empty()) {
+        Ok(len) if len == LEN => Ok(bytes),
+        Ok(_) => Err(Error::NotPassed(format!("the system gave too few random bytes for {what}"))),
+        Err(e) => Err(Error::NotPassed(format!("the system gave no random bytes for {what}: {e}"))),
+    }
 }
 
 /// Sends ticket and descriptor, and gives the server's answer.

@@ -159,8 +159,8 @@ impl Session {
             Ok(shared) if shared.base_len <= direct_len => {
                 // The whole allocation, which many blocks may lie in: each is opened once.
                 let device = block.device();
-                let attach = || attach_device(device, &shared.handle, 0, shared.base_len);
-                let block = self.loads[0].attach_once(shared.handle.to_vec(), attach)?;
+                let attach = || attach_device(device, &shared, 0, shared.base_len);
+                let block = self.loads[0].attach_once(&shared, attach)?;
                 Ok(Route::Direct { block, base: shared.offset })
             }
             Ok(_) | Err(sllm_core::Error::Device(DeviceError::NotShareable { .. })) => Ok(Route::Staged),

@@ -1,12 +1,14 @@
 //! Memory of ours that the server fills, and out of which the bytes are copied to their places.
 
-use sllm_core::{Block, Device, MemoryFile, Mover};
-use sllm_proto::store as pb;
+use std::sync::OnceLock;
+
+use sllm_core::{Block, Device, MemoryFile, Mover, SharedBlock};
+use sllm_proto::{PROCESS_LEN, store as pb};
 
 use crate::client::StoreClient;
 use crate::cut::Part;
 use crate::error::{Error, Result};
-use crate::pass::pass;
+use crate::pass::{pass, random};
 
 /// Its bytes at least: a row that is not cut fits.
 const MIN_LEN: u64 = 2 << 20;
@@ -78,16 +80,27 @@ fn of_device(device: &Device, mut len: u64, shorter: bool) -> Result<(Block, pb:
         }
     };
     let shared = memory.export()?;
-    let attach = attach_device(device, &shared.handle, shared.offset, shared.len)?;
+    let attach = attach_device(device, &shared, shared.offset, shared.len)?;
     Ok((memory, attach, len))
 }
 
-/// How the server gets at memory of a device.
-pub(crate) fn attach_device(device: &Device, handle: &[u8], offset: u64, len: u64) -> Result<pb::Attach> {
+/// How the server gets at `len` bytes from `offset` of the allocation that a shared block lies in.
+pub(crate) fn attach_device(device: &Device, shared: &SharedBlock, offset: u64, len: u64) -> Result<pb::Attach> {
     let no_uuid = || Error::NotPassed(format!("{} has no UUID by which the server finds it", device.id()));
     let uuid = device.uuid()?.ok_or_else(no_uuid)?;
-    let memory = pb::CudaMemory { device: uuid.to_vec(), handle: handle.to_vec() };
+    let process = process()?.to_vec();
+    let (device, handle) = (uuid.to_vec(), shared.handle.to_vec());
+    let memory = pb::CudaMemory { device, handle, buffer_id: shared.buffer_id, process };
     Ok(pb::Attach { len, offset, memory: Some(pb::attach::Memory::Cuda(memory)) })
+}
+
+/// What tells this process from all others, for the server. A fork needs none of its own: it cannot use the driver.
+fn process() -> Result<[u8; PROCESS_LEN]> {
+    static PROCESS: OnceLock<[u8; PROCESS_LEN]> = OnceLock::new();
+    match PROCESS.get() {
+        Some(process) => Ok(*process),
+        None => random("a process").map(|process| *PROCESS.get_or_init(|| process)),
+    }
 }
 
 #[cfg(test)]

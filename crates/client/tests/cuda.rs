@@ -5,12 +5,13 @@ mod common;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use common::{TestServer, model};
 use cuda::Driver;
 use cudarc::driver::{result, sys};
 use sllm_client::{ClientOptions, Error, Refusal, RemoteOptions, StoreClient, StoreRemote};
-use sllm_core::{Block, Control, Device, Loader, Segment};
+use sllm_core::{Block, Control, Device, Loader, Segment, SharedBlock};
 use sllm_server::{Address, Config, Server};
 use test_support::Other;
 
@@ -260,6 +261,35 @@ fn the_real_server_fills_exported_memory_and_memory_that_cannot_be() {
         for (block, expected) in blocks.iter().zip(model.expected(&segments, &lens)) {
             assert!(gpu.bytes(block) == expected);
         }
+    }
+}
+
+#[test]
+fn memory_that_is_freed_and_made_again_at_its_place_is_filled_and_not_what_was_there() {
+    let _driver = Driver::load();
+    let model = model(12_000_000);
+    let other = Served::real(model.dir.path(), &[]);
+    let gpu = Gpu::new(0);
+    // A stream kept as long as the test, and one that is kept by another client meanwhile.
+    let client = || StoreClient::connect(&ClientOptions::new().address(other.address.clone())).unwrap();
+    let kept = || StoreRemote::new(client(), RemoteOptions::new().linger(Duration::from_secs(600)));
+    let remotes = [kept(), kept()];
+    let len = 3_000_000;
+    let mut before: Option<(u64, SharedBlock)> = None;
+    for round in 0..6 {
+        let block = gpu.alloc(len);
+        let shared = block.export().unwrap();
+        if let Some((addr, last)) = &before {
+            assert_eq!((block.addr(), shared.handle), (*addr, last.handle), "the double makes it elsewhere");
+        }
+        let start = round * 1_000_000;
+        let segment = Segment::contiguous(0, start, len, 0, 0);
+        let remote = &remotes[usize::try_from(round).unwrap() / 2 % 2];
+        let moved = remote.fill(&model.checkpoint, &[segment], std::slice::from_ref(&block), &Control::new()).unwrap();
+        assert_eq!(moved.staged, 0);
+        let (start, end) = (start as usize, (start + len) as usize);
+        assert!(gpu.bytes(&block) == model.bytes[start..end], "round {round}: the bytes went elsewhere");
+        before = Some((block.addr(), shared));
     }
 }
 

@@ -53,6 +53,7 @@ mod pool;
 mod prefetch;
 mod read;
 mod size;
+mod small_file;
 mod verify;
 
 pub use cache::{Cache, CacheUsage};
@@ -72,6 +73,7 @@ pub use pool::{BufferPool, HostBuffer};
 pub use prefetch::{PrefetchEnd, PrefetchOptions, PrefetchReport, free_memory, prefetch};
 pub use read::EngineChoice;
 pub use size::parse_size;
+pub use small_file::read_small_file;
 pub use verify::{VerifyReport, verify};
 
 /// The sizes that a load is cut by, which the simulation of the pipeline (`benches/simulate`) follows. No part of the

@@ -34,9 +34,10 @@ pub struct VerifyReport {
     pub gb_per_s: f64,
 }
 
-/// Verifies a store before other work on `more` bytes, and gives the bytes that it read; a corrupt chunk is an error.
+/// Verifies a store before other work on `more` bytes, and gives the bytes that it read. The first corrupt chunk is an
+/// error, and no chunk is begun after it.
 pub(crate) fn verify_before(store: &Checkpoint, options: &WorkOptions, more: u64) -> Result<u64> {
-    let report = verify(store, &options.clone().control(options.control.part(0, more)))?;
+    let report = compare(store, &options.clone().control(options.control.part(0, more)), true)?;
     match report.corrupt.into_iter().next() {
         Some(fault) => Err(Error::Corrupt(Box::new(fault))),
         None => Ok(report.bytes),
@@ -49,6 +50,11 @@ pub(crate) fn verify_before(store: &Checkpoint, options: &WorkOptions, more: u64
 /// [`Error::Invalid`] for a checkpoint that is not a store: only a store has checksums. [`Error::Io`] and
 /// [`Error::Truncated`] where a file cannot be read; [`Error::Cancelled`].
 pub fn verify(store: &Checkpoint, options: &WorkOptions) -> Result<VerifyReport> {
+    compare(store, options, false)
+}
+
+/// Compares all chunks, or those up to the first corrupt one, and in other threads a few more: none before it is left out.
+fn compare(store: &Checkpoint, options: &WorkOptions, stop_at_corrupt: bool) -> Result<VerifyReport> {
     let start = Instant::now();
     let threads = options.thread_count()?;
     let Some((sums, identity)) = store.sums().zip(store.identity()) else {
@@ -59,7 +65,7 @@ pub fn verify(store: &Checkpoint, options: &WorkOptions) -> Result<VerifyReport>
     let corrupt = Mutex::new(Vec::new());
     let meter = options.control.meter(chunks.total_len());
     options.control.check()?;
-    for_each(threads, chunks.count(), CHUNK_LEN, |number, buffer| {
+    let result = for_each(threads, chunks.count(), CHUNK_LEN, |number, buffer| {
         let chunk = chunks.get(number);
         let file = &store.files()[chunk.file];
         let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);
@@ -74,13 +80,17 @@ pub fn verify(store: &Checkpoint, options: &WorkOptions) -> Result<VerifyReport>
         }
         match store.check_chunk(chunk.file, chunk.number, digest.finalize()) {
             Err(Error::Corrupt(fault)) => {
-                corrupt.lock().unwrap_or_else(|e| e.into_inner()).push((number, *fault));
-                Ok(())
+                corrupt.lock().unwrap_or_else(|e| e.into_inner()).push((number, (*fault).clone()));
+                if stop_at_corrupt { Err(Error::Corrupt(fault)) } else { Ok(()) }
             }
             result => result,
         }
-    })?;
+    });
     let mut corrupt = corrupt.into_inner().unwrap_or_else(|e| e.into_inner());
+    // Which thread stopped first is of no matter.
+    if !stop_at_corrupt || corrupt.is_empty() {
+        result?;
+    }
     corrupt.sort_unstable_by_key(|(number, _)| *number);
     let seconds = start.elapsed().as_secs_f64();
     Ok(VerifyReport {

@@ -112,6 +112,31 @@ fn a_corrupt_store_is_neither_converted_nor_exported() {
 }
 
 #[test]
+fn a_corrupt_store_is_read_to_its_first_corrupt_chunk_before_it_is_refused() {
+    let (dir, path) = store();
+    let data = path.join("tensor.data_0");
+    for chunk in [1, 2] {
+        flip(&data, chunk * CHUNK + 7, 3);
+    }
+    let store = Checkpoint::open(&path).unwrap();
+    // Whoever reads the last chunk is told of that.
+    let file = File::options().write(true).open(&data).unwrap();
+    file.set_len(3 * CHUNK).unwrap();
+    let refused = |threads| {
+        let options = WorkOptions::new().threads(threads);
+        match export(&store, &dir.path().join("out"), &options).map(drop).unwrap_err() {
+            Error::Corrupt(fault) => fault.chunk,
+            other => panic!("{other}"),
+        }
+    };
+    assert_eq!(refused(1), 1);
+    assert!(matches!(verify(&store, &WorkOptions::new().threads(1)), Err(Error::Truncated { .. })));
+    for _ in 0..20 {
+        assert_eq!(refused(2), 1, "chunk 2 was found before");
+    }
+}
+
+#[test]
 fn all_corrupt_chunks_are_listed_in_order() {
     let (_dir, path) = store();
     for chunk in [3, 0, 2] {

@@ -154,6 +154,7 @@ fn hub_cache() -> (TempDir, PathBuf) {
     fs::write(repo.join("refs/pr/1"), "c0ffee\n").unwrap();
     fs::write(repo.join("refs/lost"), "deadbeef").unwrap();
     fs::write(repo.join("refs/evil"), "../../..").unwrap();
+    fs::write(repo.join("refs/long"), format!("c0ffee{}", "\n".repeat(5000))).unwrap();
     (cache, snapshot)
 }
 
@@ -185,6 +186,7 @@ fn what_the_hub_cache_does_not_hold() {
     refused("org/model", "v9", ErrorKind::NotFound, "revision \"v9\" is not in");
     refused("org/model", "lost", ErrorKind::NotFound, "download it first");
     refused("org/model", "evil", ErrorKind::NotFound, "download it first");
+    refused("org/model", "long", ErrorKind::NotFound, "download it first");
     refused("org/other", "main", ErrorKind::NotFound, "does not hold it");
     refused("../model", "main", ErrorKind::NotFound, "no such file");
     refused("org/model", "../../x", ErrorKind::Invalid, "is not a revision");

@@ -39,7 +39,8 @@ impl Exporter {
         let uuid = process.answer("uuid");
         let numbers: Vec<u64> = process.answer("block").split(' ').map(|number| number.parse().unwrap()).collect();
         let handle = unhex(&process.answer("handle")).try_into().unwrap();
-        let shared = SharedBlock { handle, base_len: numbers[0], offset: numbers[1], len: numbers[2] };
+        let [base_len, offset, len, buffer_id] = numbers[..] else { panic!("{numbers:?}") };
+        let shared = SharedBlock { handle, base_len, offset, len, buffer_id: Some(buffer_id) };
         Exporter { process, shared, uuid }
     }
 
@@ -70,7 +71,7 @@ fn exporter() {
     let block = unsafe { Block::from_raw(&device, memory.addr() + OFFSET, LEN) };
     let shared = block.export().unwrap();
     println!("uuid: {}", format_uuid(&device.uuid().unwrap().unwrap()));
-    println!("block: {} {} {}", shared.base_len, shared.offset, shared.len);
+    println!("block: {} {} {} {}", shared.base_len, shared.offset, shared.len, shared.buffer_id.unwrap());
     println!("handle: {}", hex(&shared.handle));
     for line in std::io::stdin().lines() {
         assert_eq!(line.unwrap(), "read");
@@ -210,6 +211,25 @@ fn failures_of_the_driver_are_errors_and_leave_nothing_open() {
     assert_eq!(error.kind(), ErrorKind::Device);
     assert!(error.to_string().contains("CUDA_ERROR_ECC_UNCORRECTABLE"), "{error}");
     block.export().unwrap();
+}
+
+#[test]
+fn an_allocation_is_told_from_the_one_that_was_at_its_place() {
+    let driver = Driver::load();
+    let device = Device::cuda(0).unwrap();
+    let first = Block::alloc(&device, 5000).unwrap();
+    // SAFETY: nothing is loaded into it.
+    let part = unsafe { Block::from_raw(&device, first.addr() + 100, 50) };
+    let [whole, part] = [&first, &part].map(|block| block.export().unwrap());
+    assert!(whole.buffer_id.is_some() && whole.buffer_id == part.buffer_id);
+    let addr = first.addr();
+    drop(first);
+    let second = Block::alloc(&device, 5000).unwrap();
+    let again = second.export().unwrap();
+    assert_eq!((second.addr(), again.handle), (addr, whole.handle));
+    assert_ne!(again.buffer_id, whole.buffer_id);
+    driver.fail("cuPointerGetAttribute", 1, 801);
+    assert_eq!(second.export().unwrap(), SharedBlock { buffer_id: None, ..again });
 }
 
 #[test]

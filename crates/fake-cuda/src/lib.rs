@@ -57,6 +57,10 @@
 //! of memory that was freed. What was opened before stays valid, and counts against the exporter's device only. A device
 //! has the same UUID in all processes. Each exported allocation costs a file descriptor.
 //!
+//! Memory is made where memory of its length was freed last. It has the handle of what was there, so that only
+//! `CU_POINTER_ATTRIBUTE_BUFFER_ID` tells the two; and a process that has the old one open gets the old one again when it
+//! opens that handle.
+//!
 //! # What it does not do
 //!
 //! No kernels, modules, graphs, memory pools, arrays or handles of events: those symbols are absent. A handle opens on the

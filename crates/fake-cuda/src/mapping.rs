@@ -1,6 +1,6 @@
 //! The pages behind device memory, which another process can map as well.
 
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -27,6 +27,28 @@ impl Mapping {
         Self::new(len, libc::MAP_SHARED, file.as_raw_fd())
     }
 
+    /// Whether it is as long as a mapping of so many bytes would be.
+    pub(crate) fn fits(&self, len: usize) -> bool {
+        len.checked_next_multiple_of(PAGE) == Some(self.len)
+    }
+
+    /// Gives the bytes back and keeps the addresses, which nobody may use until [`Self::renew`].
+    pub(crate) fn withdraw(&self) -> io::Result<()> {
+        self.replace(libc::PROT_NONE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
+    }
+
+    /// Fresh bytes, which only this process sees, at the same addresses.
+    pub(crate) fn renew(&self) -> io::Result<()> {
+        self.replace(libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1)
+    }
+
+    /// Maps something else at the same addresses.
+    fn replace(&self, rights: i32, flags: i32, file: i32) -> io::Result<()> {
+        // SAFETY: it replaces exactly our own pages.
+        let pointer = unsafe { libc::mmap(self.pointer(), self.len, rights, flags | libc::MAP_FIXED, file, 0) };
+        if pointer == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
     fn new(len: usize, flags: i32, file: i32) -> io::Result<Self> {
         let len = len.checked_next_multiple_of(PAGE).ok_or(io::ErrorKind::OutOfMemory)?;
         // SAFETY: a fresh mapping at an address of the kernel's choice.
@@ -47,11 +69,11 @@ impl Mapping {
         unsafe { with_exposed_provenance_mut::<u8>(self.address).write_bytes(value, self.len) };
     }
 
-    /// Moves the bytes into a file without a name, mapped at the same address. The file is gone with the last process
-    /// that has it open or mapped. Nobody may use the bytes meanwhile.
-    pub(crate) fn share(&self) -> io::Result<File> {
+    /// Moves the bytes into a memory file of this name, mapped at the same address. The file is gone with the last
+    /// process that has it open or mapped. Nobody may use the bytes meanwhile.
+    pub(crate) fn share(&self, name: &CStr) -> io::Result<File> {
         // SAFETY: the name ends in a NUL.
-        let descriptor = unsafe { libc::memfd_create(c"fake-cuda".as_ptr(), libc::MFD_CLOEXEC) };
+        let descriptor = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
         if descriptor < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -59,11 +81,8 @@ impl Mapping {
         let mut file = unsafe { File::from_raw_fd(descriptor) };
         // SAFETY: the pages are ours, and nobody writes to them, by the caller's word.
         file.write_all(unsafe { std::slice::from_raw_parts(with_exposed_provenance(self.address), self.len) })?;
-        let rights = libc::PROT_READ | libc::PROT_WRITE;
-        let fixed = libc::MAP_SHARED | libc::MAP_FIXED;
-        // SAFETY: it replaces exactly our own pages, by pages of the same contents.
-        let pointer = unsafe { libc::mmap(self.pointer(), self.len, rights, fixed, file.as_raw_fd(), 0) };
-        if pointer == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(file) }
+        self.replace(libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, file.as_raw_fd())?;
+        Ok(file)
     }
 
     fn pointer(&self) -> *mut c_void {

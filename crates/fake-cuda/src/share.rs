@@ -1,42 +1,43 @@
 //! Device memory that another process opens.
 //!
-//! Memory that is exported moves into a memory file, whose place in `/proc` the handle tells. So nothing is left
-//! when the exporter is killed: a handle of a process that is gone leads nowhere.
+//! Memory that is exported moves into a memory file, which the handle tells by its name among the files that the exporter
+//! has open. So nothing is left when the exporter is killed: a handle of a process that is gone leads nowhere.
+//!
+//! A handle tells no more than process, address and length, as if the driver had forgotten what it freed: memory that is
+//! freed and made again has the same one. Who has the old memory open gets that when it opens the handle again.
 
 use crate::codes::{self, Code};
 use crate::mapping::{Mapping, PAGE};
 use crate::state::{Allocation, Holder, State};
+use std::ffi::CString;
 use std::fs::{File, OpenOptions};
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 /// Bytes of a handle.
 pub(crate) const HANDLE_LEN: usize = 64;
 /// What every handle begins with.
-const MAGIC: [u8; 8] = *b"fakeipc1";
+const MAGIC: [u8; 8] = *b"fakeipc2";
 
-/// What identifies a file among all that the kernel has: device and inode.
-pub(crate) type FileId = (u64, u64);
-
-/// What a handle tells: which file of which process, and what must be true of it.
+/// What a handle tells: which memory of which process, and what must be true of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Handle {
-    pid: u32,
-    descriptor: u32,
-    file: FileId,
+    pid: u64,
+    /// When the process started, since process numbers are used again.
+    started: u64,
+    address: u64,
     len: u64,
     uuid: [u8; 16],
 }
 
 impl Handle {
-    /// Magic, process, descriptor, device, inode, length, UUID and a checksum, without gaps.
+    /// Magic, process, its start, address, length, UUID and a checksum, without gaps.
     fn encode(&self) -> [u8; HANDLE_LEN] {
         let mut bytes = [0; HANDLE_LEN];
         bytes[..8].copy_from_slice(&MAGIC);
-        bytes[8..12].copy_from_slice(&self.pid.to_le_bytes());
-        bytes[12..16].copy_from_slice(&self.descriptor.to_le_bytes());
-        bytes[16..24].copy_from_slice(&self.file.0.to_le_bytes());
-        bytes[24..32].copy_from_slice(&self.file.1.to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.pid.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.started.to_le_bytes());
+        bytes[24..32].copy_from_slice(&self.address.to_le_bytes());
         bytes[32..40].copy_from_slice(&self.len.to_le_bytes());
         bytes[40..56].copy_from_slice(&self.uuid);
         let sum = checksum(&bytes[..56]);
@@ -46,35 +47,44 @@ impl Handle {
 
     /// `None` for bytes that [`Self::encode`] does not make.
     fn decode(bytes: &[u8; HANDLE_LEN]) -> Option<Self> {
-        let short = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
         let long = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
         if bytes[..8] != MAGIC || long(56)? != checksum(&bytes[..56]) {
             return None;
         }
         let uuid = bytes[40..56].try_into().ok()?;
-        Some(Self { pid: short(8)?, descriptor: short(12)?, file: (long(16)?, long(24)?), len: long(32)?, uuid })
+        Some(Self { pid: long(8)?, started: long(16)?, address: long(24)?, len: long(32)?, uuid })
     }
 
-    /// Opens the file that it means. Descriptors and process numbers are used again, so the file's identity decides.
+    /// Opens the file that it means.
     fn open(&self) -> Result<File, Code> {
-        let path = format!("/proc/{}/fd/{}", self.pid, self.descriptor);
-        let len = self.len.checked_next_multiple_of(PAGE as u64);
-        let is_meant = |data: &std::fs::Metadata| data.is_file() && id(data) == self.file && Some(data.len()) == len;
-        // Asked before it is opened too: opening something else could have effects.
-        let before = std::fs::metadata(&path).map_err(|_| codes::MAP_FAILED)?;
-        if !is_meant(&before) {
+        let process = format!("/proc/{}", self.pid);
+        if start_of(Path::new(&process)) != Some(self.started) {
             return Err(codes::MAP_FAILED);
         }
+        let len = self.len.checked_next_multiple_of(PAGE as u64);
+        let target = format!("/memfd:{} (deleted)", name_of(self.address));
+        let files = std::fs::read_dir(format!("{process}/fd")).map_err(|_| codes::MAP_FAILED)?;
+        // Asked before it is opened: opening something else could have effects.
+        let is_meant = |path: &Path| std::fs::read_link(path).is_ok_and(|link| link == Path::new(&target));
+        let path = files.flatten().map(|entry| entry.path()).find(|path| is_meant(path)).ok_or(codes::MAP_FAILED)?;
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | libc::O_NOCTTY;
         let file = OpenOptions::new().read(true).write(true).custom_flags(flags).open(path);
         let file = file.map_err(|_| codes::MAP_FAILED)?;
         let data = file.metadata().map_err(|_| codes::MAP_FAILED)?;
-        if is_meant(&data) { Ok(file) } else { Err(codes::MAP_FAILED) }
+        if data.is_file() && Some(data.len()) == len { Ok(file) } else { Err(codes::MAP_FAILED) }
     }
 }
 
-fn id(data: &std::fs::Metadata) -> FileId {
-    (data.dev(), data.ino())
+/// What the memory file of the allocation at this address is called.
+fn name_of(address: u64) -> String {
+    format!("fake-cuda-{address:x}")
+}
+
+/// When a process started, in ticks since the system did.
+fn start_of(process: &Path) -> Option<u64> {
+    let stat = std::fs::read_to_string(process.join("stat")).ok()?;
+    // The name, which may have spaces and brackets, ends with the last bracket; the start is the 20th field after it.
+    stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()
 }
 
 /// FNV-1a. It tells bytes that were made up or cut from a handle.
@@ -102,28 +112,27 @@ impl State {
         let Holder::Ours { exported } = &mut allocation.holder else {
             return Err(codes::INVALID_VALUE);
         };
-        let file = match exported {
-            Some(file) => file,
-            None => exported.insert(allocation.mapping.share().map_err(|_| codes::OUT_OF_MEMORY)?),
-        };
-        let data = file.metadata().map_err(|_| codes::OPERATING_SYSTEM)?;
-        let descriptor = u32::try_from(file.as_raw_fd()).map_err(|_| codes::OPERATING_SYSTEM)?;
-        let (pid, len) = (std::process::id(), allocation.len as u64);
-        Ok(Handle { pid, descriptor, file: id(&data), len, uuid }.encode())
+        if exported.is_none() {
+            let name = CString::new(name_of(start as u64)).map_err(|_| codes::UNKNOWN)?;
+            *exported = Some(allocation.mapping.share(&name).map_err(|_| codes::OUT_OF_MEMORY)?);
+        }
+        let started = start_of(Path::new("/proc/self")).ok_or(codes::OPERATING_SYSTEM)?;
+        let (pid, address, len) = (u64::from(std::process::id()), start as u64, allocation.len as u64);
+        Ok(Handle { pid, started, address, len, uuid }.encode())
     }
 
-    /// Maps what a handle means. Opened again, it has the same address.
-    pub(crate) fn import(&mut self, device: i32, handle: &[u8; HANDLE_LEN]) -> Result<usize, Code> {
-        let handle = Handle::decode(handle).ok_or(codes::INVALID_VALUE)?;
-        if handle.pid == std::process::id() {
+    /// Maps what a handle means. One that is open gives what is open, whatever it means by now.
+    pub(crate) fn import(&mut self, device: i32, bytes: &[u8; HANDLE_LEN]) -> Result<usize, Code> {
+        let handle = Handle::decode(bytes).ok_or(codes::INVALID_VALUE)?;
+        if handle.pid == u64::from(std::process::id()) {
             return Err(codes::INVALID_CONTEXT);
         }
         if handle.uuid != uuid(device)? {
             return Err(codes::INVALID_DEVICE);
         }
         for (start, allocation) in &mut self.allocations {
-            if let Holder::Another { file, opened } = &mut allocation.holder
-                && *file == handle.file
+            if let Holder::Another { handle, opened } = &mut allocation.holder
+                && handle == bytes
             {
                 *opened += 1;
                 return Ok(*start);
@@ -132,9 +141,9 @@ impl State {
         let file = handle.open()?;
         let len = usize::try_from(handle.len).map_err(|_| codes::INVALID_VALUE)?;
         let mapping = Mapping::shared(&file, len).map_err(|_| codes::MAP_FAILED)?;
-        let start = mapping.address();
-        let holder = Holder::Another { file: handle.file, opened: 1 };
-        self.allocations.insert(start, Allocation { len, device, mapping, holder });
+        let (start, id) = (mapping.address(), self.new_id());
+        let holder = Holder::Another { handle: *bytes, opened: 1 };
+        self.allocations.insert(start, Allocation { len, device, id, mapping, holder });
         Ok(start)
     }
 
@@ -172,7 +181,7 @@ mod tests {
 
     #[test]
     fn a_handle_with_any_byte_changed_is_refused() {
-        let handle = Handle { pid: 7, descriptor: 8, file: (9, 10), len: 11, uuid: uuid(12).unwrap() };
+        let handle = Handle { pid: 7, started: 8, address: 9, len: 11, uuid: uuid(12).unwrap() };
         let bytes = handle.encode();
         assert_eq!(Handle::decode(&bytes), Some(handle));
         for at in 0..HANDLE_LEN {

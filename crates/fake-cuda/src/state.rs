@@ -4,7 +4,7 @@ use crate::codes::{self, Code};
 use crate::engine::Stream;
 use crate::mapping::{Mapping, PAGE};
 use crate::settings::{self, Fault, Settings};
-use crate::share::FileId;
+use crate::share::HANDLE_LEN;
 use std::alloc::{Layout, dealloc};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -18,6 +18,8 @@ pub const POISON: u8 = 0xA5;
 
 /// Device memory is counted in pieces of this size, which are the driver's.
 const DEVICE_ALIGN: usize = 512;
+/// Addresses of freed memory that are kept for memory of the same length.
+const MAX_FREED: usize = 64;
 /// `CU_MEMHOSTREGISTER_READ_ONLY`.
 pub(crate) const READ_ONLY: u32 = 0x08;
 /// Handles of streams and events begin here, above those of contexts and default streams.
@@ -121,6 +123,8 @@ pub(crate) struct Device {
 pub(crate) struct Allocation {
     pub(crate) len: usize,
     pub(crate) device: i32,
+    /// `CU_POINTER_ATTRIBUTE_BUFFER_ID`, which no other allocation of the process has or had.
+    pub(crate) id: u64,
     pub(crate) mapping: Mapping,
     pub(crate) holder: Holder,
 }
@@ -130,8 +134,8 @@ pub(crate) struct Allocation {
 pub(crate) enum Holder {
     /// This process allocated it. The file is there once it was exported.
     Ours { exported: Option<File> },
-    /// Another process did, and exported it as this file; here it is open so many times.
-    Another { file: FileId, opened: u64 },
+    /// Another process did, and exported it by this handle; here it is open so many times.
+    Another { handle: [u8; HANDLE_LEN], opened: u64 },
 }
 
 impl Allocation {
@@ -226,11 +230,14 @@ pub(crate) struct State {
     pub(crate) counters: Counters,
     pub(crate) devices: BTreeMap<i32, Device>,
     pub(crate) allocations: BTreeMap<usize, Allocation>,
+    /// Where memory was that is freed, the last one at the end.
+    freed: Vec<Mapping>,
     pub(crate) registrations: BTreeMap<usize, Registration>,
     pub(crate) registered: u64,
     pub(crate) streams: BTreeMap<usize, Stream>,
     pub(crate) events: BTreeMap<usize, Event>,
     next_handle: usize,
+    next_id: u64,
 }
 
 impl State {
@@ -245,11 +252,13 @@ impl State {
             counters: Counters::new(),
             devices: BTreeMap::new(),
             allocations: BTreeMap::new(),
+            freed: Vec::new(),
             registrations: BTreeMap::new(),
             registered: 0,
             streams: BTreeMap::new(),
             events: BTreeMap::new(),
             next_handle: FIRST_HANDLE,
+            next_id: 0,
         }
     }
 
@@ -270,6 +279,12 @@ impl State {
     pub(crate) fn new_handle(&mut self) -> usize {
         self.next_handle += 16;
         self.next_handle
+    }
+
+    /// The number of an allocation, which none had before.
+    pub(crate) fn new_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
     }
 
     /// The device of that ordinal, if it exists.
@@ -293,7 +308,7 @@ impl State {
         self.calls.iter().filter(|(symbol, _)| settings::same_symbol(name, symbol)).map(|(_, calls)| calls).sum()
     }
 
-    /// Allocates poisoned device memory.
+    /// Allocates poisoned device memory, where memory of its length was freed last.
     pub(crate) fn allocate(&mut self, ordinal: i32, len: usize) -> Result<usize, Code> {
         if len == 0 {
             return Err(codes::INVALID_VALUE);
@@ -303,13 +318,20 @@ impl State {
         let device = self.devices.entry(ordinal).or_default();
         let used = device.used.checked_add(rounded as u64).filter(|used| *used <= limit);
         let used = used.ok_or(codes::OUT_OF_MEMORY)?;
-        let mapping = Mapping::private(len).map_err(|_| codes::OUT_OF_MEMORY)?;
+        let mapping = match self.freed.iter().rposition(|freed| freed.fits(len)) {
+            Some(at) => {
+                let mapping = self.freed.remove(at);
+                mapping.renew().map(|()| mapping)
+            }
+            None => Mapping::private(len),
+        };
+        let mapping = mapping.map_err(|_| codes::OUT_OF_MEMORY)?;
         mapping.fill(POISON);
         device.used = used;
         device.peak = device.peak.max(used);
-        let address = mapping.address();
+        let (address, id) = (mapping.address(), self.new_id());
         let holder = Holder::Ours { exported: None };
-        self.allocations.insert(address, Allocation { len, device: ordinal, mapping, holder });
+        self.allocations.insert(address, Allocation { len, device: ordinal, id, mapping, holder });
         Ok(address)
     }
 
@@ -318,6 +340,12 @@ impl State {
         let allocation = self.allocations.remove(&address).ok_or(codes::INVALID_VALUE)?;
         if let Some(device) = self.devices.get_mut(&allocation.device) {
             device.used -= allocation.counted();
+        }
+        if matches!(allocation.holder, Holder::Ours { .. }) && allocation.mapping.withdraw().is_ok() {
+            if self.freed.len() == MAX_FREED {
+                self.freed.remove(0);
+            }
+            self.freed.push(allocation.mapping);
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Context, Pages, code, read, stream, upload};
-use cuda::Driver;
+use cuda::{Driver, POISON};
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 use std::io::{BufRead, BufReader, Write};
@@ -56,6 +56,15 @@ fn range(pointer: u64) -> Result<(u64, usize), DriverError> {
     let (mut base, mut len) = (0, 0);
     // SAFETY: the driver writes two numbers.
     unsafe { sys::cuMemGetAddressRange_v2(&raw mut base, &raw mut len, pointer) }.result().map(|()| (base, len))
+}
+
+/// What tells an allocation from all others of its process.
+fn buffer_id(pointer: u64) -> u64 {
+    let mut id = 0u64;
+    let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_BUFFER_ID;
+    // SAFETY: the driver writes one number of 64 bits.
+    unsafe { sys::cuPointerGetAttribute((&raw mut id).cast(), attribute, pointer) }.result().unwrap();
+    id
 }
 
 /// What the exporter fills its memory with.
@@ -125,7 +134,7 @@ fn exporter() {
     let Ok(device) = std::env::var(EXPORTER) else { return };
     let _context = Context::new(device.parse().unwrap()).unwrap();
     // SAFETY: the driver checks the ranges.
-    let pointer = unsafe { result::malloc_sync(LEN) }.unwrap();
+    let mut pointer = unsafe { result::malloc_sync(LEN) }.unwrap();
     // SAFETY: as above.
     unsafe { result::memcpy_htod_sync(pointer, &pattern()) }.unwrap();
     println!("handle:{}", hex(&bytes_of(&get(pointer + 5000).unwrap())));
@@ -136,6 +145,14 @@ fn exporter() {
                 // SAFETY: allocated above, not used again.
                 unsafe { result::free_sync(pointer) }.unwrap();
                 println!("free:");
+            }
+            "remake" => {
+                let before = (pointer, bytes_of(&get(pointer).unwrap()), buffer_id(pointer));
+                // SAFETY: allocated above; what is allocated now takes its place.
+                pointer = unsafe { result::free_sync(pointer).and_then(|()| result::malloc_sync(LEN)) }.unwrap();
+                let after = (pointer, bytes_of(&get(pointer).unwrap()), buffer_id(pointer + 1));
+                assert!(before.0 == after.0 && before.1 == after.1 && before.2 != after.2);
+                println!("remake:");
             }
             other => panic!("{other}"),
         }
@@ -216,6 +233,24 @@ fn opened_memory_stays_when_its_exporter_frees_it_or_is_killed() {
         assert_eq!(close(pointer), 0);
         assert_eq!(code(open(&handle, LAZY)), 205, "there is nothing to open any more");
     }
+}
+
+#[test]
+fn memory_that_is_made_again_has_its_handle_and_what_is_open_is_still_the_old_memory() {
+    let _driver = Driver::load();
+    let _context = Context::new(0).unwrap();
+    let mut exporter = Exporter::start();
+    let stale = open(&exporter.handle, LAZY).unwrap();
+    exporter.ask("remake");
+    assert_eq!(open(&exporter.handle, LAZY).unwrap(), stale);
+    assert_eq!(read(stale, LEN), pattern());
+    assert_eq!((close(stale), close(stale)), (0, 0));
+    let fresh = open(&exporter.handle, LAZY).unwrap();
+    assert_eq!(read(fresh, LEN), [POISON; LEN]);
+    // SAFETY: the driver checks the range.
+    assert_eq!(code(unsafe { sys::cuMemsetD8_v2(fresh, 1, LEN) }.result()), 0);
+    assert_eq!(exporter.ask("read"), [1; LEN]);
+    assert_eq!(close(fresh), 0);
 }
 
 #[test]

@@ -22,6 +22,9 @@ use std::path::PathBuf;
 /// The environment's token, which a server wants of its TCP clients.
 pub const TOKEN_VARIABLE: &str = "SLLM_STORE_TOKEN";
 
+/// Bytes that are read of a file with a token.
+pub const MAX_TOKEN_FILE: u64 = 64 << 10;
+
 /// Where a server of `user` listens that was not told where, best first; `runtime` is `XDG_RUNTIME_DIR`. The server
 /// takes the first whose directory it may write to, a client the first that is there.
 pub fn default_sockets(runtime: Option<OsString>, user: u32) -> Vec<PathBuf> {
@@ -40,3 +43,5 @@ pub const MAX_MESSAGE_LEN: usize = 64 << 20;
 pub const PASS_MEMORY: [u8; 8] = *b"sllm-mem";
 /// Bytes of a ticket.
 pub const TICKET_LEN: usize = 16;
+/// Bytes by which a client's process is told from all others, beside the number of an allocation of its.
+pub const PROCESS_LEN: usize = 16;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Deserializer};
-use sllm_core::{Error, Result, parse_size};
+use sllm_core::{Error, Result, parse_size, read_small_file};
 use sllm_proto::{Address, TOKEN_VARIABLE};
 
 use crate::listen::default_socket;
@@ -18,6 +18,8 @@ const CHUNK_LEN: u64 = 16 << 20;
 const SMALL_POOL: u64 = 1 << 30;
 /// Bytes of a chunk at most: what every driver registers at once.
 const MAX_CHUNK: u64 = 1 << 30;
+/// Bytes of a configuration file at most.
+const MAX_FILE: u64 = 1 << 20;
 /// The original's port.
 const PORT: u16 = 8073;
 
@@ -164,13 +166,9 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Reads a configuration file.
+    /// Reads a configuration file, of 1 MiB at most.
     pub fn from_file(path: &Path) -> Result<Settings> {
-        let text = std::fs::read_to_string(path).map_err(|source| Error::Io {
-            what: "read",
-            path: path.to_owned(),
-            source,
-        })?;
+        let text = read_small_file(path, MAX_FILE)?;
         toml::from_str(&text).map_err(|e| Error::Invalid(format!("{}: {e}", path.display())))
     }
 

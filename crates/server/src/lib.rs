@@ -11,6 +11,7 @@ mod config;
 mod connection;
 mod devices;
 mod fault;
+mod imports;
 mod jobs;
 mod listen;
 mod log;

@@ -11,6 +11,7 @@ use tonic::{Code, Status};
 use crate::config::Config;
 use crate::devices::Devices;
 use crate::fault::refused;
+use crate::imports::Imports;
 use crate::jobs::Jobs;
 use crate::memory::Tickets;
 use crate::metrics::{Metrics, Moment};
@@ -32,6 +33,7 @@ pub(crate) struct Store {
     pub(crate) pool: Arc<Pool>,
     pub(crate) models: Models,
     pub(crate) devices: Devices,
+    pub(crate) imports: Arc<Imports>,
     pub(crate) replicas: Replicas,
     metrics: Metrics,
 }
@@ -53,6 +55,7 @@ impl Store {
             models: Models::new(root.clone(), Arc::clone(&pool)),
             pool,
             devices: Devices::default(),
+            imports: Arc::default(),
             replicas: Replicas::default(),
             root,
             since: Instant::now(),

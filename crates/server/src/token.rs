@@ -3,7 +3,8 @@
 use std::fmt;
 use std::path::Path;
 
-use sllm_core::{Error, Result};
+use sllm_core::{Error, Result, read_small_file};
+use sllm_proto::MAX_TOKEN_FILE;
 use tonic::metadata::MetadataMap;
 
 /// Bytes of a token at least: fewer could be guessed.
@@ -32,8 +33,7 @@ impl Token {
 
     /// Reads a token's file.
     pub fn from_file(path: &Path) -> Result<Token> {
-        let io = |source| Error::Io { what: "read", path: path.to_owned(), source };
-        Token::of(&std::fs::read_to_string(path).map_err(io)?, path.display())
+        Token::of(&read_small_file(path, MAX_TOKEN_FILE)?, path.display())
     }
 
     /// Whether a request shows it. Takes as long for any wrong token of a length.

@@ -205,7 +205,7 @@ async fn streams_load_into_several_gpus_at_once() {
     let mut streams = Vec::new();
     for owner in &owners {
         let (mut loading, _) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
-        let cuda = CudaMemory { device: owner.uuid_bytes.clone(), handle: owner.handle.clone() };
+        let cuda = owner.told();
         // Two blocks of one memory.
         for (len, offset) in [(100, 0), (source.len() as u64, 64)] {
             loading.ask(Asked::Attach(Attach { len, offset, memory: Some(attach::Memory::Cuda(cuda.clone())) })).await;
@@ -239,7 +239,7 @@ async fn an_idle_server_holds_no_context_and_its_next_load_is_right() {
     for device in [1, 0] {
         let mut owner = Owner::start(device, source.len() as u64);
         let (mut loading, _) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
-        let cuda = CudaMemory { device: owner.uuid_bytes.clone(), handle: owner.handle.clone() };
+        let cuda = owner.told();
         let memory = Some(attach::Memory::Cuda(cuda));
         loading.ask(Asked::Attach(Attach { len: source.len() as u64, offset: 0, memory })).await;
         loading.batch(all_of(&open)).await;
@@ -270,7 +270,7 @@ async fn a_client_that_is_killed_in_the_middle_of_a_copy_hurts_nobody() {
     for _ in 0..3 {
         let mut owner = Owner::start(0, source.len() as u64);
         let (mut loading, _) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
-        let cuda = CudaMemory { device: owner.uuid_bytes.clone(), handle: owner.handle.clone() };
+        let cuda = owner.told();
         let memory = Some(attach::Memory::Cuda(cuda));
         loading.ask(Asked::Attach(Attach { len: source.len() as u64, offset: 0, memory })).await;
         for _ in 0..20 {
@@ -297,6 +297,95 @@ async fn a_client_that_is_killed_in_the_middle_of_a_copy_hurts_nobody() {
     served.storage().await.load_model_async(asked).await.unwrap();
     confirm(&served, "plain", "last", DeviceType::Gpu).await.unwrap();
     assert!(owner.bytes(served.dir.path()) == source);
+}
+
+fn attach(memory: CudaMemory, len: u64) -> Asked {
+    Asked::Attach(Attach { len, offset: 0, memory: Some(attach::Memory::Cuda(memory)) })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_stays_open_from_batch_to_batch_only_where_it_is_known_to_be_the_same() {
+    let driver = Driver::load();
+    let served = Served::start(fill, |_| ());
+    let path = served.models().join("store");
+    let (open, source) = (open_message("store", &path), models::bytes(&path));
+    let mut owner = Owner::start(0, source.len() as u64);
+    for (told, after_each, opened_in_all) in [(true, 1, 1), (false, 0, 3)] {
+        let before = driver.count("cuIpcOpenMemHandle");
+        let (mut loading, _) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
+        let memory = if told { owner.told() } else { owner.untold() };
+        // Two blocks of one allocation.
+        for _ in 0..2 {
+            loading.ask(attach(memory.clone(), source.len() as u64)).await;
+        }
+        for block in [0, 1, 0] {
+            let mut segments = all_of(&open);
+            segments.iter_mut().for_each(|segment| segment.block = block);
+            loading.batch(segments).await;
+            loading.done().await.unwrap();
+            assert_eq!(driver.get("imports"), after_each);
+        }
+        assert_eq!(driver.count("cuIpcOpenMemHandle") - before, opened_in_all);
+        assert!(owner.bytes(served.dir.path()) == source);
+        drop(loading);
+        all_closed(&driver).await;
+        owner.remake();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn memory_that_was_made_again_is_written_to_and_not_what_another_session_has_open() {
+    let driver = Driver::load();
+    let served = Served::start(fill, |_| ());
+    let path = served.models().join("store");
+    let (open, source) = (open_message("store", &path), models::bytes(&path));
+    let len = source.len() as u64;
+    let mut owner = Owner::start(0, len);
+    let stream = async |memory| {
+        let (mut loading, _) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
+        loading.ask(attach(memory, len)).await;
+        loading.batch(all_of(&open)).await;
+        loading.done().await.unwrap();
+        loading
+    };
+    // Two that keep open what is freed then.
+    let mut first = stream(owner.told()).await;
+    let untold = &mut stream(owner.untold()).await;
+    let second = stream(owner.told()).await;
+    assert!(owner.bytes(served.dir.path()) == source);
+
+    // On the same stream, by a block of its own.
+    owner.remake();
+    first.ask(attach(owner.told(), len)).await;
+    let mut segments = all_of(&open);
+    segments.iter_mut().for_each(|segment| segment.block = 1);
+    first.batch(segments).await;
+    first.done().await.unwrap();
+    assert!(owner.bytes(served.dir.path()) == source, "the same stream");
+    // By a stream whose client does not tell: the block that it has.
+    owner.remake();
+    untold.batch(all_of(&open)).await;
+    untold.done().await.unwrap();
+    assert!(owner.bytes(served.dir.path()) == source, "an older client");
+    // By the original's client, while others are kept.
+    owner.remake();
+    let kept = stream(owner.told()).await;
+    owner.remake();
+    let asked = request("store", "r", &owner, vec![chunk(0, len, 0)]);
+    served.storage().await.load_model_async(asked).await.unwrap();
+    confirm(&served, "store", "r", DeviceType::Gpu).await.unwrap();
+    assert!(owner.bytes(served.dir.path()) == source, "the original's client");
+    // By another process with the same numbers.
+    let mut other = owner.told();
+    other.process = vec![8; 16];
+    let before = driver.count("cuIpcOpenMemHandle");
+    let streams = [stream(owner.told()).await, stream(other).await];
+    assert_eq!(driver.count("cuIpcOpenMemHandle"), before + 2);
+    drop((first, second, kept, streams));
+    all_closed(&driver).await;
+    let (mut loading, _) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
+    loading.ask(attach(CudaMemory { process: vec![7; 15], ..owner.told() }, len)).await;
+    assert_eq!(loading.error().await.code(), Code::InvalidArgument, "half an identity");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -404,7 +493,7 @@ async fn loads_that_do_not_end_in_time_are_stopped_with_the_server() {
     let owner = Owner::start(0, LEN as u64 + 1000);
     let mut client = served.store().await;
     let (mut loading, opened) = Loading::open(&mut client, open.clone()).await.unwrap();
-    let cuda = CudaMemory { device: owner.uuid_bytes.clone(), handle: owner.handle.clone() };
+    let cuda = owner.told();
     let memory = Some(attach::Memory::Cuda(cuda));
     loading.ask(Asked::Attach(Attach { len: opened.total, offset: 0, memory })).await;
     for _ in 0..100 {

@@ -204,7 +204,7 @@ async fn a_stream_that_is_out_of_order_or_bounds_ends_with_the_reason_and_nothin
     let by = |ticket: &[u8]| Some(attach::Memory::Ticket(ticket.to_vec()));
     let cuda = |device: usize, handle: usize| {
         let (device, handle) = (vec![0; device], vec![0; handle]);
-        Some(attach::Memory::Cuda(sllm_proto::store::CudaMemory { device, handle }))
+        Some(attach::Memory::Cuda(sllm_proto::store::CudaMemory { device, handle, ..Default::default() }))
     };
     let wrong: [(Vec<Asked>, Code); 9] = [
         (vec![Asked::Open(open.clone())], Code::InvalidArgument),

@@ -350,7 +350,7 @@ async fn nonsense(world: &World, random: &mut Random, model: &Model) -> Result<(
         }
         1 => {
             let (device, handle) = (b"fake-cuda-gpu-00".to_vec(), vec![7; 64]);
-            let memory = Some(attach::Memory::Cuda(CudaMemory { device, handle }));
+            let memory = Some(attach::Memory::Cuda(CudaMemory { device, handle, ..CudaMemory::default() }));
             loading.ask(Asked::Attach(Attach { len: 1, offset: 0, memory })).await;
         }
         2 => loading.batch(vec![Segment { offset: opened.total, row_len: 1, ..Segment::default() }]).await,
@@ -488,8 +488,12 @@ async fn gpu_session(
     let (first, second) = all_of(&open).into_iter().map(in_two).unzip();
     let opened = Loading::open(&mut world.served.store().await, open).await;
     let Some((mut loading, opened)) = model.unless_replaced(version, opened)? else { return Ok(()) };
-    let (device, handle) = (gpu.owner.uuid_bytes.clone(), gpu.owner.handle.clone());
-    let memory = Some(attach::Memory::Cuda(CudaMemory { device, handle }));
+    if shift.is_multiple_of(3) {
+        tokio::task::block_in_place(|| gpu.owner.remake());
+    }
+    // Clients of both kinds.
+    let memory = if shift.is_multiple_of(2) { gpu.owner.told() } else { gpu.owner.untold() };
+    let memory = Some(attach::Memory::Cuda(memory));
     loading.ask(Asked::Attach(Attach { len: opened.total, offset: shift, memory })).await;
     loading.batch(first).await;
     loading.batch(second).await;

@@ -9,7 +9,8 @@ mod status;
 use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args, Subcommand, ValueHint};
-use sllm_client::{ClientOptions, StoreClient};
+use sllm_client::{ClientOptions, MAX_TOKEN_FILE, StoreClient};
+use sllm_core::read_small_file;
 
 use crate::args::Output;
 use crate::output::{Answer, Fault, Session};
@@ -130,11 +131,7 @@ impl Server {
 
 /// How to reach a server, with a token out of a file.
 pub(crate) fn options(address: Option<String>, token_file: Option<&Path>) -> Result<ClientOptions, Fault> {
-    let read = |path: &Path| {
-        let io = |source| sllm_core::Error::Io { what: "read", path: path.to_owned(), source };
-        std::fs::read_to_string(path).map_err(io)
-    };
-    let token = token_file.map(read).transpose()?;
+    let token = token_file.map(|path| read_small_file(path, MAX_TOKEN_FILE)).transpose()?;
     // As where the variable is read that may hold it: empty is not given.
     Ok(ClientOptions::new().address(address.filter(|address| !address.is_empty())).token(token))
 }

@@ -4,6 +4,10 @@ use std::env;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::small_file::read_small_file;
+
+/// Bytes of a reference at most, which is a commit's name.
+const MAX_REF_LEN: u64 = 4 << 10;
 
 /// The cache directory, by the variables that huggingface_hub obeys, in its order.
 fn cache_dir() -> Option<PathBuf> {
@@ -35,7 +39,7 @@ pub(super) fn resolve(id: &Path, revision: Option<&str>, cache: Option<&Path>) -
     if !crate::format::hf_index::is_plain_relative(revision) {
         return Err(Error::Invalid(format!("{revision:?} is not a revision")));
     }
-    let commit = match std::fs::read_to_string(dir.join("refs").join(revision)) {
+    let commit = match read_small_file(&dir.join("refs").join(revision), MAX_REF_LEN) {
         Ok(commit) => commit.trim().to_owned(),
         Err(_) => revision.to_owned(),
     };

@@ -17,6 +17,9 @@ use crate::format::manifest::CHUNK_LEN;
 /// File name of the journal in a partial directory.
 pub(crate) const JOURNAL_NAME: &str = ".sllm-journal";
 
+/// Bytes of a journal at most: the lines of 40 TB and more.
+const MAX_LEN: u64 = 256 << 20;
+
 /// Checksums of finished chunks, by file and chunk number.
 pub(crate) type Finished = HashMap<(usize, u64), u64>;
 
@@ -61,14 +64,19 @@ impl Journal {
         format!("sllm-journal 1 {fingerprint}\n")
     }
 
-    /// Opens the journal of a directory and gives the chunks it lists; `None` where there is none of this fingerprint.
+    /// Opens the journal of a directory and gives the chunks it lists; `None` where there is none of this fingerprint, or
+    /// none that a conversion can have written.
     pub(crate) fn resume(dir: &Path, fingerprint: &str) -> Result<Option<(Journal, Finished)>> {
         let path = dir.join(JOURNAL_NAME);
         let mut options = OpenOptions::new();
         options.read(true).append(true).custom_flags(libc::O_NOFOLLOW);
         let Ok(mut file) = options.open(&path) else { return Ok(None) };
+        let found = file.metadata().map_err(Error::io("inspect", &path))?;
+        if !found.is_file() || found.len() > MAX_LEN {
+            return Ok(None);
+        }
         let mut text = Vec::new();
-        file.read_to_end(&mut text).map_err(Error::io("read", &path))?;
+        (&mut file).take(found.len()).read_to_end(&mut text).map_err(Error::io("read", &path))?;
         let Some(lines) = text.strip_prefix(Self::header(fingerprint).as_bytes()) else { return Ok(None) };
         // What follows the last line end is torn; new lines must not join it.
         let whole = lines.iter().rposition(|&b| b == b'\n').map_or(0, |last| last + 1);
@@ -103,6 +111,8 @@ fn parse_line(line: &[u8]) -> Option<((usize, u64), u64)> {
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+
     use super::*;
 
     #[test]
@@ -116,6 +126,20 @@ mod tests {
         journal.add(dir.path(), 3, 4, 5).unwrap();
         let (_, finished) = Journal::resume(dir.path(), "f").unwrap().unwrap();
         assert_eq!(finished, Finished::from([((0, 1), 0xab), ((3, 4), 5)]));
+    }
+
+    #[test]
+    fn a_journal_that_no_conversion_wrote_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal = Journal::create(dir.path(), "f").unwrap();
+        assert!(Journal::resume(dir.path(), "f").unwrap().is_some());
+        // A hole: its bytes would be read as a torn line, and cut off.
+        journal.file.set_len(MAX_LEN + 1).unwrap();
+        assert!(Journal::resume(dir.path(), "f").unwrap().is_none());
+        let path = dir.path().join(JOURNAL_NAME);
+        std::fs::remove_file(&path).unwrap();
+        mknodat(CWD, &path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+        assert!(Journal::resume(dir.path(), "f").unwrap().is_none());
     }
 
     #[test]

@@ -26,6 +26,11 @@ pub struct SharedBlock {
     pub offset: u64,
     /// Bytes of the block.
     pub len: u64,
+    /// The driver's number of that allocation, which no other one of this process has or had; `None` where it tells none.
+    ///
+    /// An allocation that is freed and made again may have the address and the handle of the first: who keeps anything by
+    /// a handle compares this too.
+    pub buffer_id: Option<u64>,
 }
 
 /// An allocation as the driver knows it.
@@ -34,6 +39,7 @@ pub(crate) struct Exported {
     pub(crate) handle: [u8; HANDLE_LEN],
     pub(crate) base: u64,
     pub(crate) base_len: u64,
+    pub(crate) buffer_id: Option<u64>,
 }
 
 /// Another process's device memory, open here. The last clone or block closes it.
@@ -77,7 +83,8 @@ impl Block {
         let end = offset.and_then(|offset| offset.checked_add(self.len)).filter(|end| *end <= found.base_len);
         match (offset, end) {
             (Some(offset), Some(_)) => {
-                Ok(SharedBlock { handle: found.handle, base_len: found.base_len, offset, len: self.len })
+                let Exported { handle, base_len, buffer_id, .. } = found;
+                Ok(SharedBlock { handle, base_len, offset, len: self.len, buffer_id })
             }
             _ => Err(refused("the block does not lie in one allocation").into()),
         }
@@ -87,7 +94,9 @@ impl Block {
 impl SharedMemory {
     /// Opens another process's memory by its handle; [`DeviceError::NotOpened`] if that leads nowhere.
     ///
-    /// `device` is the one that the memory is on. Memory of a peer opens too, and copies to it take the longer way.
+    /// `device` is the one that the memory is on. Memory of a peer opens too, and copies to it take the longer way. While a
+    /// handle is open, opening it again may give the same memory, also where the other process has freed that and made
+    /// other memory with the same handle: close the first ([`SharedBlock::buffer_id`] tells).
     pub fn open(device: &Device, handle: &[u8; HANDLE_LEN]) -> Result<SharedMemory> {
         let (memory, len) = device.0.open_shared(handle)?;
         Ok(SharedMemory { device: device.clone(), memory: memory.into(), len })

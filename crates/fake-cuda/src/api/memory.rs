@@ -214,7 +214,7 @@ unsafe extern "C" fn cuMemHostGetDevicePointer_v2(address: *mut u64, pointer: us
     })
 }
 
-/// Knows context, memory type, device and host pointer, managed, ordinal, range and mapped.
+/// Knows context, memory type, device and host pointer, buffer, managed, ordinal, range and mapped.
 ///
 /// # Safety
 /// `data` may be written and has the size of the attribute.
@@ -228,12 +228,12 @@ unsafe extern "C" fn cuPointerGetAttribute(data: *mut c_void, attribute: c_uint,
             Place::Pinned { .. } => false,
             Place::Pageable => return Err(codes::INVALID_VALUE),
         };
-        let (start, len, device) = if in_device {
+        let (start, len, device, id) = if in_device {
             let found = state.allocations.range(..=address).next_back().ok_or(codes::UNKNOWN)?;
-            (*found.0, found.1.len, found.1.device)
+            (*found.0, found.1.len, found.1.device, Some(found.1.id))
         } else {
             let found = state.registrations.range(..=address).next_back().ok_or(codes::UNKNOWN)?;
-            (*found.0, found.1.len, found.1.device)
+            (*found.0, found.1.len, found.1.device, None)
         };
         // SAFETY: the caller's duty; each arm writes the type that the manual gives for its attribute.
         unsafe {
@@ -243,6 +243,7 @@ unsafe extern "C" fn cuPointerGetAttribute(data: *mut c_void, attribute: c_uint,
                 3 => put(data.cast::<u64>(), pointer),
                 4 if in_device => Err(codes::INVALID_VALUE),
                 4 => put(data.cast::<u64>(), pointer),
+                7 => put(data.cast::<u64>(), id.ok_or(codes::NOT_SUPPORTED)?),
                 8 => put(data.cast::<u8>(), 0),
                 9 => put(data.cast::<c_int>(), device),
                 11 => put(data.cast::<u64>(), start as u64),

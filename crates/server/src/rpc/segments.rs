@@ -10,30 +10,30 @@ use crate::fault::invalid;
 /// Segments of a batch at most.
 const MAX_SEGMENTS: usize = 1 << 21;
 
-/// The segments of a batch, and the blocks that they name. `files` has the places of the client's files.
+/// The segments of a batch, and the numbers of the blocks that they name, of so many that are attached. `files` has the
+/// places of the client's files.
 ///
 /// That segments lie inside their files and blocks, and write no byte twice, is checked by the plan.
 pub(super) fn of_batch(
     segments: &[store::Segment],
     files: &[usize],
-    blocks: &[Block],
-) -> Result<(Vec<Segment>, Vec<Block>), Status> {
+    blocks: usize,
+) -> Result<(Vec<Segment>, Vec<usize>), Status> {
     if segments.len() > MAX_SEGMENTS {
         return Err(invalid(format!("a batch has {MAX_SEGMENTS} segments at most: send several")));
     }
     // Only the blocks of this batch are loaded into: a session may have many.
     let mut used = Vec::new();
-    let mut places = vec![None; blocks.len()];
+    let mut places = vec![None; blocks];
     let mut out = Vec::with_capacity(segments.len());
     for segment in segments {
         let file = usize::try_from(segment.file).ok().and_then(|file| files.get(file));
         let file =
             *file.ok_or_else(|| invalid(format!("there is no file {}: {} were named", segment.file, files.len())))?;
-        let missing = || invalid(format!("there is no block {}: {} are attached", segment.block, blocks.len()));
-        let at = usize::try_from(segment.block).map_err(|_| missing())?;
-        let block = blocks.get(at).ok_or_else(missing)?;
-        let block = *places[at].get_or_insert_with(|| {
-            used.push(block.clone());
+        let missing = || invalid(format!("there is no block {}: {blocks} are attached", segment.block));
+        let number = usize::try_from(segment.block).map_err(|_| missing())?;
+        let block = *places.get_mut(number).ok_or_else(missing)?.get_or_insert_with(|| {
+            used.push(number);
             used.len() - 1
         });
         let rows = segment.rows.max(1);
@@ -153,16 +153,14 @@ mod tests {
 
     #[test]
     fn segments_name_files_and_blocks_that_are_there() {
-        let block = Block::alloc(&Device::host(), 8).unwrap();
-        let blocks = vec![Block::alloc(&Device::host(), 4).unwrap(), block];
         let segment =
             |file, block, rows| store::Segment { file, block, rows, row_len: 4, src_pitch: 9, ..Default::default() };
-        let (segments, used) = of_batch(&[segment(0, 1, 0), segment(0, 1, 2)], &[5], &blocks).unwrap();
-        assert_eq!((used.len(), used[0].len()), (1, 8));
+        let (segments, used) = of_batch(&[segment(0, 1, 0), segment(0, 1, 2)], &[5], 2).unwrap();
+        assert_eq!(used, [1]);
         assert_eq!(segments[0], Segment::contiguous(5, 0, 4, 0, 0));
         assert_eq!((segments[1].rows, segments[1].src_pitch), (2, 9));
         for wrong in [segment(1, 0, 0), segment(0, 2, 0), segment(u32::MAX, u32::MAX, 0)] {
-            assert!(of_batch(&[wrong], &[5], &blocks).is_err(), "{wrong:?}");
+            assert!(of_batch(&[wrong], &[5], 2).is_err(), "{wrong:?}");
         }
     }
 }

@@ -1,20 +1,23 @@
 //! A client's session: what it opens, attaches and has moved, until its stream ends.
 
+use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use prost::Message;
-use sllm_core::{Block, LoadReport, SharedMemory};
+use sllm_core::{Block, LoadReport};
+use sllm_proto::PROCESS_LEN;
 use sllm_proto::store::load_event::Kind as Event;
 use sllm_proto::store::load_request::Kind as Asked;
-use sllm_proto::store::{Attach, Batch, Done, LoadEvent, LoadRequest, Open, Opened, Progress, attach};
+use sllm_proto::store::{Attach, Batch, CudaMemory, Done, LoadEvent, LoadRequest, Open, Opened, Progress, attach};
 use tokio::sync::mpsc;
 use tonic::{Code, Status, Streaming};
 
 use super::segments;
 use crate::devices::{OpenDevice, Uuid};
-use crate::fault::{self, invalid, refused};
+use crate::fault::{invalid, refused};
+use crate::imports::{Allocation, Handle, Hold};
 use crate::jobs::{Job, Stop, Why};
 use crate::memory::{Mapping, Ticket};
 use crate::metrics::Kind;
@@ -215,33 +218,60 @@ async fn open_model(store: &Arc<Store>, open: Open) -> Result<(InUse, Vec<usize>
 /// Memory of a client, as long as it is its.
 #[derive(Default)]
 struct Attached {
-    blocks: Vec<Block>,
+    parts: Vec<Part>,
     mappings: HashMap<Ticket, Arc<Mapping>>,
-    memories: HashMap<(Uuid, [u8; 64]), SharedMemory>,
+    kept: HashMap<Memory, Hold>,
     devices: HashMap<Uuid, OpenDevice>,
     /// Time that the driver took to open memory of GPUs.
     opening: Duration,
 }
 
+/// Memory of a GPU as a client names it.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Memory {
+    handle: Handle,
+    /// `None`: the handle may be another allocation's in the next batch.
+    allocation: Option<Allocation>,
+}
+
+/// What a client calls a block.
+enum Part {
+    Host(Block),
+    /// A range of memory that each batch opens, or finds open.
+    Cuda(Memory, u64, u64),
+}
+
+/// The blocks of a batch, which go before what holds their memory open.
+struct Held {
+    blocks: Vec<Block>,
+    holds: HashMap<Memory, Hold>,
+}
+
 async fn attach_memory(store: &Arc<Store>, mut attached: Attached, attach: Attach) -> Result<Attached, Status> {
-    if attached.blocks.len() >= MAX_BLOCKS {
+    if attached.parts.len() >= MAX_BLOCKS {
         return Err(invalid(format!("a session has {MAX_BLOCKS} blocks at most")));
     }
     let store = Arc::clone(store);
     let work = move || {
-        let block = match &attach.memory {
-            Some(attach::Memory::Ticket(ticket)) => attached.host_block(&store, ticket, attach.offset, attach.len),
-            Some(attach::Memory::Cuda(cuda)) => {
-                attached.cuda_block(&store, &cuda.device, &cuda.handle, attach.offset, attach.len)
+        let part = match &attach.memory {
+            Some(attach::Memory::Ticket(ticket)) => {
+                attached.host_block(&store, ticket, attach.offset, attach.len).map(Part::Host)
             }
+            Some(attach::Memory::Cuda(cuda)) => attached.cuda_part(&store, cuda, attach.offset, attach.len),
             None => Err(invalid("the memory to attach is missing")),
         };
-        block.map(|block| {
-            attached.blocks.push(block);
+        part.map(|part| {
+            attached.parts.push(part);
             attached
         })
     };
     crate::store::blocking(work).await?
+}
+
+/// The blocks of these numbers, with their memory open.
+async fn hold(store: &Arc<Store>, mut attached: Attached, numbers: Vec<usize>) -> Result<(Attached, Held), Status> {
+    let store = Arc::clone(store);
+    crate::store::blocking(move || attached.hold(&store, &numbers).map(|held| (attached, held))).await?
 }
 
 impl Attached {
@@ -261,38 +291,63 @@ impl Attached {
         mapping.block(offset, len).ok_or_else(outside)
     }
 
-    fn cuda_block(
-        &mut self,
-        store: &Store,
-        uuid: &[u8],
-        handle: &[u8],
-        offset: u64,
-        len: u64,
-    ) -> Result<Block, Status> {
-        let uuid = Uuid::try_from(uuid).map_err(|_| invalid("a device's UUID has 16 bytes"))?;
-        let handle = <[u8; 64]>::try_from(handle).map_err(|_| invalid("a CUDA IPC handle has 64 bytes"))?;
-        if !self.memories.contains_key(&(uuid, handle)) {
-            let device = match self.devices.get(&uuid) {
-                Some(device) => device.clone(),
-                None => store.devices.open(&uuid)?,
-            };
-            let opening = Instant::now();
-            let memory = SharedMemory::open(device.device(), &handle).map_err(|e| attach_fault(&e))?;
-            self.opening += opening.elapsed();
-            self.devices.insert(uuid, device);
-            self.memories.insert((uuid, handle), memory);
-        }
-        let memory = self.memories.get(&(uuid, handle)).ok_or_else(|| invalid("the memory is gone"))?;
-        memory.block(offset, len).map_err(|e| attach_fault(&e))
+    /// Opens the memory, so that a handle that leads nowhere is told at once, and keeps it open for the batches.
+    fn cuda_part(&mut self, store: &Store, cuda: &CudaMemory, offset: u64, len: u64) -> Result<Part, Status> {
+        let device = Uuid::try_from(&cuda.device[..]).map_err(|_| invalid("a device's UUID has 16 bytes"))?;
+        let bytes = <[u8; 64]>::try_from(&cuda.handle[..]).map_err(|_| invalid("a CUDA IPC handle has 64 bytes"))?;
+        let allocation = match cuda.buffer_id {
+            Some(buffer_id) => {
+                let wrong = |_| invalid(format!("a process is told by {PROCESS_LEN} bytes where a buffer is"));
+                Some(Allocation { process: cuda.process[..].try_into().map_err(wrong)?, buffer_id })
+            }
+            None => None,
+        };
+        let memory = Memory { handle: Handle { device, bytes }, allocation };
+        let hold = self.open(store, memory)?;
+        hold.block(offset, len)?;
+        self.kept.insert(memory, hold.keep());
+        Ok(Part::Cuda(memory, offset, len))
     }
-}
 
-/// A handle that leads nowhere, or a range outside what it leads to, is the client's mistake.
-pub(super) fn attach_fault(error: &sllm_core::Error) -> Status {
-    use sllm_core::{DeviceError, Error};
-    match error {
-        Error::Device(DeviceError::NotOpened { .. } | DeviceError::OutsideShared { .. }) => invalid(error.chain()),
-        _ => fault::status(error),
+    fn open(&mut self, store: &Store, memory: Memory) -> Result<Hold, Status> {
+        let uuid = memory.handle.device;
+        let device = match self.devices.entry(uuid) {
+            Entry::Occupied(device) => device.into_mut(),
+            Entry::Vacant(place) => place.insert(store.devices.open(&uuid)?),
+        };
+        let opening = Instant::now();
+        let hold = store.imports.open(device, &memory.handle, memory.allocation, self.kept.get(&memory))?;
+        self.opening += opening.elapsed();
+        Ok(hold)
+    }
+
+    /// Blocks by their numbers. What is not told by its allocation is let go of after this batch, and opened anew for the
+    /// next one.
+    fn hold(&mut self, store: &Store, numbers: &[usize]) -> Result<Held, Status> {
+        let mut held = Held { blocks: Vec::with_capacity(numbers.len()), holds: HashMap::new() };
+        for &number in numbers {
+            let (memory, offset, len) = match self.parts.get(number) {
+                Some(Part::Cuda(memory, offset, len)) => (*memory, *offset, *len),
+                Some(Part::Host(block)) => {
+                    held.blocks.push(block.clone());
+                    continue;
+                }
+                None => return Err(invalid(format!("there is no block {number}"))),
+            };
+            let hold = match held.holds.entry(memory) {
+                Entry::Occupied(hold) => hold.into_mut(),
+                Entry::Vacant(place) => {
+                    let hold = self.open(store, memory)?;
+                    if memory.allocation.is_some() {
+                        self.kept.insert(memory, hold.keep());
+                    }
+                    place.insert(hold)
+                }
+            };
+            held.blocks.push(hold.block(offset, len)?);
+        }
+        self.kept.retain(|memory, _| memory.allocation.is_some());
+        Ok(held)
     }
 }
 
@@ -300,27 +355,31 @@ pub(super) fn attach_fault(error: &sllm_core::Error) -> Status {
 async fn move_batch(
     store: &Arc<Store>,
     talk: &mut Talk,
-    attached: &Attached,
+    attached: &mut Attached,
     model: &Arc<InUse>,
     files: &[usize],
     batch: Batch,
 ) -> Result<Option<LoadReport>, Status> {
     let deadline = (batch.timeout_ms > 0).then(|| Instant::now() + Duration::from_millis(batch.timeout_ms.into()));
-    let (segments, blocks) = segments::of_batch(&batch.segments, files, &attached.blocks)?;
-    let devices = segments::devices(&blocks);
+    let (segments, numbers) = segments::of_batch(&batch.segments, files, attached.parts.len())?;
+    let (back, held) = hold(store, std::mem::take(attached), numbers).await?;
+    *attached = back;
+    let devices = segments::devices(&held.blocks);
     let kind = if devices.iter().all(sllm_core::Device::is_host) { Kind::Host } else { Kind::Cuda };
     let stop = Stop::new();
     let job = Job::new(&model.name, segments::names(&devices), kind, stop.clone());
     let mut progress = job.progress.subscribe();
 
-    // Whatever becomes of the session, mappings stay until nothing is copied any more. Blocks of GPUs keep their own.
+    // Whatever becomes of the session, its memory stays until nothing is copied any more.
     let mappings: Vec<Arc<Mapping>> = attached.mappings.values().cloned().collect();
     let (shared, model) = (Arc::clone(store), Arc::clone(model));
     let run = store.jobs.run(job, move |control| {
         let control = deadline.into_iter().fold(control, |control, deadline| control.until(deadline));
+        // Dropped in the other order.
+        let Held { holds, blocks } = held;
         let loader = shared.loader(&model, control)?.devices(devices).build()?;
         let report = loader.fill_segments(&model.checkpoint, &segments, blocks)?;
-        drop(mappings);
+        drop((holds, mappings));
         shared.count(&report);
         Ok(report)
     });

@@ -1,9 +1,10 @@
 //! The original's service.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
-use sllm_core::{Block, Segment, SharedMemory, parse_uuid};
+use sllm_core::{Block, Segment, parse_uuid};
 use sllm_proto::storage::storage_server::Storage;
 use sllm_proto::storage::{
     ClearMemRequest, ClearMemResponse, ConfirmModelRequest, ConfirmModelResponse, DeviceType, GetServerConfigRequest,
@@ -13,9 +14,9 @@ use sllm_proto::storage::{
 use tonic::{Code, Request, Response, Status};
 
 use super::segments;
-use super::session::attach_fault;
 use crate::devices::OpenDevice;
 use crate::fault::{invalid, refused};
+use crate::imports::{Handle, Hold};
 use crate::jobs::{Job, Stop, Why};
 use crate::metrics::Kind;
 use crate::models::{InUse, Model};
@@ -127,10 +128,11 @@ impl Storage for StorageRpc {
     }
 }
 
-/// What a load into GPUs needs, all of it checked.
+/// What a load into GPUs needs, all of it checked. Blocks go before what holds their memory open.
 struct Planned {
     segments: Vec<Segment>,
     blocks: Vec<Block>,
+    holds: HashMap<Handle, Hold>,
     devices: Vec<OpenDevice>,
 }
 
@@ -162,11 +164,11 @@ async fn load_to_gpus(
     tokio::spawn(async move {
         let shared = Arc::clone(&store);
         let run = store.jobs.run(job, move |control| {
-            let Planned { segments, blocks, devices: open } = planned;
+            // Dropped in the other order. Handles are closed when the copies are done, on this thread.
+            let Planned { devices: open, holds, segments, blocks } = planned;
             let loader = shared.loader(&model, control)?.devices(devices).build()?;
-            // The blocks close their handles when the copies are done, on this thread.
             let report = loader.fill_segments(&model.checkpoint, &segments, blocks)?;
-            drop(open);
+            drop((holds, open));
             shared.tell(&model, &report);
             Ok(())
         });
@@ -182,7 +184,8 @@ fn plan(
     handles: &HashMap<String, MemCopyHandleList>,
 ) -> Result<Planned, Status> {
     let files: Vec<u64> = model.checkpoint.files().iter().map(|file| file.len()).collect();
-    let mut planned = Planned { segments: Vec::new(), blocks: Vec::new(), devices: Vec::new() };
+    let (segments, blocks, holds, devices) = (Vec::new(), Vec::new(), HashMap::new(), Vec::new());
+    let mut planned = Planned { segments, blocks, holds, devices };
     for (text, list) in chunks {
         let missing = || invalid(format!("there are chunks for device {text:?}, and no handles"));
         let handles = &handles.get(text).ok_or_else(missing)?.handles;
@@ -193,9 +196,13 @@ fn plan(
         for handle in handles {
             let bytes = handle.cuda_ipc_handle.as_slice();
             let wrong = || invalid(format!("a CUDA IPC handle has 64 bytes, not {}", bytes.len()));
-            let handle = <[u8; 64]>::try_from(bytes).map_err(|_| wrong())?;
-            let memory = SharedMemory::open(device.device(), &handle).map_err(|e| attach_fault(&e))?;
-            planned.blocks.push(memory.block(0, memory.len()).map_err(|e| attach_fault(&e))?);
+            let handle = Handle { device: uuid, bytes: <[u8; 64]>::try_from(bytes).map_err(|_| wrong())? };
+            // The original's clients do not tell which allocation it is: it is opened for this load alone.
+            let hold = match planned.holds.entry(handle) {
+                Entry::Occupied(hold) => hold.into_mut(),
+                Entry::Vacant(place) => place.insert(store.imports.open(&device, &handle, None, None)?),
+            };
+            planned.blocks.push(hold.block(0, hold.len())?);
         }
         planned.devices.push(device);
     }

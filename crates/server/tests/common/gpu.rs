@@ -5,6 +5,7 @@ use std::path::Path;
 use cuda::Driver;
 use cudarc::driver::{result, sys};
 use sllm_core::{Block, Device, format_uuid};
+use sllm_proto::store::CudaMemory;
 use test_support::{Other, hex, unhex};
 
 /// Set in the processes that tests start: the device's ordinal and the bytes of its memory.
@@ -17,6 +18,7 @@ pub(crate) struct Owner {
     /// As the original writes it.
     pub(crate) uuid: String,
     pub(crate) uuid_bytes: Vec<u8>,
+    pub(crate) buffer_id: u64,
 }
 
 impl Owner {
@@ -28,7 +30,27 @@ impl Owner {
         let uuid = process.answer("uuid");
         let uuid_bytes = unhex(&uuid.replace('-', ""));
         let handle = unhex(&process.answer("handle"));
-        Owner { process, handle, uuid, uuid_bytes }
+        let buffer_id = process.answer("buffer").parse().unwrap();
+        Owner { process, handle, uuid, uuid_bytes, buffer_id }
+    }
+
+    /// Its memory for a server, without what tells it from memory that is made again.
+    pub(crate) fn untold(&self) -> CudaMemory {
+        let (device, handle) = (self.uuid_bytes.clone(), self.handle.clone());
+        CudaMemory { device, handle, ..CudaMemory::default() }
+    }
+
+    /// Its memory for a server, with that.
+    pub(crate) fn told(&self) -> CudaMemory {
+        CudaMemory { buffer_id: Some(self.buffer_id), process: vec![7; 16], ..self.untold() }
+    }
+
+    /// Frees its memory and makes it again, with the same handle.
+    pub(crate) fn remake(&mut self) {
+        self.process.tell("remake");
+        assert_eq!(self.handle, unhex(&self.process.answer("handle")));
+        let before = std::mem::replace(&mut self.buffer_id, self.process.answer("buffer").parse().unwrap());
+        assert_ne!(self.buffer_id, before);
     }
 
     /// All bytes of its memory, as it sees them.
@@ -52,20 +74,31 @@ pub(crate) fn own() {
     let Ok(told) = std::env::var(OWNER) else { return };
     let (ordinal, len) = told.split_once(' ').unwrap();
     let device = Device::cuda(ordinal.parse().unwrap()).unwrap();
-    let memory = Block::alloc(&device, len.parse().unwrap()).unwrap();
-    let len = usize::try_from(memory.len()).unwrap();
+    let len: usize = len.parse().unwrap();
     // SAFETY: the device exists; its context is kept until the process ends.
     unsafe { result::ctx::set_current(result::primary_ctx::retain(ordinal.parse().unwrap()).unwrap()).unwrap() };
-    // SAFETY: the block has so many bytes.
-    unsafe { sys::cuMemsetD8_v2(memory.addr(), UNTOUCHED, len) }.result().unwrap();
-    let shared = memory.export().unwrap();
     println!("uuid: {}", format_uuid(&device.uuid().unwrap().unwrap()));
-    println!("handle: {}", hex(&shared.handle));
+    let make = || {
+        let memory = Block::alloc(&device, len as u64).unwrap();
+        // SAFETY: the block has so many bytes.
+        unsafe { sys::cuMemsetD8_v2(memory.addr(), UNTOUCHED, len) }.result().unwrap();
+        let shared = memory.export().unwrap();
+        println!("handle: {}", hex(&shared.handle));
+        println!("buffer: {}", shared.buffer_id.unwrap());
+        memory
+    };
+    let mut memory = make();
     for path in std::io::stdin().lines() {
+        let path = path.unwrap();
+        if path == "remake" {
+            drop(memory);
+            memory = make();
+            continue;
+        }
         let mut bytes = vec![0; len];
         // SAFETY: the driver checks the range.
         unsafe { result::memcpy_dtoh_sync(&mut bytes, memory.addr()) }.unwrap();
-        std::fs::write(path.unwrap(), bytes).unwrap();
+        std::fs::write(path, bytes).unwrap();
         println!("written: all");
     }
 }

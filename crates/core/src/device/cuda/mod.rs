@@ -80,6 +80,15 @@ fn allocation_of(addr: u64) -> Result<(u64, u64), sys::CUresult> {
     }
 }
 
+/// The driver's number of the allocation that holds an address, unique in this process for ever. A context is current.
+fn buffer_id_of(addr: u64) -> Option<u64> {
+    let mut id = 0u64;
+    let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_BUFFER_ID;
+    // SAFETY: a context is current; the driver checks the address and writes one number of 64 bits.
+    let code = unsafe { sys::cuPointerGetAttribute((&raw mut id).cast(), attribute, addr) };
+    (code == sys::CUresult::CUDA_SUCCESS).then_some(id)
+}
+
 /// A byte of the driver's, whose sign the machine decides.
 fn to_byte(char: c_char) -> u8 {
     let [byte] = char.to_le_bytes();
@@ -239,7 +248,9 @@ impl Backend for Cuda {
         let mut handle = sys::CUipcMemHandle { reserved: [0; HANDLE_LEN] };
         // SAFETY: a context is current; the driver checks the address and writes one handle.
         match unsafe { sys::cuIpcGetMemHandle(&mut handle, base) } {
-            sys::CUresult::CUDA_SUCCESS => Ok(Exported { handle: handle.reserved.map(to_byte), base, base_len }),
+            sys::CUresult::CUDA_SUCCESS => {
+                Ok(Exported { handle: handle.reserved.map(to_byte), base, base_len, buffer_id: buffer_id_of(base) })
+            }
             code => Err(refused("share memory", code)),
         }
     }
