@@ -53,6 +53,7 @@ mod pool;
 mod prefetch;
 mod read;
 mod size;
+mod threads;
 mod verify;
 
 pub use cache::{Cache, CacheUsage};

@@ -93,6 +93,23 @@ fn an_index_that_does_not_fit_its_shards() {
 }
 
 #[test]
+fn of_many_broken_shards_the_first_is_named() {
+    let dir = tempdir().unwrap();
+    let names: Vec<String> = (0..40).map(|number| format!("model-{number:02}.safetensors")).collect();
+    for (number, name) in names.iter().enumerate() {
+        write_safetensors(&dir.path().join(name), &[tensor(&format!("t{number}"))], None);
+    }
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    for number in 0..40 {
+        assert_eq!(checkpoint.tensor(&format!("t{number}")).unwrap().file, number);
+    }
+    for name in &names[7..] {
+        fs::write(dir.path().join(name), "short").unwrap();
+    }
+    assert_refused(dir.path(), ErrorKind::Format, &["model-07.safetensors", "too short"]);
+}
+
+#[test]
 fn a_tensor_in_two_shards() {
     let dir = sharded();
     write_safetensors(&dir.path().join("2.safetensors"), &[tensor("a"), tensor("b")], None);

@@ -1,5 +1,6 @@
 //! Opening Hugging Face safetensors: one file, several, or several with an index.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::store::read_small;
@@ -8,6 +9,8 @@ use crate::error::{Error, FormatError, Result};
 use crate::format::hf_index::{self, INDEX_NAME};
 use crate::format::manifest::MAX_MANIFEST_LEN;
 use crate::format::safetensors::{Header, LENGTH_FIELD, json_len, parse};
+use crate::read::choose::MAX_LANES;
+use crate::threads;
 
 /// The one shard's name where there is no index.
 const SINGLE_NAME: &str = "model.safetensors";
@@ -57,7 +60,8 @@ pub(super) fn open_dir(dir: &Path) -> Result<Checkpoint> {
         return assemble(dir, files, None);
     }
     let index_file = open_inside(dir, INDEX_NAME)?;
-    let index = hf_index::parse(&index_path, &read_small(&index_file, MAX_MANIFEST_LEN)?)?;
+    let json = read_small(&index_file, MAX_MANIFEST_LEN)?;
+    let index = hf_index::parse(&index_path, &json)?;
     let mut files = Vec::with_capacity(index.shards.len());
     for shard in &index.shards {
         files.push(open_inside(dir, shard).map_err(|e| match e {
@@ -68,9 +72,9 @@ pub(super) fn open_dir(dir: &Path) -> Result<Checkpoint> {
         })?);
     }
     let checkpoint = assemble(dir, files, Some(index.metadata))?;
+    let files: HashMap<&str, usize> = checkpoint.tensors().iter().map(|t| (t.name.as_str(), t.file)).collect();
     for (name, shard) in &index.weight_map {
-        let found = checkpoint.position(name).map(|i| checkpoint.tensors()[i].file);
-        if found != Some(*shard) {
+        if files.get(&**name) != Some(shard) {
             let shard = &index.shards[*shard];
             let reason = format!("the index says that it is in {shard:?}, but it is not");
             return Err(FormatError::new(&index_path, reason).tensor(name).into());
@@ -104,10 +108,10 @@ pub(crate) fn ensure_inside(dir: &Path, path: &Path) -> Result<()> {
 }
 
 fn assemble(root: &Path, files: Vec<DataFile>, index: Option<serde_json::Value>) -> Result<Checkpoint> {
-    let mut tensors = Vec::new();
+    let headers = read_headers(&files)?;
+    let mut tensors = Vec::with_capacity(headers.iter().map(|header| header.tensors.len()).sum());
     let mut shards = Vec::with_capacity(files.len());
-    for (k, file) in files.iter().enumerate() {
-        let header = read_header(file)?;
+    for (k, (file, header)) in files.iter().zip(headers).enumerate() {
         shards.push(Shard { name: file.name().to_owned(), metadata: header.metadata });
         tensors.extend(header.tensors.into_iter().map(|t| TensorInfo {
             name: t.name,
@@ -130,6 +134,16 @@ fn assemble(root: &Path, files: Vec<DataFile>, index: Option<serde_json::Value>)
         identity: None,
         origin: Origin { layout: Layout::Safetensors.name().into(), shards, index, seen: None },
     })
+}
+
+/// The headers of files, parsed by as many threads as there are processors. The first file's error counts.
+fn read_headers(files: &[DataFile]) -> Result<Vec<Header>> {
+    let mut headers: Vec<Option<Result<Header>>> = files.iter().map(|_| None).collect();
+    let threads = threads::processors().min(MAX_LANES).min(files.len());
+    threads::share(threads, "sllm-open", files.iter().zip(&mut headers), |(file, header)| {
+        *header = Some(read_header(file));
+    });
+    headers.into_iter().flatten().collect() // there is one of each file
 }
 
 fn read_header(file: &DataFile) -> Result<Header> {
