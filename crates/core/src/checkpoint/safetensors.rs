@@ -8,12 +8,15 @@ use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, TensorInfo, hub}
 use crate::error::{Error, FormatError, Result};
 use crate::format::hf_index::{self, INDEX_NAME};
 use crate::format::manifest::MAX_MANIFEST_LEN;
-use crate::format::safetensors::{Header, LENGTH_FIELD, json_len, parse};
+use crate::format::safetensors::{Header, LENGTH_FIELD, MAX_HEADER_LEN, json_len, parse};
 use crate::read::choose::MAX_LANES;
 use crate::threads;
 
 /// The one shard's name where there is no index.
 const SINGLE_NAME: &str = "model.safetensors";
+
+/// Bytes of JSON that one thread parses before another is worth starting: 1 ms.
+const PARSED_BY_ONE: u64 = 512 << 10;
 
 /// Names of a directory's safetensors files, sorted; only `model.safetensors` where there is one.
 fn names_in(dir: &Path) -> Result<Vec<String>> {
@@ -136,14 +139,22 @@ fn assemble(root: &Path, files: Vec<DataFile>, index: Option<serde_json::Value>)
     })
 }
 
-/// The headers of files, parsed by as many threads as there are processors. The first file's error counts.
+/// The headers of files; where they are long, threads share the files. The first file's error counts.
 fn read_headers(files: &[DataFile]) -> Result<Vec<Header>> {
     let mut headers: Vec<Option<Result<Header>>> = files.iter().map(|_| None).collect();
-    let threads = threads::processors().min(MAX_LANES).min(files.len());
+    let worth = files.iter().map(claimed_len).sum::<u64>() / PARSED_BY_ONE;
+    let most = files.len().min(threads::processors()).min(MAX_LANES);
+    let threads = usize::try_from(worth).map_or(most, |worth| worth.min(most));
     threads::share(threads, "sllm-open", files.iter().zip(&mut headers), |(file, header)| {
         *header = Some(read_header(file));
     });
     headers.into_iter().flatten().collect() // there is one of each file
+}
+
+/// What a file claims to be the length of its header's JSON, no more than may be. Nothing is checked yet.
+fn claimed_len(file: &DataFile) -> u64 {
+    let mut field = [0; 8];
+    file.read_exact_at(&mut field, 0).map_or(0, |()| u64::from_le_bytes(field).min(MAX_HEADER_LEN))
 }
 
 fn read_header(file: &DataFile) -> Result<Header> {

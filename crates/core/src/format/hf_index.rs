@@ -44,9 +44,8 @@ pub(crate) fn parse<'a>(path: &Path, json: &'a [u8]) -> Result<HfIndex<'a>, Form
     shards.sort_unstable();
     shards.dedup();
     let shards: Vec<String> = shards.into_iter().map(str::to_owned).collect();
-    let mut weight_map = Vec::with_capacity(entries.len());
     let mut place = usize::MAX; // of the shard before
-    for (Text(name), Text(shard)) in entries {
+    let placed = |(Text(name), Text(shard)): (Text<'a>, Text<'a>)| {
         if shards.get(place).is_none_or(|before| *before != shard) {
             if !is_plain_relative(&shard) {
                 let reason = format!("its shard {shard:?} is not a path inside the model directory");
@@ -55,8 +54,9 @@ pub(crate) fn parse<'a>(path: &Path, json: &'a [u8]) -> Result<HfIndex<'a>, Form
             // Every shard was put into `shards` above.
             place = shards.binary_search_by(|other| other.as_str().cmp(&shard)).unwrap_or_default();
         }
-        weight_map.push((name, place));
-    }
+        Ok((name, place))
+    };
+    let weight_map = entries.into_iter().map(placed).collect::<Result<_, _>>()?; // in the entries' memory
     Ok(HfIndex { metadata: raw.metadata, weight_map, shards })
 }
 
