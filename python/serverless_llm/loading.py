@@ -59,10 +59,9 @@ def load(
     """
     arrays = _arrays_of(framework)
     checkpoint = opened(source, revision)
+    selected = _selected(checkpoint, tensors)
     options = _options(engine, direct, verify, threads, pinned_bytes, server, token)
-    return _fill(
-        arrays, checkpoint, _selected(checkpoint, tensors), [arrays.device_id(device)], None, options, progress
-    )
+    return _fill(arrays, checkpoint, selected, [arrays.device_id(device)], None, options, progress)
 
 
 def load_dict(
