@@ -17,23 +17,46 @@ use tempfile::TempDir;
 /// Bytes of one checksummed chunk of a store (`docs/format.md`), and of the pool's buffers here.
 const CHUNK_LEN: usize = 4 << 20;
 
+fn layer_names(tensors: u64) -> Vec<String> {
+    (0..tensors).map(|i| format!("model.layers.{i}.weight")).collect()
+}
+
 /// Writes the header of a safetensors file of U8 tensors of `len` bytes, and leaves the weights a hole.
-fn sparse_safetensors(path: &Path, tensors: u64, len: u64) {
-    let entry = |i: u64| {
+fn sparse_safetensors(path: &Path, names: &[String], len: u64) {
+    let entry = |(i, name): (u64, &String)| {
         let (start, end) = (i * len, (i + 1) * len);
-        format!(r#""model.layers.{i}.weight":{{"dtype":"U8","shape":[{len}],"data_offsets":[{start},{end}]}}"#)
+        format!(r#"{name:?}:{{"dtype":"U8","shape":[{len}],"data_offsets":[{start},{end}]}}"#)
     };
-    let json = format!("{{{}}}", (0..tensors).map(entry).collect::<Vec<_>>().join(","));
+    let json = format!("{{{}}}", (0..).zip(names).map(entry).collect::<Vec<_>>().join(","));
     let bytes = test_support::safetensors(json, &[]);
     fs::write(path, &bytes).expect("the header can be written");
     let file = File::options().write(true).open(path).expect("the file was just written");
-    file.set_len(bytes.len() as u64 + tensors * len).expect("the file can be lengthened");
+    file.set_len((bytes.len() as u64) + (names.len() as u64) * len).expect("the file can be lengthened");
+}
+
+/// Writes experts' weights, 18,864 tensors of a page in two shards, and an index: the shards sorted by name, the index in
+/// the order of a model.
+fn write_sharded(dir: &Path) {
+    fs::create_dir(dir).expect("the directory is new");
+    let names: Vec<String> = (0..18_864 / 4)
+        .flat_map(|i| ["norm", "gate", "up", "down"].map(|part| format!("experts.{i}.{part}.weight")))
+        .collect();
+    let mut entries = Vec::new();
+    for (number, shard) in names.chunks(names.len() / 2).enumerate() {
+        let file = format!("model-{:05}-of-00002.safetensors", number + 1);
+        entries.extend(shard.iter().map(|name| format!("{name:?}:{file:?}")));
+        let mut sorted = shard.to_vec();
+        sorted.sort_unstable();
+        sparse_safetensors(&dir.join(file), &sorted, PAGE);
+    }
+    let index = format!(r#"{{"metadata":{{}},"weight_map":{{{}}}}}"#, entries.join(","));
+    fs::write(dir.join("model.safetensors.index.json"), index).expect("the index can be written");
 }
 
 /// A checkpoint of equal tensors, 8 GB in all.
 fn checkpoint(dir: &TempDir, tensors: u64) -> Checkpoint {
     let path = dir.path().join(format!("{tensors}.safetensors"));
-    sparse_safetensors(&path, tensors, (8_000_000_000 / tensors).next_multiple_of(256));
+    sparse_safetensors(&path, &layer_names(tensors), (8_000_000_000 / tensors).next_multiple_of(256));
     Checkpoint::open(&path).expect("the checkpoint is well formed")
 }
 
@@ -100,11 +123,17 @@ fn parse(c: &mut Criterion) {
     let mut group = c.benchmark_group("open");
     group.sample_size(10);
     let path = dir.path().join("many.safetensors");
-    sparse_safetensors(&path, 200_000, PAGE);
+    sparse_safetensors(&path, &layer_names(200_000), PAGE);
     group.bench_function("safetensors, 200,000 tensors", |b| b.iter(|| Checkpoint::open(black_box(&path))));
 
+    let sharded = dir.path().join("sharded");
+    write_sharded(&sharded);
+    group.bench_function("safetensors, 18,864 tensors in 2 files with an index", |b| {
+        b.iter(|| Checkpoint::open(black_box(&sharded)));
+    });
+
     let bytes = [7u8; 256];
-    let names: Vec<String> = (0..18_864).map(|i| format!("model.layers.{i}.weight")).collect();
+    let names = layer_names(18_864);
     // A slice is one tensor's: equal slices would be stored as tied ones.
     let weights: Vec<[u8; 256]> = vec![bytes; names.len()];
     let tensor = |(name, bytes)| MemoryTensor { name, dtype: Dtype::U8, shape: &[256], strides: None, bytes };

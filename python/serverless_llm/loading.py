@@ -59,9 +59,9 @@ def load(
     """
     arrays = _arrays_of(framework)
     checkpoint = opened(source, revision)
-    selected = _native.select(checkpoint, [tensors] if isinstance(tensors, str) else _list(tensors))
+    selected = _selected(checkpoint, tensors)
     options = _options(engine, direct, verify, threads, pinned_bytes, server, token)
-    return _fill(arrays, checkpoint, selected, [arrays.device_id(device)], [0] * len(selected), options, progress)
+    return _fill(arrays, checkpoint, selected, [arrays.device_id(device)], None, options, progress)
 
 
 def load_dict(
@@ -82,15 +82,15 @@ def load_dict(
     """
     arrays = _arrays_of("torch")
     checkpoint = opened(path, revision)
-    selected = _native.select(checkpoint, None)
-    names = checkpoint.names
     if not isinstance(device_map, Mapping):
         device_map = {"": device_map}
     ids = {module: arrays.device_id(device) for module, device in device_map.items()}
     devices = sorted(set(ids.values()))
-    numbers = [devices.index(_device_of(names[i], ids)) for i in selected]
+    numbers = None
+    if ids.keys() != {""}:
+        numbers = [devices.index(_device_of(name, ids)) for name in checkpoint.names]
     options = _options("auto", None, verify, None, None, server, token)
-    return _fill(arrays, checkpoint, selected, devices or ["cpu"], numbers, options, progress)
+    return _fill(arrays, checkpoint, None, devices or ["cpu"], numbers, options, progress)
 
 
 def iter_tensors(
@@ -119,7 +119,7 @@ def iter_tensors(
         raise InvalidError(f"max_bytes is {max_bytes}; at least 1 is needed")
     arrays = _arrays_of(framework)
     checkpoint = opened(source, revision)
-    selected = _native.select(checkpoint, [tensors] if isinstance(tensors, str) else _list(tensors))
+    selected = _selected(checkpoint, tensors)
     options = _options(engine, direct, False, threads, pinned_bytes, server, token)
     staged = Staged(arrays, arrays.device_id(device), max_bytes, options)
     return staged.tensors(checkpoint, selected)
@@ -128,9 +128,9 @@ def iter_tensors(
 def _fill(
     arrays: Any,
     checkpoint: Checkpoint,
-    selected: list[int],
+    selected: list[int] | None,
     devices: list[str],
-    numbers: list[int],
+    numbers: list[int] | None,
     options: dict[str, Any],
     progress: Progress | None,
 ) -> LoadedDict:
@@ -178,8 +178,11 @@ def _options(
     return {**options, "server": address, "token": token}
 
 
-def _list(tensors: Sequence[str] | None) -> list[str] | None:
-    return None if tensors is None else list(tensors)
+def _selected(checkpoint: Checkpoint, tensors: str | Sequence[str] | None) -> list[int] | None:
+    """Places of the wanted tensors; None for all."""
+    if tensors is None:
+        return None
+    return _native.select(checkpoint, [tensors] if isinstance(tensors, str) else list(tensors))
 
 
 def _device_of(name: str, devices: Mapping[str, str]) -> str:

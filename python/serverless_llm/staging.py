@@ -63,7 +63,7 @@ class Staged:
 
     def _begin(self, session: Any, checkpoint: Checkpoint, group: list[int]) -> list[tuple[str, Any]]:
         arrays = self._arrays
-        placement = _native.Placement(checkpoint, group, [0] * len(group))
+        placement = _native.Placement(checkpoint, group)
         for name, dtype in placement.dtypes:
             arrays.check(name, dtype)
         blocks = [arrays.allocate(self._device, nbytes) for _, nbytes in placement.blocks]

@@ -35,12 +35,20 @@ pub(crate) struct Placement {
 
 #[pymethods]
 impl Placement {
-    /// Places the selected tensors; each goes to the device whose number stands at its place in `devices`.
+    /// Places the selected tensors, `None` for all; each goes to the device whose number stands at its place in `devices`,
+    /// to the first one without it.
     #[new]
-    #[pyo3(signature = (checkpoint, selected, devices))]
-    fn new(py: Python<'_>, checkpoint: &Checkpoint, selected: Vec<usize>, devices: Vec<usize>) -> PyResult<Self> {
-        let mut devices = devices.into_iter();
-        let placed = sllm_core::Placement::new(&checkpoint.inner, &selected, |_| devices.next().unwrap_or(usize::MAX));
+    #[pyo3(signature = (checkpoint, selected, devices=None))]
+    fn new(
+        py: Python<'_>,
+        checkpoint: &Checkpoint,
+        selected: Option<Vec<usize>>,
+        devices: Option<Vec<usize>>,
+    ) -> PyResult<Self> {
+        let selected = selected.unwrap_or_else(|| (0..checkpoint.inner.tensors().len()).collect());
+        let mut devices = devices.map(Vec::into_iter);
+        let device_of = |_: &_| devices.as_mut().map_or(0, |devices| devices.next().unwrap_or(usize::MAX));
+        let placed = sllm_core::Placement::new(&checkpoint.inner, &selected, device_of);
         let inner = placed.map_err(|e| raise(py, &e))?;
         Ok(Placement { checkpoint: Arc::clone(&checkpoint.inner), inner })
     }

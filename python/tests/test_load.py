@@ -14,6 +14,7 @@ import pytest
 from conftest import PACKED, SHAPES, content, python, raw
 
 import serverless_llm as sllm
+from serverless_llm import _native
 
 torch = pytest.importorskip("torch")
 # torch has no packed 6-bit type.
@@ -119,6 +120,16 @@ def test_globs_and_names(store: Path) -> None:
     assert names("all.F8_*") == {name for name in SHAPES if name.startswith("all.F8_")}
     assert names(["odd", "weird [*] name ü/.."]) == {"odd", "weird [*] name ü/.."}
     assert names(("all.U?", "odd")) == {"all.U8", "odd"}
+
+
+def test_all_to_one_device_is_what_it_is_tensor_by_tensor(source: Path) -> None:
+    checkpoint = sllm.open(source)
+    every = _native.select(checkpoint, None)
+    told = _native.Placement(checkpoint, every, [0] * len(every))
+    for placement in (_native.Placement(checkpoint, None), _native.Placement(checkpoint, every, None)):
+        assert placement.tensors == told.tensors
+        assert placement.blocks == told.blocks
+    assert len(told.tensors) == len(SHAPES)
 
 
 def test_the_report_tells_what_was_done(store: Path) -> None:

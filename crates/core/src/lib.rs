@@ -54,6 +54,7 @@ mod prefetch;
 mod read;
 mod size;
 mod small_file;
+mod threads;
 mod verify;
 
 pub use cache::{Cache, CacheUsage};

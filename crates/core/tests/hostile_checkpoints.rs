@@ -93,6 +93,26 @@ fn an_index_that_does_not_fit_its_shards() {
 }
 
 #[test]
+fn of_many_broken_shards_the_first_is_named() {
+    let dir = tempdir().unwrap();
+    let names: Vec<String> = (0..40).map(|number| format!("model-{number:02}.safetensors")).collect();
+    // So long that threads share them.
+    let spaces = " ".repeat(64 << 10);
+    for (number, name) in names.iter().enumerate() {
+        let json = format!(r#"{{"t{number}":{{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}}}{spaces}"#);
+        write_raw(&dir.path().join(name), &json, 3);
+    }
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    for number in 0..40 {
+        assert_eq!(checkpoint.tensor(&format!("t{number}")).unwrap().file, number);
+    }
+    for name in &names[7..] {
+        write_raw(&dir.path().join(name), &format!("{{{spaces}"), 3);
+    }
+    assert_refused(dir.path(), ErrorKind::Format, &["model-07.safetensors", "not valid"]);
+}
+
+#[test]
 fn a_tensor_in_two_shards() {
     let dir = sharded();
     write_safetensors(&dir.path().join("2.safetensors"), &[tensor("a"), tensor("b")], None);

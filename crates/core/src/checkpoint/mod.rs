@@ -220,7 +220,8 @@ impl Checkpoint {
     fn from_parts(mut parts: Parts) -> Result<Checkpoint> {
         parts.tensors.sort_by(|a, b| (a.file, a.offset, a.len, &a.name).cmp(&(b.file, b.offset, b.len, &b.name)));
         let mut by_name: Vec<usize> = (0..parts.tensors.len()).collect();
-        by_name.sort_unstable_by(|&a, &b| parts.tensors[a].name.cmp(&parts.tensors[b].name));
+        // Stable, which makes use of files that are sorted each.
+        by_name.sort_by(|&a, &b| parts.tensors[a].name.cmp(&parts.tensors[b].name));
         for pair in by_name.windows(2) {
             let (a, b) = (&parts.tensors[pair[0]], &parts.tensors[pair[1]]);
             if a.name == b.name {

@@ -1,5 +1,6 @@
 //! Opening Hugging Face safetensors: one file, several, or several with an index.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::store::read_small;
@@ -7,10 +8,15 @@ use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, TensorInfo, hub}
 use crate::error::{Error, FormatError, Result};
 use crate::format::hf_index::{self, INDEX_NAME};
 use crate::format::manifest::MAX_MANIFEST_LEN;
-use crate::format::safetensors::{Header, LENGTH_FIELD, json_len, parse};
+use crate::format::safetensors::{Header, LENGTH_FIELD, MAX_HEADER_LEN, json_len, parse};
+use crate::read::choose::MAX_LANES;
+use crate::threads;
 
 /// The one shard's name where there is no index.
 const SINGLE_NAME: &str = "model.safetensors";
+
+/// Bytes of JSON that one thread parses before another is worth starting: 1 ms.
+const PARSED_BY_ONE: u64 = 512 << 10;
 
 /// Names of a directory's safetensors files, sorted; only `model.safetensors` where there is one.
 fn names_in(dir: &Path) -> Result<Vec<String>> {
@@ -57,7 +63,8 @@ pub(super) fn open_dir(dir: &Path) -> Result<Checkpoint> {
         return assemble(dir, files, None);
     }
     let index_file = open_inside(dir, INDEX_NAME)?;
-    let index = hf_index::parse(&index_path, &read_small(&index_file, MAX_MANIFEST_LEN)?)?;
+    let json = read_small(&index_file, MAX_MANIFEST_LEN)?;
+    let index = hf_index::parse(&index_path, &json)?;
     let mut files = Vec::with_capacity(index.shards.len());
     for shard in &index.shards {
         files.push(open_inside(dir, shard).map_err(|e| match e {
@@ -68,9 +75,9 @@ pub(super) fn open_dir(dir: &Path) -> Result<Checkpoint> {
         })?);
     }
     let checkpoint = assemble(dir, files, Some(index.metadata))?;
+    let files: HashMap<&str, usize> = checkpoint.tensors().iter().map(|t| (t.name.as_str(), t.file)).collect();
     for (name, shard) in &index.weight_map {
-        let found = checkpoint.position(name).map(|i| checkpoint.tensors()[i].file);
-        if found != Some(*shard) {
+        if files.get(&**name) != Some(shard) {
             let shard = &index.shards[*shard];
             let reason = format!("the index says that it is in {shard:?}, but it is not");
             return Err(FormatError::new(&index_path, reason).tensor(name).into());
@@ -104,10 +111,10 @@ pub(crate) fn ensure_inside(dir: &Path, path: &Path) -> Result<()> {
 }
 
 fn assemble(root: &Path, files: Vec<DataFile>, index: Option<serde_json::Value>) -> Result<Checkpoint> {
-    let mut tensors = Vec::new();
+    let headers = read_headers(&files)?;
+    let mut tensors = Vec::with_capacity(headers.iter().map(|header| header.tensors.len()).sum());
     let mut shards = Vec::with_capacity(files.len());
-    for (k, file) in files.iter().enumerate() {
-        let header = read_header(file)?;
+    for (k, (file, header)) in files.iter().zip(headers).enumerate() {
         shards.push(Shard { name: file.name().to_owned(), metadata: header.metadata });
         tensors.extend(header.tensors.into_iter().map(|t| TensorInfo {
             name: t.name,
@@ -130,6 +137,24 @@ fn assemble(root: &Path, files: Vec<DataFile>, index: Option<serde_json::Value>)
         identity: None,
         origin: Origin { layout: Layout::Safetensors.name().into(), shards, index, seen: None },
     })
+}
+
+/// The headers of files; where they are long, threads share the files. The first file's error counts.
+fn read_headers(files: &[DataFile]) -> Result<Vec<Header>> {
+    let mut headers: Vec<Option<Result<Header>>> = files.iter().map(|_| None).collect();
+    let worth = files.iter().map(claimed_len).sum::<u64>() / PARSED_BY_ONE;
+    let most = files.len().min(threads::processors()).min(MAX_LANES);
+    let threads = usize::try_from(worth).map_or(most, |worth| worth.min(most));
+    threads::share(threads, "sllm-open", files.iter().zip(&mut headers), |(file, header)| {
+        *header = Some(read_header(file));
+    });
+    headers.into_iter().flatten().collect() // there is one of each file
+}
+
+/// What a file claims to be the length of its header's JSON, no more than may be. Nothing is checked yet.
+fn claimed_len(file: &DataFile) -> u64 {
+    let mut field = [0; 8];
+    file.read_exact_at(&mut field, 0).map_or(0, |()| u64::from_le_bytes(field).min(MAX_HEADER_LEN))
 }
 
 fn read_header(file: &DataFile) -> Result<Header> {

@@ -5,6 +5,8 @@ pub(crate) mod manifest;
 pub(crate) mod original;
 pub(crate) mod safetensors;
 
+use std::borrow::Cow;
+use std::collections::HashSet;
 use std::fmt;
 use std::marker::PhantomData;
 
@@ -16,31 +18,36 @@ pub const PAGE: u64 = 4096;
 /// The same, for memory.
 pub(crate) const PAGE_BYTES: usize = 4096;
 
-/// A JSON object as its entries in order, so that a repeated key is seen and not lost.
-#[derive(Debug)]
-pub(crate) struct Entries<T>(pub(crate) Vec<(String, T)>);
+/// A string of a JSON text, borrowed where it has no escapes.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Text<'a>(#[serde(borrow)] pub(crate) Cow<'a, str>);
 
-impl<T> Entries<T> {
-    /// A key that occurs more than once.
-    pub(crate) fn repeated_key(&self) -> Option<&str> {
-        let mut keys: Vec<&str> = self.0.iter().map(|(key, _)| key.as_str()).collect();
-        keys.sort_unstable();
-        keys.windows(2).find(|pair| pair[0] == pair[1]).map(|pair| pair[0])
+/// The first of these names that occurs a second time.
+pub(crate) fn repeated<'a>(mut names: impl ExactSizeIterator<Item = &'a str> + Clone) -> Option<&'a str> {
+    // As most writers leave them.
+    if names.clone().is_sorted_by(|a, b| a < b) {
+        return None;
     }
+    let mut seen = HashSet::with_capacity(names.len());
+    names.find(|&name| !seen.insert(name))
 }
 
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Entries<T> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct EntriesVisitor<T>(PhantomData<T>);
+/// A JSON object as its entries in order, so that a repeated key is seen and not lost.
+#[derive(Debug)]
+pub(crate) struct Entries<K, T>(pub(crate) Vec<(K, T)>);
 
-        impl<'de, T: Deserialize<'de>> Visitor<'de> for EntriesVisitor<T> {
-            type Value = Entries<T>;
+impl<'de, K: Deserialize<'de>, T: Deserialize<'de>> Deserialize<'de> for Entries<K, T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct EntriesVisitor<K, T>(PhantomData<(K, T)>);
+
+        impl<'de, K: Deserialize<'de>, T: Deserialize<'de>> Visitor<'de> for EntriesVisitor<K, T> {
+            type Value = Entries<K, T>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries<T>, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries<K, T>, A::Error> {
                 let mut entries = Vec::new();
                 while let Some(entry) = map.next_entry()? {
                     entries.push(entry);

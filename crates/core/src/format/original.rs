@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use super::Entries;
+use super::{Entries, repeated};
 use crate::dtype::Dtype;
 use crate::error::FormatError;
 
@@ -60,9 +60,9 @@ pub(crate) fn strided_len(dtype: Dtype, shape: &[u64], strides: &[u64]) -> Resul
 
 /// Parses and checks the index; whether the data files hold its tensors is the caller's question.
 pub(crate) fn parse(path: &Path, json: &[u8]) -> Result<Vec<IndexEntry>, FormatError> {
-    let raw: Entries<RawEntry> =
+    let raw: Entries<String, RawEntry> =
         serde_json::from_slice(json).map_err(|e| FormatError::new(path, format!("it is not a valid index: {e}")))?;
-    if let Some(name) = raw.repeated_key() {
+    if let Some(name) = repeated(raw.0.iter().map(|(name, _)| name.as_str())) {
         return Err(FormatError::new(path, "the name occurs twice").tensor(name));
     }
     let mut entries = Vec::with_capacity(raw.0.len());

@@ -8,6 +8,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
+use super::repeated;
 use crate::dtype::Dtype;
 use crate::error::FormatError;
 
@@ -107,14 +108,11 @@ pub(crate) fn parse(path: &Path, json: &[u8], file_len: u64) -> Result<Header, F
         if e.line() == 1 { error.at(LENGTH_FIELD + e.column() as u64) } else { error }
     })?;
 
-    let mut names: Vec<&str> = raw.tensors.iter().map(|(name, _)| name.as_str()).collect();
-    names.sort_unstable();
-    if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(FormatError::new(path, "the name occurs twice").tensor(pair[0]));
+    if let Some(name) = repeated(raw.tensors.iter().map(|(name, _)| name.as_str())) {
+        return Err(FormatError::new(path, "the name occurs twice").tensor(name));
     }
 
-    let mut tensors = Vec::with_capacity(raw.tensors.len());
-    for (name, raw) in raw.tensors {
+    let checked = |(name, raw): (String, RawTensor<'_>)| {
         let fail = |reason: String| FormatError::new(path, reason).tensor(&name);
         let dtype = Dtype::from_name(&raw.dtype).ok_or_else(|| fail(format!("unknown dtype {:?}", raw.dtype)))?;
         let expected = dtype.byte_len(&raw.shape).map_err(|why| fail(why.to_owned()))?;
@@ -129,8 +127,9 @@ pub(crate) fn parse(path: &Path, json: &[u8], file_len: u64) -> Result<Header, F
             let reason = format!("its {len} bytes are not the {expected} of {dtype} {:?}", raw.shape);
             return Err(fail(reason).at(offset));
         }
-        tensors.push(HeaderTensor { name, dtype, shape: raw.shape, offset, len });
-    }
+        Ok(HeaderTensor { name, dtype, shape: raw.shape, offset, len })
+    };
+    let mut tensors = raw.tensors.into_iter().map(checked).collect::<Result<Vec<_>, _>>()?;
 
     tensors.sort_by_key(|tensor| (tensor.offset, tensor.len));
     let mut end = data_start;
@@ -206,6 +205,8 @@ mod tests {
         }
         let twice = r#"{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"w":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#;
         assert!(reason(twice, 2).contains("tensor \"w\": the name occurs twice"));
+        let apart = r#"{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"v":{"dtype":"U8","shape":[1],"data_offsets":[1,2]},"w":{"dtype":"U8","shape":[1],"data_offsets":[2,3]}}"#;
+        assert!(reason(apart, 3).contains("tensor \"w\": the name occurs twice"));
         let overlap = r#"{"v":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"w":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}"#;
         assert!(reason(overlap, 3).contains("tensor \"w\""), "{}", reason(overlap, 3));
         assert!(reason(overlap, 3).contains("overlaps"));

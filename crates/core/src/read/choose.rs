@@ -1,6 +1,6 @@
 //! Which engine reads which pieces, and why.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use super::bounce::Bounce;
 use super::depth::{Depth, MOST_READS};
@@ -12,6 +12,7 @@ use crate::checkpoint::DataFile;
 use crate::device::Device;
 use crate::error::Result;
 use crate::plan::{Piece, Segment};
+use crate::threads::{self, processors};
 
 /// Reads in flight of an io_uring lane, where nothing finds out how many are good.
 const URING_DEPTH: usize = 8;
@@ -105,15 +106,6 @@ pub(crate) fn cached<'a>(
         pieces,
         buffers_per_lane: PREAD_BUFFERS,
     }
-}
-
-/// The next element, for whoever comes.
-fn next_of<I: Iterator>(shared: &Mutex<I>) -> Option<I::Item> {
-    shared.lock().unwrap_or_else(PoisonError::into_inner).next()
-}
-
-fn processors() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// Divides pieces among engines: cached ones and uncached ones are read each in their way, at once.
@@ -222,20 +214,11 @@ fn ask(files: &[DataFile], pieces: &[&Piece]) -> Vec<Option<bool>> {
     let answer = |piece: &Piece| files.get(piece.file).and_then(|file| is_cached(file, piece.offset, piece.len));
     let threads = (pieces.len() / ASKED_BY_ONE).clamp(1, processors().min(MAX_LANES));
     let mut answers = vec![None; pieces.len()];
-    let parts = Mutex::new(pieces.chunks(ASKED_BY_ONE).zip(answers.chunks_mut(ASKED_BY_ONE)));
-    let work = || {
-        while let Some((pieces, places)) = next_of(&parts) {
-            for (piece, place) in pieces.iter().zip(places) {
-                *place = answer(piece);
-            }
+    let parts = pieces.chunks(ASKED_BY_ONE).zip(answers.chunks_mut(ASKED_BY_ONE));
+    threads::share(threads, "sllm-ask", parts, |(pieces, places)| {
+        for (piece, place) in pieces.iter().zip(places) {
+            *place = answer(piece);
         }
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            // Where no thread can be had, this one asks for all.
-            let _ = std::thread::Builder::new().name("sllm-ask".into()).spawn_scoped(scope, work);
-        }
-        work();
     });
     answers
 }
