@@ -163,6 +163,13 @@ impl Hold {
         }
     }
 
+    /// Holds it for copies, too, if it is still open.
+    pub(crate) fn again(&self) -> Option<Hold> {
+        let Hold { imports, handle, number, .. } = self;
+        self.with(|open| open.users += 1)?;
+        Some(Hold { imports: Arc::clone(imports), handle: *handle, number: *number, for_copies: true })
+    }
+
     /// Keeps it open for later, too.
     pub(crate) fn keep(&self) -> Hold {
         let Hold { imports, handle, number, .. } = self;

@@ -270,8 +270,23 @@ async fn attach_memory(store: &Arc<Store>, mut attached: Attached, attach: Attac
 
 /// The blocks of these numbers, with their memory open.
 async fn hold(store: &Arc<Store>, mut attached: Attached, numbers: Vec<usize>) -> Result<(Attached, Held), Status> {
+    // Most is open still, and takes no call of the driver.
+    if let Ok(held) = attached.hold(&numbers, |attached, memory| attached.kept(memory)) {
+        return Ok((attached, held));
+    }
     let store = Arc::clone(store);
-    crate::store::blocking(move || attached.hold(&store, &numbers).map(|held| (attached, held))).await?
+    let open = move || {
+        let held = attached.hold(&numbers, |attached, memory| {
+            let hold = attached.open(&store, memory)?;
+            if memory.allocation.is_some() {
+                attached.kept.insert(memory, hold.keep());
+            }
+            Ok(hold)
+        })?;
+        attached.kept.retain(|memory, _| memory.allocation.is_some());
+        Ok((attached, held))
+    };
+    crate::store::blocking(open).await?
 }
 
 impl Attached {
@@ -321,9 +336,18 @@ impl Attached {
         Ok(hold)
     }
 
-    /// Blocks by their numbers. What is not told by its allocation is let go of after this batch, and opened anew for the
-    /// next one.
-    fn hold(&mut self, store: &Store, numbers: &[usize]) -> Result<Held, Status> {
+    /// Memory that is kept open. What is not told by its allocation is opened for each batch.
+    fn kept(&self, memory: Memory) -> Result<Hold, Status> {
+        let kept = self.kept.get(&memory).filter(|_| memory.allocation.is_some());
+        kept.and_then(Hold::again).ok_or_else(|| invalid("the memory is not open"))
+    }
+
+    /// Blocks by their numbers, whose memory `open` holds.
+    fn hold(
+        &mut self,
+        numbers: &[usize],
+        open: impl Fn(&mut Attached, Memory) -> Result<Hold, Status>,
+    ) -> Result<Held, Status> {
         let mut held = Held { blocks: Vec::with_capacity(numbers.len()), holds: HashMap::new() };
         for &number in numbers {
             let (memory, offset, len) = match self.parts.get(number) {
@@ -336,17 +360,10 @@ impl Attached {
             };
             let hold = match held.holds.entry(memory) {
                 Entry::Occupied(hold) => hold.into_mut(),
-                Entry::Vacant(place) => {
-                    let hold = self.open(store, memory)?;
-                    if memory.allocation.is_some() {
-                        self.kept.insert(memory, hold.keep());
-                    }
-                    place.insert(hold)
-                }
+                Entry::Vacant(place) => place.insert(open(self, memory)?),
             };
             held.blocks.push(hold.block(offset, len)?);
         }
-        self.kept.retain(|memory, _| memory.allocation.is_some());
         Ok(held)
     }
 }
