@@ -101,30 +101,6 @@ pub(crate) fn ask_for_huge_pages(addr: usize, len: usize) {
     }
 }
 
-/// Copies `from` to memory that nobody reads soon. Its bytes pass the processor's caches, which keep what they hold.
-pub(crate) fn copy_past_caches(to: &mut [u8], from: &[u8]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
-
-        // SAFETY: any bits are a vector.
-        let (head, vectors, tail) = unsafe { to.align_to_mut::<__m128i>() };
-        let (from_head, rest) = from.split_at(head.len());
-        let (from_vectors, from_tail) = rest.split_at(size_of_val(vectors));
-        head.copy_from_slice(from_head);
-        for (vector, bytes) in vectors.iter_mut().zip(from_vectors.chunks_exact(size_of::<__m128i>())) {
-            // SAFETY: the source has as many bytes as a vector, aligned or not; the destination is a whole vector,
-            // aligned, and borrowed uniquely.
-            unsafe { _mm_stream_si128(vector, _mm_loadu_si128(bytes.as_ptr().cast())) };
-        }
-        tail.copy_from_slice(from_tail);
-        // SAFETY: every x86-64 has it. Others see these stores in no order before it.
-        unsafe { _mm_sfence() };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    to.copy_from_slice(from);
-}
-
 impl Drop for HostMemory {
     fn drop(&mut self) {
         if self.len > 0 {
@@ -139,17 +115,6 @@ mod tests {
     use std::fs;
 
     use super::*;
-
-    #[test]
-    fn every_byte_is_copied_past_the_caches_wherever_it_lies() {
-        let from: Vec<u8> = (0..200u8).collect();
-        for (at, source, len) in [(0, 0, 0), (1, 3, 1), (5, 1, 15), (0, 0, 16), (3, 2, 31), (15, 9, 64), (8, 7, 130)] {
-            let mut to = [255; 200];
-            copy_past_caches(&mut to[at..at + len], &from[source..source + len]);
-            assert_eq!(to[at..at + len], from[source..source + len]);
-            assert!(to[..at].iter().chain(&to[at + len..]).all(|&byte| byte == 255), "{at} {source} {len}");
-        }
-    }
 
     #[test]
     fn pages_are_asked_for_on_a_node_and_a_refusal_leaves_the_memory_as_it_is() {

@@ -14,7 +14,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-pub(crate) use memory::{HostMemory, ask_for_huge_pages, copy_past_caches};
+pub(crate) use memory::{HostMemory, ask_for_huge_pages};
 
 use crate::device::Device;
 use crate::error::{Error, Result};

@@ -82,21 +82,23 @@ impl Pread {
     fn fill(&self, file: &DataFile, buf: &mut [u8], offset: u64, len: usize, sink: &mut dyn Sink) -> Result<()> {
         let direct = reads_direct(self.direct, file, sink);
         let mut transfer = Transfer::new(offset, len, direct, buf.as_ptr().addr(), buf.len());
-        let faults = self.faults.as_ref();
-        if let Pace::Bounce(bounce) = &self.pace
-            && direct
-            && bounce.fill(file, &mut transfer, buf, faults, sink)?
-        {
-            return Ok(());
-        }
+        let mut ticket = None;
         loop {
             let mut request = transfer.request();
             if !request.direct {
                 request.len = request.len.min(sink.step());
             }
-            let room = &mut buf[request.at..request.at + request.len];
-            let answer = rustix::io::pread(file.descriptor(request.direct), room, request.offset);
-            let answer = inject(faults, file, request.offset, answer);
+            let answer = match &self.pace {
+                Pace::Bounce(bounce) if request.direct => {
+                    let ticket = *ticket.get_or_insert_with(|| bounce.ticket());
+                    bounce.read(ticket, file, request, buf, sink)?
+                }
+                _ => {
+                    let room = &mut buf[request.at..request.at + request.len];
+                    rustix::io::pread(file.descriptor(request.direct), room, request.offset)
+                }
+            };
+            let answer = inject(self.faults.as_ref(), file, request.offset, answer);
             if transfer.answer(file, answer)? {
                 return Ok(());
             }
