@@ -4,8 +4,9 @@
 
 Tensors are of 8 KiB, so that their bytes cost little. Each figure is of the first load of a process of its own, in
 microseconds a tensor: by the clock, and of the processor in the thread that calls. `open` opens the same tensors in two
-shards with an index, in the order of the files, and loads nothing: no byte moves before that is done. `deferred` copies each tensor to its
-place in a parameter as vLLM does for experts, by seven operations of torch; `mapped` does the same without this package.
+shards with an index, in the order of the files, and loads nothing: no byte moves before that is done. `deferred`
+copies each tensor to its place in a parameter as vLLM does for experts, by seven operations of torch; `mapped` does the
+same without this package.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python benches/vllm/offline.py MODEL [--formats auto,serverless_llm] [--quantization fp8] [--sleep 1,2] [--profile]
                                    [--tensor-parallel 2] [--pipeline-parallel 2] [--expert-parallel] [--extra JSON]
 
-For each engine it prints a line of JSON: the seconds of its `load_weights` and of making it, and whether the first tokens
-of two prompts, and a sum over every bit of each parameter and buffer, are those of the first engine. `--sleep` lets the last engine sleep and wake at these levels (2: with
-`reload_weights`) and asks again; `--profile` shows where Python's time of its `load_weights` went. With several ranks each
+For each engine it prints a line of JSON: the seconds of its `load_weights` and of making it, and whether the first
+tokens of two prompts, and a sum over every bit of each parameter and buffer, are those of the first engine. `--sleep`
+lets the last engine sleep and wake at these levels (2: with `reload_weights`) and asks again; `--profile` shows where Python's time of its `load_weights` went. With several ranks each
 has a process of its own, whose seconds are in its log only. make_model.py makes a MODEL.
 """
 
@@ -92,7 +92,8 @@ def sums(model: torch.nn.Module) -> dict[str, tuple[list[int], int]]:
 def differences(sums: list[dict[str, Any]], first: list[dict[str, Any]]) -> list[str]:
     """The names whose sums, or presence, differ in a rank."""
     pairs = zip(sums, first, strict=True)
-    return sorted({name for own, other in pairs for name in own.keys() | other.keys() if own.get(name) != other.get(name)})
+    names = [(name, own, other) for own, other in pairs for name in own.keys() | other.keys()]
+    return sorted({name for name, own, other in names if own.get(name) != other.get(name)})
 
 
 def sleep(engine: LLM, level: int) -> None:

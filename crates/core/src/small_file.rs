@@ -15,7 +15,10 @@ pub fn read_small_file(path: &Path, limit: u64) -> Result<String> {
     let read = File::open(path).and_then(|file| file.take(limit.saturating_add(1)).read_to_end(&mut bytes));
     read.map_err(Error::io("read", path))?;
     if bytes.len() as u64 > limit {
-        return Err(Error::Invalid(format!("{} has more than the {limit} bytes that are read of it", path.display())));
+        return Err(Error::Invalid(format!(
+            "{} has more than the {limit} bytes that it may have: is it the right file?",
+            path.display()
+        )));
     }
     String::from_utf8(bytes).map_err(|e| Error::io("read as UTF-8", path)(std::io::Error::other(e)))
 }

@@ -87,9 +87,10 @@ fn compare(store: &Checkpoint, options: &WorkOptions, stop_at_corrupt: bool) -> 
         }
     });
     let mut corrupt = corrupt.into_inner().unwrap_or_else(|e| e.into_inner());
-    // Which thread stopped first is of no matter.
-    if !stop_at_corrupt || corrupt.is_empty() {
-        result?;
+    match result {
+        // Chunks before it, which other threads had begun, may be corrupt too: the first one counts.
+        Err(Error::Corrupt(_)) if stop_at_corrupt => {}
+        result => result?,
     }
     corrupt.sort_unstable_by_key(|(number, _)| *number);
     let seconds = start.elapsed().as_secs_f64();

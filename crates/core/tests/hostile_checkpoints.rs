@@ -206,7 +206,7 @@ fn what_the_hub_cache_does_not_hold() {
     refused("org/model", "v9", ErrorKind::NotFound, "revision \"v9\" is not in");
     refused("org/model", "lost", ErrorKind::NotFound, "download it first");
     refused("org/model", "evil", ErrorKind::NotFound, "download it first");
-    refused("org/model", "long", ErrorKind::NotFound, "download it first");
+    refused("org/model", "long", ErrorKind::Invalid, "more than the 4096 bytes");
     refused("org/other", "main", ErrorKind::NotFound, "does not hold it");
     refused("../model", "main", ErrorKind::NotFound, "no such file");
     refused("org/model", "../../x", ErrorKind::Invalid, "is not a revision");

@@ -310,7 +310,7 @@ async fn memory_stays_open_from_batch_to_batch_only_where_it_is_known_to_be_the_
     let path = served.models().join("store");
     let (open, source) = (open_message("store", &path), models::bytes(&path));
     let mut owner = Owner::start(0, source.len() as u64);
-    for (told, after_each, opened_in_all) in [(true, 1, 1), (false, 0, 3)] {
+    for (told, after_each, opened_in_all) in [(true, 1, 1), (false, 0, 4)] {
         let before = driver.count("cuIpcOpenMemHandle");
         let (mut loading, _) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
         let memory = if told { owner.told() } else { owner.untold() };
@@ -367,6 +367,23 @@ async fn memory_that_was_made_again_is_written_to_and_not_what_another_session_h
     untold.batch(all_of(&open)).await;
     untold.done().await.unwrap();
     assert!(owner.bytes(served.dir.path()) == source, "an older client");
+    // The same, where no batch came between two attachments.
+    let (mut untold_twice, _) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
+    for again in [false, true] {
+        if again {
+            owner.remake();
+        }
+        let opened = driver.count("cuIpcOpenMemHandle");
+        untold_twice.ask(attach(owner.untold(), len)).await;
+        while driver.count("cuIpcOpenMemHandle") == opened {
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+    let mut segments = all_of(&open);
+    segments.iter_mut().for_each(|segment| segment.block = 1);
+    untold_twice.batch(segments).await;
+    untold_twice.done().await.unwrap();
+    assert!(owner.bytes(served.dir.path()) == source, "attached twice");
     // By the original's client, while others are kept.
     owner.remake();
     let kept = stream(owner.told()).await;

@@ -1,6 +1,7 @@
 //! The Hugging Face cache, read without a network: `models--ORG--NAME/{refs,snapshots,blobs}`.
 
 use std::env;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -41,7 +42,9 @@ pub(super) fn resolve(id: &Path, revision: Option<&str>, cache: Option<&Path>) -
     }
     let commit = match read_small_file(&dir.join("refs").join(revision), MAX_REF_LEN) {
         Ok(commit) => commit.trim().to_owned(),
-        Err(_) => revision.to_owned(),
+        // A commit's name has no reference.
+        Err(Error::Io { source, .. }) if is_missing(source.kind()) => revision.to_owned(),
+        Err(error) => return Err(error),
     };
     let snapshot = dir.join("snapshots").join(&commit);
     if !crate::format::hf_index::is_plain_relative(&commit) || !snapshot.is_dir() {
@@ -50,6 +53,11 @@ pub(super) fn resolve(id: &Path, revision: Option<&str>, cache: Option<&Path>) -
         return Err(not_found(reason));
     }
     Ok(snapshot)
+}
+
+/// Whether there is no file.
+fn is_missing(kind: ErrorKind) -> bool {
+    matches!(kind, ErrorKind::NotFound | ErrorKind::NotADirectory | ErrorKind::IsADirectory)
 }
 
 /// `name` or `org/name` of the characters that the hub allows.

@@ -139,7 +139,8 @@ fn assemble(root: &Path, files: Vec<DataFile>, index: Option<serde_json::Value>)
     })
 }
 
-/// The headers of files; where they are long, threads share the files. The first file's error counts.
+/// The headers of files; where they are long, threads share the files, each with the text of one at a time. The first file's
+/// error counts.
 fn read_headers(files: &[DataFile]) -> Result<Vec<Header>> {
     let mut headers: Vec<Option<Result<Header>>> = files.iter().map(|_| None).collect();
     let worth = files.iter().map(claimed_len).sum::<u64>() / PARSED_BY_ONE;

@@ -1,8 +1,9 @@
 //! Pages of the page cache, copied in place: no staging, no copy by the processor.
 //!
 //! A file is mapped in windows, each registered with the device for reading and kept until the load is over; releasing
-//! them as one goes is slower, and nobody waits for it afterwards. The processor never reads the pages: a file that is cut off would kill it with SIGBUS.
-//! The device reads pages that the registration holds; the host device reads through the kernel.
+//! them as one goes is slower, and nobody waits for it afterwards. The processor never reads the pages: a file that is
+//! cut off would kill it with SIGBUS. The device reads pages that the registration holds; the host device reads through
+//! the kernel.
 
 use std::os::fd::AsFd;
 use std::ptr;

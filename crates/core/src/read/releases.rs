@@ -2,48 +2,65 @@
 //! whoever waits for the load has its bytes already.
 
 use std::process;
-use std::sync::{Mutex, MutexGuard, Once, PoisonError};
-use std::thread::{Builder, JoinHandle};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, Once, PoisonError};
+use std::thread::Builder;
 
-struct Release {
-    /// A fork has no threads of its parent.
-    process: u32,
-    thread: JoinHandle<()>,
+/// The process that released something first. A fork has the counter below as it was, maybe locked, and none of the threads.
+static PROCESS: AtomicU32 = AtomicU32::new(0);
+/// Releases that go on.
+static GOING_ON: Mutex<usize> = Mutex::new(0);
+static ENDED: Condvar = Condvar::new();
+
+fn going_on() -> MutexGuard<'static, usize> {
+    GOING_ON.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Those that may still be going on.
-static RELEASES: Mutex<Vec<Release>> = Mutex::new(Vec::new());
+/// Counts one as long as it lives.
+struct Counted;
 
-fn releases() -> MutexGuard<'static, Vec<Release>> {
-    RELEASES.lock().unwrap_or_else(PoisonError::into_inner)
+impl Counted {
+    fn new() -> Counted {
+        *going_on() += 1;
+        Counted
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        *going_on() -= 1;
+        ENDED.notify_all();
+    }
 }
 
 /// Drops `registered` in a thread of its own, or here if none can be had.
 pub(super) fn release<T: Send + 'static>(registered: T) {
     static AT_EXIT: Once = Once::new();
+    let id = process::id();
+    if PROCESS.compare_exchange(0, id, Ordering::Relaxed, Ordering::Relaxed).is_err_and(|first| first != id) {
+        return;
+    }
     AT_EXIT.call_once(|| {
         // Handlers run in the reverse order: this one before those of the driver, which must not be called after them.
         // SAFETY: the handler takes nothing and does not unwind. Where it is refused nothing is waited for.
         let _ = unsafe { libc::atexit(at_exit) };
     });
-    let mut releases = releases();
-    releases.retain(|release| !release.thread.is_finished());
+    let counted = Counted::new();
+    let work = move || {
+        drop(registered);
+        drop(counted);
+    };
     // A thread that cannot be started drops what it was given.
-    if let Ok(thread) = Builder::new().name("sllm-release".into()).spawn(move || drop(registered)) {
-        releases.push(Release { process: process::id(), thread });
-    }
+    let _ = Builder::new().name("sllm-release".into()).spawn(work);
 }
 
-/// Waits for all that go on. Whether there were any.
+/// Waits for all that go on. Whether there ever were any, so that what was refused may be had now.
 pub(super) fn settle() -> bool {
-    let mut releases = std::mem::take(&mut *releases());
-    releases.retain(|release| release.process == process::id());
-    let any = !releases.is_empty();
-    for release in releases {
-        // It is done, or it panicked: nothing is to be done about either.
-        let _ = release.thread.join();
+    if PROCESS.load(Ordering::Relaxed) != process::id() {
+        return false;
     }
-    any
+    drop(ENDED.wait_while(going_on(), |going_on| *going_on > 0).unwrap_or_else(PoisonError::into_inner));
+    true
 }
 
 extern "C" fn at_exit() {
@@ -52,28 +69,56 @@ extern "C" fn at_exit() {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+    use std::thread;
     use std::time::Duration;
 
     use super::*;
 
-    /// Takes a while to drop.
-    struct Slow(Arc<AtomicBool>);
+    /// Where the process of the second test leaves a file.
+    const DIR: &str = "SLLM_TEST_RELEASES";
+
+    /// Takes a while to drop, and leaves a file then.
+    struct Slow(PathBuf);
 
     impl Drop for Slow {
         fn drop(&mut self) {
-            std::thread::sleep(Duration::from_millis(50));
-            self.0.store(true, Ordering::SeqCst);
+            thread::sleep(Duration::from_millis(200));
+            std::fs::write(&self.0, []).unwrap();
         }
     }
 
+    fn slow(dir: &Path) -> (Slow, PathBuf) {
+        let path = dir.join("released");
+        (Slow(path.clone()), path)
+    }
+
     #[test]
-    fn whoever_settles_finds_everything_released() {
-        let released = Arc::new(AtomicBool::new(false));
-        release(Slow(Arc::clone(&released)));
-        assert!(settle());
-        assert!(released.load(Ordering::SeqCst));
-        assert!(!settle(), "nothing is left to wait for");
+    fn everybody_who_settles_finds_everything_released() {
+        let dir = tempfile::tempdir().unwrap();
+        let (slow, released) = slow(dir.path());
+        release(slow);
+        let settle = || assert!(settle() && released.exists());
+        thread::scope(|scope| (0..3).for_each(|_| drop(scope.spawn(settle))));
+    }
+
+    /// Not a test of its own: the process that exits.
+    #[test]
+    fn exiting() {
+        let Some(dir) = std::env::var_os(DIR) else { return };
+        release(slow(Path::new(&dir)).0);
+        // Another one waits meanwhile, and takes nothing from whoever comes later.
+        thread::spawn(settle);
+        thread::sleep(Duration::from_millis(20));
+        process::exit(0);
+    }
+
+    #[test]
+    fn a_process_that_exits_waits() {
+        let dir = tempfile::tempdir().unwrap();
+        let args = ["--exact", "read::releases::tests::exiting"];
+        let status = Command::new(std::env::current_exe().unwrap()).args(args).env(DIR, dir.path()).status().unwrap();
+        assert!(status.success() && dir.path().join("released").exists());
     }
 }

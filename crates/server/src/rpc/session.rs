@@ -318,6 +318,10 @@ impl Attached {
             None => None,
         };
         let memory = Memory { handle: Handle { device, bytes }, allocation };
+        if allocation.is_none() {
+            // What was attached by this handle before may be gone.
+            self.kept.remove(&memory);
+        }
         let hold = self.open(store, memory)?;
         hold.block(offset, len)?;
         self.kept.insert(memory, hold.keep());
