@@ -5,8 +5,9 @@
 
 For each engine it prints a line of JSON: the seconds of its `load_weights` and of making it, and whether the first
 tokens of two prompts, and a sum over every bit of each parameter and buffer, are those of the first engine. `--sleep`
-lets the last engine sleep and wake at these levels (2: with `reload_weights`) and asks again; `--profile` shows where Python's time of its `load_weights` went. With several ranks each
-has a process of its own, whose seconds are in its log only. make_model.py makes a MODEL.
+lets the last engine sleep and wake at these levels (2: with `reload_weights`) and asks again; `--profile` shows where
+Python's time of its `load_weights` went. With several ranks each has a process of its own, whose seconds are in its log
+only. make_model.py makes a MODEL.
 """
 
 from __future__ import annotations
