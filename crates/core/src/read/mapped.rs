@@ -51,8 +51,12 @@ impl Window {
         if device.needs_pinning() {
             // SAFETY: the window stays mapped until it is dropped, which unpins it first.
             let pin = || unsafe { device.pin(window.ptr, bytes.next_multiple_of(4096), true) };
-            // What an earlier load had may be on its way out.
-            pin().or_else(|refusal| if releases::settle() { pin() } else { Err(refusal) })?;
+            // What an earlier load had may be on its way out; a system that has no such registrations stays as it is.
+            pin().or_else(|refusal| match refusal {
+                DeviceError::Driver { ref name, .. } if name == "CUDA_ERROR_NOT_SUPPORTED" => Err(refusal),
+                _ if releases::settle() => pin(),
+                _ => Err(refusal),
+            })?;
             window.registered = Some(device.clone());
         } else {
             // SAFETY: the range is the mapping just made; the advice changes no contents.
