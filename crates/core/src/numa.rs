@@ -3,14 +3,13 @@
 //! Bytes that are staged on another node cross the link between the nodes once more on their way. Where the system does not
 //! say where a device is, or devices are at several nodes, there is no node, and everything stays where the system puts it.
 
-use std::fs::File;
-use std::io::Read;
 use std::ops::RangeInclusive;
 use std::path::Path;
 
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 
 use crate::device::Device;
+use crate::small_file::read_small_file;
 
 /// Where the system tells of its nodes and devices.
 pub(crate) const SYSTEM: &str = "/sys";
@@ -67,11 +66,8 @@ impl Node {
     }
 }
 
-/// The beginning of a file, as text.
 fn read(path: &Path) -> Option<String> {
-    let mut text = String::new();
-    File::open(path).ok()?.take(MAX_FILE_LEN).read_to_string(&mut text).ok()?;
-    Some(text)
+    read_small_file(path, MAX_FILE_LEN).ok()
 }
 
 /// The node of the device at a PCI address; `None` where it is not known.

@@ -1,4 +1,4 @@
-//! Small files that users give: a token, a configuration.
+//! Small files, read whole: a token, a configuration, what the system tells.
 
 use std::fs::File;
 use std::io::Read;

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -19,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::plan::PieceCopy;
 use crate::pool::BufferPool;
 use crate::read::Filled;
+use crate::small_file::read_small_file;
 
 /// Bytes of the pinned buffer that is copied.
 const BUFFER_LEN: usize = 64 << 20;
@@ -211,9 +211,8 @@ fn boot() -> Option<String> {
 
 /// The links of a file; none where it is not as written.
 fn read(file: &Path) -> BTreeMap<String, LinkPeak> {
-    let mut bytes = Vec::new();
-    let read = fs::File::open(file).and_then(|file| file.take(MAX_FILE_LEN).read_to_end(&mut bytes));
-    let links = read.ok().and_then(|_| serde_json::from_slice::<Links>(&bytes).ok());
+    let text = read_small_file(file, MAX_FILE_LEN).ok();
+    let links = text.and_then(|text| serde_json::from_str::<Links>(&text).ok());
     links.filter(|links| links.version == VERSION).map(|links| links.links).unwrap_or_default()
 }
 
