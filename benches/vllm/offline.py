@@ -90,9 +90,9 @@ def sums(model: torch.nn.Module) -> dict[str, tuple[list[int], int]]:
     return found
 
 
-def differences(sums: list[dict[str, Any]], first: list[dict[str, Any]]) -> list[str]:
+def differences(found: list[dict[str, Any]], first: list[dict[str, Any]]) -> list[str]:
     """The names whose sums, or presence, differ in a rank."""
-    pairs = zip(sums, first, strict=True)
+    pairs = zip(found, first, strict=True)
     names = [(name, own, other) for own, other in pairs for name in own.keys() | other.keys()]
     return sorted({name for name, own, other in names if own.get(name) != other.get(name)})
 

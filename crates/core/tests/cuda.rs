@@ -50,6 +50,14 @@ fn assert_nothing_left(driver: &Driver) {
     assert_eq!((driver.get("streams"), driver.get("events")), (0, 0), "streams or events are left");
 }
 
+/// Everything that a load by this engine took is given back.
+fn assert_nothing_left_by(engine: EngineChoice, driver: &Driver) {
+    if engine == EngineChoice::Mapped {
+        released(driver);
+    }
+    assert_nothing_left(driver);
+}
+
 #[test]
 fn every_engine_and_layout_gives_the_bytes_of_the_source() {
     let driver = Driver::load();
@@ -70,10 +78,7 @@ fn every_engine_and_layout_gives_the_bytes_of_the_source() {
                     assert!(bytes == tensor.bytes, "{:?} by {engine}", tensor.name);
                 }
                 drop(loaded);
-                if engine == EngineChoice::Mapped {
-                    released(&driver);
-                }
-                assert_nothing_left(&driver);
+                assert_nothing_left_by(engine, &driver);
                 driver.reset();
                 driver.set_delay(Duration::from_millis(2));
             }
@@ -140,10 +145,7 @@ fn pieces_that_wait_for_a_busy_device_are_issued_together() {
         let error = loader().load(&checkpoint).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Device, "{engine}: {error}");
         driver.reset();
-        if engine == EngineChoice::Mapped {
-            released(&driver);
-        }
-        assert_nothing_left(&driver);
+        assert_nothing_left_by(engine, &driver);
     }
 }
 
@@ -161,8 +163,7 @@ fn nothing_that_waits_is_issued_once_a_load_was_stopped() {
     let control = Control::new().until(Instant::now() + Duration::from_secs(1));
     loader().control(control).build().unwrap().load(&checkpoint).unwrap_err();
     assert_eq!(driver.get("copies_h2d"), pieces - (pieces - 2) % 8);
-    released(&driver);
-    assert_nothing_left(&driver);
+    assert_nothing_left_by(EngineChoice::Mapped, &driver);
 }
 
 #[test]
@@ -185,8 +186,7 @@ fn pieces_of_a_device_wait_for_no_other_device() {
     loaded.unwrap_err();
     assert_eq!((driver.get("copies_h2d"), driver.count("cuMemcpyBatchAsync")), (3, 0));
     assert!((6 << 20..=7 << 20).contains(&driver.bytes_h2d()), "{} bytes", driver.bytes_h2d());
-    released(&driver);
-    assert_nothing_left(&driver);
+    assert_nothing_left_by(EngineChoice::Mapped, &driver);
 }
 
 #[test]
@@ -259,10 +259,7 @@ fn a_failure_of_any_driver_call_is_an_error_and_leaks_nothing() {
             assert_eq!(result.err().map(|e| e.kind()), Some(ErrorKind::Device), "{symbol} {nth} by {engine}");
             drop(loader);
             driver.reset();
-            if engine == EngineChoice::Mapped {
-                released(&driver);
-            }
-            assert_nothing_left(&driver);
+            assert_nothing_left_by(engine, &driver);
         }
     }
 }
@@ -333,8 +330,7 @@ fn pages_are_registered_once_those_of_the_load_before_are_released() {
     // Enough for one load.
     driver.set_registered_total(checkpoint.files()[0].len() + 4096);
     for _ in 0..20 {
-        let loaded = loader.load(&checkpoint).unwrap();
-        assert_eq!(loaded.report().engines[0].engine, "mapped");
+        assert_eq!(loader.load(&checkpoint).unwrap().report().engines[0].engine, "mapped");
     }
     released(&driver);
     assert!(driver.registered_peak() <= checkpoint.files()[0].len() + 4096);
