@@ -73,7 +73,8 @@ impl Model {
         self.checkpoint.total_len()
     }
 
-    /// The pieces of a load in one way, tensors dealt out over so many devices.
+    /// The pieces of a load in one way, tensors dealt out over so many devices, in the order
+    /// in which they are read out of a cache.
     pub(crate) fn pieces(&self, way: &Way, devices: usize) -> Result<Vec<Piece>, Failure> {
         let mut next = 0;
         let deal = |_: &sllm_core::TensorInfo| {
@@ -98,7 +99,11 @@ impl Model {
                 place: piece.offset as f64 / whole..(piece.offset + piece.len) as f64 / whole,
             }
         };
-        Ok(plan.pieces().iter().map(piece).collect())
+        let mut pieces: Vec<&sllm_core::Piece> = plan.pieces().iter().collect();
+        if devices > 1 {
+            plan.spread(&mut pieces, |block| placement.blocks[block].device);
+        }
+        Ok(pieces.into_iter().map(piece).collect())
     }
 }
 

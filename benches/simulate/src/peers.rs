@@ -79,9 +79,9 @@ fn cpus_in(list: &str) -> usize {
 /// How a loader of ours reads cached and uncached bytes, by its name in `benches/peers/loaders.py`.
 fn ways(name: &str, cpus: usize) -> Option<(Way, Way)> {
     match name {
-        "ours-store" | "ours-safetensors" => Some((Way::cached(cpus, false), Way::uncached(false))),
-        "ours-verify" => Some((Way::cached(cpus, true), Way::uncached(true))),
-        "ours-pread" => Some((Way::pread(cpus.min(tuning::MAX_LANES), false), Way::uncached_pread())),
+        "ours-store" | "ours-safetensors" => Some((Way::cached(cpus, 1, false), Way::uncached(false))),
+        "ours-verify" => Some((Way::cached(cpus, 1, true), Way::uncached(true))),
+        "ours-pread" => Some((Way::pread(tuning::cached_lanes(cpus, 1), false), Way::uncached_pread())),
         "ours-mapped" => Some((Way::mapped(), Way::uncached(false))),
         _ => None,
     }

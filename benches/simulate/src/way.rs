@@ -28,10 +28,10 @@ pub(crate) struct Way {
 }
 
 impl Way {
-    /// What the loader chooses for cached bytes (`read/choose.rs`).
-    pub(crate) fn cached(cpus: usize, verify: bool) -> Way {
+    /// What the loader chooses for cached bytes (`read/choose.rs`) of so many devices.
+    pub(crate) fn cached(cpus: usize, devices: usize, verify: bool) -> Way {
         if cpus >= tuning::PREAD_CPUS || verify {
-            Way::pread(cpus.min(tuning::MAX_LANES), verify)
+            Way::pread(tuning::cached_lanes(cpus, devices), verify)
         } else {
             Way::mapped()
         }
@@ -70,7 +70,7 @@ impl Way {
         }
         let most = usize::try_from(tuning::PINNED_LEN / self.piece_len).unwrap_or(usize::MAX);
         let mine = (most / staged).max(1);
-        let lanes = self.lanes.min(mine);
+        let lanes = self.lanes.min((mine / self.buffers).max(tuning::MAX_LANES).min(mine));
         Way { lanes, buffers: self.buffers.min(mine / lanes), ..self }
     }
 
@@ -112,9 +112,11 @@ mod tests {
     fn a_ring_stays_in_the_staging_memory() {
         let mine = usize::try_from(tuning::PINNED_LEN / tuning::PIECE_LEN).unwrap();
         let way = Way::pread(2 * mine, false).fitted(1);
-        assert_eq!((way.lanes, way.buffers), (mine, 1));
+        assert_eq!((way.lanes, way.buffers), (mine / 2, 2));
+        let way = Way::pread(tuning::MAX_LANES, false).fitted(mine / tuning::MAX_LANES);
+        assert_eq!((way.lanes, way.buffers), (tuning::MAX_LANES, 1));
         assert!(way.ring_len() <= tuning::PINNED_LEN as f64);
         assert_eq!(Way::pread(2, false).fitted(2), Way::pread(2, false));
-        assert_eq!(Way::pread(2 * mine, false).fitted(2).lanes, mine / 2);
+        assert_eq!(Way::pread(2 * mine, false).fitted(2).lanes, mine / 4);
     }
 }

@@ -84,7 +84,9 @@ pub mod tuning {
     pub use crate::format::manifest::CHUNK_LEN;
     pub use crate::load::{BUSY, COLD_PIECE_LEN, MAPPED_IN_FLIGHT, MAX_BATCH, PIECE_LEN, PINNED_LEN, batch_len};
     pub use crate::read::WINDOW;
-    pub use crate::read::choose::{COLD_BUFFERS, MAX_LANES, PREAD_BUFFERS, PREAD_CPUS, URING_LANES, URING_SPARE};
+    pub use crate::read::choose::{
+        COLD_BUFFERS, MAX_LANES, PREAD_BUFFERS, PREAD_CPUS, URING_LANES, URING_SPARE, cached_lanes,
+    };
     pub use crate::read::depth::MOST_READS;
 
     /// Bytes of a piece of our own stores where checksums are taken, and pieces are to have so many at most.

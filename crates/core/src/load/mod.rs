@@ -307,6 +307,14 @@ impl Loader {
         if let Some(cache) = self.cache.as_ref().filter(|_| !cached.is_empty()) {
             shares.push(choose::cached(cached, &devices, &self.wishes, cache.bounce()));
         }
+        if devices.len() > 1 {
+            // In the order of the files one device's layers come before those of the next, and one link works at a time.
+            let device_of =
+                |block: usize| devices.iter().position(|device| device.same_as(blocks[block].device())).unwrap_or(0);
+            for share in shares.iter_mut().filter(|share| share.any_order()) {
+                plan.spread(&mut share.pieces, device_of);
+            }
+        }
         let plan_s = started.elapsed().as_secs_f64();
 
         let outcome = Outcome::default();

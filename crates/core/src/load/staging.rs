@@ -10,7 +10,7 @@ use crate::device::{Device, Stream};
 use crate::error::{Error, Result};
 use crate::numa::Node;
 use crate::pool::BufferPool;
-use crate::read::choose::Share;
+use crate::read::choose::{MAX_LANES, Share};
 use crate::read::depth::Depth;
 
 /// Streams, one a device, and the ring of buffers.
@@ -54,7 +54,9 @@ impl Staging {
         let staged = shares.iter().filter(|share| share.buffers_per_lane > 0).count();
         for share in shares.iter_mut().filter(|share| share.buffers_per_lane > 0) {
             let mine = (most / staged).max(1);
-            share.lanes = share.lanes.min(mine);
+            // Lanes beyond those of one device are worth less than a lane's second buffer.
+            let lanes = (mine / share.buffers_per_lane).max(MAX_LANES).min(mine);
+            share.lanes = share.lanes.min(lanes);
             share.buffers_per_lane = share.buffers_per_lane.min(mine / share.lanes);
         }
         if let Some(cache) = cache {

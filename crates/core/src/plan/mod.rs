@@ -7,6 +7,7 @@
 mod placement;
 mod strided;
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 pub use placement::{BlockSpec, Filter, Placed, Placement};
@@ -301,6 +302,25 @@ impl LoadPlan {
     /// The copies of one of its pieces.
     pub fn copies(&self, piece: &Piece) -> &[PieceCopy] {
         self.copies.get(piece.copies.clone()).unwrap_or_default()
+    }
+
+    /// Orders pieces so that each target's come evenly over the whole, among themselves as they were. A piece's target is
+    /// that of the block of its first copy.
+    pub fn spread(&self, pieces: &mut Vec<&Piece>, target_of: impl Fn(usize) -> usize) {
+        let mut counts: BTreeMap<usize, usize> = BTreeMap::new();
+        let numbered = pieces.iter().map(|&piece| {
+            let target = self.copies(piece).first().map_or(0, |copy| target_of(copy.block));
+            let count = counts.entry(target).or_default();
+            *count += 1;
+            (target, *count, piece)
+        });
+        let mut numbered: Vec<(usize, usize, &Piece)> = numbered.collect();
+        // Each target's pieces are as far from each other as if they lay in the middles of equal parts of a line.
+        let place = |&(target, number, _): &(usize, usize, &Piece)| {
+            (number as f64 - 0.5) / counts.get(&target).copied().unwrap_or(1) as f64
+        };
+        numbered.sort_by(|one, other| place(one).total_cmp(&place(other)));
+        *pieces = numbered.into_iter().map(|(_, _, piece)| piece).collect();
     }
 
     /// Number of copies of all pieces.

@@ -207,3 +207,19 @@ fn what_does_not_fit_is_refused() {
         assert!(LoadPlan::build(&[30], &[20], &[good], &unaligned).is_err());
     }
 }
+
+#[test]
+fn the_pieces_of_each_device_are_spread_over_the_whole() {
+    let part = |n: u64, block: usize| Segment::contiguous(0, n * PAGE, PAGE, block, n * PAGE);
+    // Of a file's nine pages the first six go to one device, by blocks 0 and 2, and the last three to another.
+    let segments: Vec<Segment> =
+        [0, 2, 0, 0, 2, 0, 1, 1, 1].into_iter().zip(0..).map(|(block, n)| part(n, block)).collect();
+    let options = PlanOptions { piece_len: PAGE, ..PlanOptions::default() };
+    let plan = LoadPlan::build(&[9 * PAGE], &[9 * PAGE; 3], &segments, &options).unwrap();
+    let mut pieces: Vec<&Piece> = plan.pieces().iter().collect();
+    plan.spread(&mut pieces, |block| block % 2);
+    let pages = |pieces: &[&Piece]| pieces.iter().map(|piece| piece.offset / PAGE).collect::<Vec<_>>();
+    assert_eq!(pages(&pieces), [0, 6, 1, 2, 7, 3, 4, 8, 5]);
+    plan.spread(&mut pieces, |_| 0);
+    assert_eq!(pages(&pieces), [0, 6, 1, 2, 7, 3, 4, 8, 5], "one device's stay as they are");
+}

@@ -22,7 +22,7 @@ pub const URING_SPARE: usize = 4;
 pub const URING_LANES: usize = 2;
 /// Processors from which threads that copy out of the page cache beat copying its pages in place.
 pub const PREAD_CPUS: usize = 8;
-/// Threads beyond which reading does not get faster (measured, `docs/benchmarks.md`).
+/// Threads beyond which reading for one device does not get faster (measured, `docs/benchmarks.md`).
 pub const MAX_LANES: usize = 12;
 /// Places that are looked at, or pieces where it is forced how all are read.
 const SAMPLES: usize = 64;
@@ -37,6 +37,11 @@ const COLD_LANES: usize = 8;
 pub const COLD_BUFFERS: usize = 1;
 /// Buffers of a pread lane: one is filled while the other is copied. More leave the processor's cache.
 pub const PREAD_BUFFERS: usize = 2;
+
+/// Threads that read cached bytes, by processors and devices: each device has a link of its own to keep busy.
+pub fn cached_lanes(processors: usize, devices: usize) -> usize {
+    processors.min(MAX_LANES.saturating_mul(devices.max(1)))
+}
 
 /// Where bytes are, in reports.
 pub(crate) const PINNED_MEMORY: &str = "pinned memory";
@@ -79,6 +84,14 @@ pub(crate) struct Share<'a> {
     pub(crate) lanes: usize,
     /// Buffers that each lane may hold.
     pub(crate) buffers_per_lane: usize,
+}
+
+impl Share<'_> {
+    /// Whether its pieces may come in another order than that of the files: not out of windows that are registered one
+    /// after another, and a disk is the limit whatever the order.
+    pub(crate) fn any_order(&self) -> bool {
+        self.buffers_per_lane > 0 && self.source != DISK
+    }
 }
 
 /// Lanes for chunks that are in the cache: on a device they only issue copies, on the host they copy.
@@ -273,11 +286,12 @@ fn share<'a>(
         depth.begin();
     }
     let (direct, source) = (!warm, if warm { PAGE_CACHE } else { DISK });
+    let cached_lanes = || cached_lanes(processors(), devices.iter().filter(|device| !device.is_host()).count());
     let lanes = |wanted: usize| wishes.threads.unwrap_or(wanted).clamp(1, pieces.len().max(1));
     Ok(match engine {
         EngineChoice::Uring => {
             Uring::probe()?;
-            let lanes = lanes(if warm { processors().min(MAX_LANES) } else { URING_LANES });
+            let lanes = lanes(if warm { cached_lanes() } else { URING_LANES });
             let lanes = lanes.min(MOST_READS);
             let governed = match governor {
                 Some(Governor::Depth(depth)) => Some(Governed::new(Arc::clone(depth))),
@@ -305,7 +319,7 @@ fn share<'a>(
         }
         EngineChoice::Auto | EngineChoice::Pread => {
             let (wanted, buffers_per_lane, pace) = match governor {
-                _ if warm => (processors().min(MAX_LANES), PREAD_BUFFERS, Pace::Free),
+                _ if warm => (cached_lanes(), PREAD_BUFFERS, Pace::Free),
                 None => (COLD_LANES, PREAD_BUFFERS, Pace::Free),
                 Some(Governor::Depth(depth)) => (MOST_READS, COLD_BUFFERS, Pace::Turns(Turns::new(Arc::clone(depth)))),
                 Some(Governor::Bounce(bounce)) => (MOST_READS, PREAD_BUFFERS, Pace::Bounce(Arc::clone(bounce))),
