@@ -51,8 +51,10 @@ struct State {
     /// Waiting; the last one is still open.
     batches: VecDeque<Batch>,
     moving: bool,
-    /// Someone waits: move what is there, however little.
-    flush: bool,
+    /// Batches that were moved.
+    moved: u64,
+    /// Someone waits until so many were moved: these move, however little they have.
+    wanted: u64,
     closed: bool,
     /// The worker is gone.
     ended: bool,
@@ -102,10 +104,15 @@ impl Batch {
 }
 
 impl State {
-    /// Whether the first batch is to be moved now.
+    /// Whether the first batch is to be moved now, where none moves.
     fn is_ready(&self, batch_len: u64) -> bool {
-        let first = self.batches.front();
-        first.is_some_and(|batch| self.flush || self.closed || self.batches.len() > 1 || batch.len >= batch_len)
+        let Some(first) = self.batches.front() else { return false };
+        self.moved < self.wanted || self.closed || self.batches.len() > 1 || first.len >= batch_len
+    }
+
+    /// Batches that were ever added to, the open one too.
+    fn added(&self) -> u64 {
+        self.moved + u64::from(self.moving) + self.batches.len() as u64
     }
 }
 
@@ -132,6 +139,7 @@ impl Shared {
     fn moved(&self, result: Result<LoadReport>) {
         let mut state = self.lock();
         state.moving = false;
+        state.moved += 1;
         match result {
             Ok(report) => match &mut state.report {
                 Some(sum) => sum.add(report),
@@ -209,24 +217,25 @@ impl Session {
         Ok(())
     }
 
-    /// Waits until all that was added has arrived.
+    /// Waits until all that was added before has arrived.
     pub fn wait(&self) -> Result<()> {
         while !self.wait_for(Duration::from_secs(3600))? {}
         Ok(())
     }
 
-    /// Waits until all that was added has arrived, or for so long; whether it has arrived.
+    /// Waits until all that was added before has arrived, or for so long; whether it has arrived. Several threads may wait,
+    /// and none waits for what is added meanwhile.
     pub fn wait_for(&self, limit: Duration) -> Result<bool> {
         let mut state = self.shared.lock();
-        state.flush = true;
+        let target = state.added();
+        state.wanted = state.wanted.max(target);
         self.shared.changed.notify_all();
-        let under_way = |s: &mut State| !s.failed && !s.ended && (s.moving || !s.batches.is_empty());
+        let under_way = |s: &mut State| !s.failed && !s.ended && s.moved < target;
         let waited = self.shared.changed.wait_timeout_while(state, limit, under_way);
         let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
         if under_way(&mut state) {
             return Ok(false);
         }
-        state.flush = false;
         check(&mut state).map(|()| true)
     }
 

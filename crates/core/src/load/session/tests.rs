@@ -99,6 +99,26 @@ fn batches_gather_while_one_moves() {
 }
 
 #[test]
+fn each_of_several_waiters_waits_for_what_was_added_before() {
+    let bench = bench();
+    let session = Loader::builder().build().unwrap().session(Arc::clone(&bench.checkpoint)).unwrap();
+    let segment = Segment::contiguous(0, 300, 100, 0, 0);
+    for round in 0..100 {
+        session.add(&bench.blocks[0], [segment]).unwrap();
+        std::thread::scope(|scope| {
+            let wait = || session.wait_for(Duration::from_secs(5)).unwrap();
+            let waiters = [scope.spawn(wait), scope.spawn(wait)];
+            assert!(wait());
+            // Not theirs to wait for, if they wait already.
+            session.add(&bench.blocks[0], [segment]).unwrap();
+            for waiter in waiters {
+                assert!(waiter.join().unwrap(), "a waiter of round {round} was forgotten");
+            }
+        });
+    }
+}
+
+#[test]
 fn a_wrong_segment_is_refused_and_the_session_goes_on() {
     let mut bench = bench();
     let session = Loader::builder().build().unwrap().session(Arc::clone(&bench.checkpoint)).unwrap();
