@@ -427,3 +427,6 @@ fn claim(blocks: &[Block]) -> Result<Vec<Claim>> {
     let in_use = || Error::Invalid("a block is being loaded already".into());
     blocks.iter().map(|block| block.claim().ok_or_else(in_use)).collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,7 @@
 //! Which engine reads which pieces, and why.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
 
 use super::bounce::Bounce;
 use super::depth::{Depth, MOST_READS};
@@ -69,6 +70,8 @@ pub(crate) struct Wishes {
     pub(crate) verify: bool,
     /// Bytes go into a cache, so that pages must come into buffers.
     pub(crate) caches: bool,
+    /// Rings that io_uring lanes may open, where a test says so.
+    pub(crate) rings: Option<Arc<AtomicUsize>>,
 }
 
 /// One engine's share of a load.
@@ -298,7 +301,8 @@ fn share<'a>(
                 _ => None,
             };
             let depth = if governed.is_some() { MOST_READS.div_ceil(lanes) } else { URING_DEPTH };
-            let engine = Box::new(Uring { direct, depth, governed, faults: None, unregistered: None });
+            let (or_pread, rings) = (wishes.engine == EngineChoice::Auto, wishes.rings.clone());
+            let engine = Box::new(Uring { direct, depth, governed, or_pread, faults: None, unregistered: None, rings });
             let buffers_per_lane = depth + URING_SPARE;
             Share { engine, name: "uring", direct, source, reason, pieces, lanes, buffers_per_lane }
         }

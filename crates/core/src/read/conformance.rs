@@ -103,11 +103,16 @@ fn engines(faults: Option<&Faults>) -> Vec<(&'static str, Box<dyn ReadEngine>)> 
         ("uring unregistered", false, 4, Some(Errno::NOMEM)),
         ("uring direct unregistered", true, 4, Some(Errno::INVAL)),
     ] {
-        engines.push((name, Box::new(Uring { direct, depth, governed: None, faults: faults(), unregistered })));
+        let (governed, or_pread, rings) = (None, false, None);
+        let engine = Uring { direct, depth, governed, or_pread, faults: faults(), unregistered, rings };
+        engines.push((name, Box::new(engine)));
     }
-    let governed = Some(uring::Governed::new(Arc::default()));
-    let governed = Uring { direct: true, depth: 16, governed, faults: faults(), unregistered: None };
-    engines.push(("uring direct governed", Box::new(governed)));
+    for (name, rings) in [("uring direct governed", None), ("uring direct without a ring", Some(Arc::default()))] {
+        let governed = Some(uring::Governed::new(Arc::default()));
+        let engine =
+            Uring { direct: true, depth: 16, governed, or_pread: true, faults: faults(), unregistered: None, rings };
+        engines.push((name, Box::new(engine)));
+    }
     if faults().is_none() {
         engines.push(("mapped", Box::new(Mapped::new(&[Device::host()]))));
     }

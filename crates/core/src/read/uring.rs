@@ -13,8 +13,9 @@ use io_uring::{IoUring, opcode, types};
 use rustix::io::Errno;
 
 use super::depth::Depth;
+use super::pread::Pace;
 use super::transfer::Transfer;
-use super::{Faults, Filled, Queue, ReadEngine, Room, Sink, inject, reads_direct};
+use super::{Faults, Filled, Pread, Queue, ReadEngine, Room, Sink, inject, reads_direct};
 use crate::checkpoint::DataFile;
 use crate::error::{Error, Result};
 use crate::plan::Piece;
@@ -33,9 +34,13 @@ pub(crate) struct Uring {
     pub(crate) depth: usize,
     /// How many reads all lanes have in flight; as many as fit where it is not given.
     pub(crate) governed: Option<Governed>,
+    /// A lane whose ring is refused, such as for want of descriptors, reads by `pread`.
+    pub(crate) or_pread: bool,
     pub(crate) faults: Option<Faults>,
     /// What a test puts in place of the system's answer to registering.
     pub(crate) unregistered: Option<Errno>,
+    /// Rings that lanes may still open, where a test says so.
+    pub(crate) rings: Option<Arc<AtomicUsize>>,
 }
 
 /// Lanes that have so many reads in flight together as a disk wants.
@@ -99,7 +104,11 @@ fn open_ring(depth: usize) -> Result<IoUring> {
         Err(e) if e.raw_os_error() == Some(libc::EINVAL) => IoUring::builder().build(entries),
         answer => answer,
     };
-    ring.map_err(|e| Error::Engine { engine: "uring", reason: format!("io_uring is refused: {e}") })
+    ring.map_err(refused)
+}
+
+fn refused(e: io::Error) -> Error {
+    Error::Engine { engine: "uring", reason: format!("io_uring is refused: {e}") }
 }
 
 impl Uring {
@@ -107,14 +116,32 @@ impl Uring {
     pub(crate) fn probe() -> Result<()> {
         open_ring(1).map(drop)
     }
+
+    /// A lane's ring.
+    fn open(&self) -> Result<IoUring> {
+        let take =
+            |left: &AtomicUsize| left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+        match self.rings.as_deref().map(take) {
+            Some(Err(_)) => Err(refused(Errno::MFILE.into())),
+            _ => open_ring(self.depth),
+        }
+    }
 }
 
 impl ReadEngine for Uring {
     fn run(&self, files: &[DataFile], queue: &Queue<'_>, sink: &mut dyn Sink) -> Result<()> {
+        let ring = match self.open() {
+            Err(e) if self.or_pread => {
+                sink.note(format!("a reader thread reads by pread: {e}"));
+                let pread = Pread { direct: self.direct, pace: Pace::Free, faults: self.faults.clone() };
+                return pread.run(files, queue, sink);
+            }
+            ring => ring?,
+        };
         let (slots, free) = ((0..self.depth).map(|_| None).collect(), (0..self.depth).rev().collect());
         let refused = self.unregistered;
         let registered = Registered { buffers: Vec::new(), room: 0, files: Vec::new(), refused };
-        let mut flights = InFlight { ring: open_ring(self.depth)?, registered, slots, free };
+        let mut flights = InFlight { ring, registered, slots, free };
         let mut queue_empty = false;
         if let Some(governed) = &self.governed {
             governed.lanes.fetch_add(1, Ordering::Relaxed);
