@@ -413,6 +413,14 @@ impl Use {
         }
     }
 
+    /// Drops a piece's chunk whose bytes are wrong, if it is still this one. Whoever copies from it keeps it until then.
+    pub(crate) fn forget_chunk(&self, piece: &Piece, wrong: CachedChunk) {
+        if let (Some((file, place)), Some(chunk)) = (self.place(piece), &wrong.chunk) {
+            let dropped = self.cache.lock().remove_chunk(&self.files[file].stamp, place, chunk);
+            drop(dropped);
+        }
+    }
+
     /// Drops the chunks of a file that turned out to be another one.
     pub(crate) fn forget(&self, file: usize) {
         if let Some(file) = self.files.get(file) {

@@ -255,6 +255,16 @@ impl State {
         Some(chunk)
     }
 
+    /// Takes a chunk out of its place, if it is there.
+    pub(super) fn remove_chunk(&mut self, stamp: &Stamp, place: usize, chunk: &Arc<Chunk>) -> Option<Arc<Chunk>> {
+        let slot = self.files.get(stamp)?.slots.get(place)?;
+        if !matches!(slot, Slot::Present(there) if Arc::ptr_eq(there, chunk)) {
+            return None;
+        }
+        self.evictions += 1;
+        self.take(stamp, place)
+    }
+
     /// Takes out all chunks of a file.
     pub(super) fn remove(&mut self, stamp: &Stamp) -> Vec<Arc<Chunk>> {
         let places = self.files.get(stamp).map_or(0, |entry| entry.slots.len());

@@ -263,6 +263,39 @@ fn a_corrupt_chunk_is_not_kept_and_is_named() {
 }
 
 #[test]
+fn wrong_chunks_that_nobody_verified_are_read_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = Checkpoint::open(model(dir.path(), "a", 9 << 20, 1)).unwrap();
+    let store = dir.path().join("store");
+    convert(&source, &store, &ConvertOptions::new()).unwrap();
+    let checkpoint = Checkpoint::open(&store).unwrap();
+    let (cache, len) = (Cache::new(4 << 20, 32 << 20, None).unwrap(), checkpoint.files()[0].len());
+    let verifying = Loader::builder().cache(cache.clone()).verify(true).build().unwrap();
+    let told = |report: &crate::LoadReport| report.notes.iter().filter(|note| note.contains("read again")).count();
+    let plan = crate::LoadPlan::whole(&[len], 4 << 20);
+
+    // Zeros, and the buffers that hold them.
+    let first = cache.begin(&checkpoint);
+    assert_eq!(first.split(plan.pieces()).missing.len(), 3);
+    let put = |piece| first.put(piece, first.try_buffer().unwrap(), false);
+    let wrong: Vec<CachedChunk> = plan.pieces().iter().map(put).collect();
+    let before = wrong[0].bytes().to_vec();
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let report = load_whole(&verifying, &checkpoint);
+                assert!(report.verified && told(&report) <= 1, "{report}");
+            });
+        }
+    });
+    assert!(wrong[0].bytes() == before, "a chunk was changed under who copies it");
+    drop((wrong, first));
+    assert_eq!((cache.resident_len(&checkpoint), cache.usage().evictions), (len, 3), "each was read again once");
+    cache.lock().check();
+    assert_eq!(told(&load_whole(&verifying, &checkpoint)), 0);
+}
+
+#[test]
 fn a_file_that_was_changed_while_it_was_read_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let path = model(dir.path(), "a", 20 * CHUNK, 1);

@@ -219,23 +219,24 @@ impl<'a> Lane<'a> {
         Ok(())
     }
 
-    /// Brings a piece's chunk into the cache, or takes it as it is there, and sees to its checksums.
+    /// Brings a piece that was read into the cache, once its checksums were compared.
     fn cache(&mut self, cache: &Use, piece: &Piece, filled: Filled) -> Result<Filled> {
-        match filled {
-            Filled::Buffer(buffer) => {
-                let len = usize::try_from(piece.len).unwrap_or(usize::MAX).min(buffer.as_slice().len());
-                self.verify(piece, &buffer.as_slice()[..len])?;
-                Ok(Filled::Cached(cache.put(piece, buffer, self.shared.verify)))
+        let Filled::Buffer(buffer) = filled else { return Ok(filled) };
+        let len = usize::try_from(piece.len).unwrap_or(usize::MAX).min(buffer.as_slice().len());
+        self.verify(piece, &buffer.as_slice()[..len])?;
+        Ok(Filled::Cached(cache.put(piece, buffer, self.shared.verify)))
+    }
+
+    /// Compares the checksums of a chunk that a load without verification brought; whether it is good.
+    fn is_good(&mut self, piece: &Piece, chunk: &CachedChunk) -> Result<bool> {
+        if self.shared.verify && !chunk.is_verified() {
+            match self.verify(piece, chunk.bytes()) {
+                Err(Error::Corrupt(_)) => return Ok(false),
+                answer => answer?,
             }
-            Filled::Cached(chunk) => {
-                if self.shared.verify && !chunk.is_verified() {
-                    self.verify(piece, chunk.bytes())?;
-                    chunk.set_verified();
-                }
-                Ok(Filled::Cached(chunk))
-            }
-            mapped @ Filled::Mapped(_) => Ok(mapped),
+            chunk.set_verified();
         }
+        Ok(true)
     }
 
     /// The destination of a piece that lies in one run of host memory, where no checksum needs the rest of it.
@@ -293,11 +294,21 @@ impl Sink for Lane<'_> {
 
     fn cached(&mut self, piece: &Piece) -> Result<Option<CachedChunk>> {
         let Buffers::Cache(cache) = self.shared.buffers else { return Ok(None) };
-        cache.get(piece, || {
-            // Whoever reads the chunk may need the buffers that this lane's copies hold.
-            self.finish()?;
-            self.check()
-        })
+        loop {
+            let found = cache.get(piece, || {
+                // Whoever reads the chunk may need the buffers that this lane's copies hold.
+                self.finish()?;
+                self.check()
+            })?;
+            match found {
+                Some(chunk) if !self.is_good(piece, &chunk)? => {
+                    // The file may be right: it is read again, by this lane or by who is faster.
+                    self.note("chunks in the cache did not match their checksums, and were read again".into());
+                    cache.forget_chunk(piece, chunk);
+                }
+                found => return Ok(found),
+            }
+        }
     }
 
     fn need(&mut self, buffers: usize) {
