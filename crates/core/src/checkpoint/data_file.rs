@@ -40,6 +40,7 @@ pub struct DataFile {
     name: String,
     stamp: Stamp,
     buffered: File,
+    /// The descriptor past the page cache, or how the file system refuses one.
     direct: OnceLock<Result<File, rustix::io::Errno>>,
 }
 
@@ -108,16 +109,28 @@ impl DataFile {
         &self.buffered
     }
 
-    /// The descriptor for reads past the page cache, or why the file system refuses them.
+    /// The descriptor for reads past the page cache, or why there is none now.
     pub(crate) fn direct(&self) -> Result<&File, rustix::io::Errno> {
-        let open = || -> Result<File, rustix::io::Errno> {
+        self.direct_by(|| {
             // Through /proc the very file that was checked is opened again, whatever its path names now.
             let this = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&self.buffered));
             let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::DIRECT;
             let fd: OwnedFd = rustix::fs::open(this, flags, Mode::empty())?;
             Ok(File::from(fd))
+        })
+    }
+
+    /// The same by what opens it. Only success and the file system's refusal are remembered: descriptors that are short now
+    /// are there later.
+    fn direct_by(&self, open: impl FnOnce() -> Result<File, rustix::io::Errno>) -> Result<&File, rustix::io::Errno> {
+        let known = match self.direct.get() {
+            Some(known) => known,
+            None => match open() {
+                Err(e) if !matches!(e, rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => return Err(e),
+                answer => self.direct.get_or_init(|| answer),
+            },
         };
-        self.direct.get_or_init(open).as_ref().map_err(|&e| e)
+        known.as_ref().map_err(|&e| e)
     }
 
     /// Makes direct reads refused, as some file systems refuse to open for them.
@@ -210,5 +223,33 @@ fn try_lock(file: &File, operation: FlockOperation) -> Result<(), rustix::io::Er
 impl AsFd for DataFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.buffered.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::io::Errno;
+
+    use super::*;
+
+    #[test]
+    fn only_the_file_systems_answer_about_direct_reads_is_remembered() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, "x").unwrap();
+        let open = || DataFile::open(&path, "f", true).unwrap();
+        let opened = || Ok(File::open(&path).unwrap());
+
+        let file = open();
+        for passing in [Errno::MFILE, Errno::NFILE, Errno::NOMEM, Errno::NOENT] {
+            assert_eq!(file.direct_by(|| Err(passing)).unwrap_err(), passing);
+        }
+        file.direct_by(opened).unwrap();
+        file.direct_by(|| Err(Errno::MFILE)).unwrap();
+        for lasting in [Errno::INVAL, Errno::OPNOTSUPP] {
+            let file = open();
+            assert_eq!(file.direct_by(|| Err(lasting)).unwrap_err(), lasting);
+            assert_eq!(file.direct_by(opened).unwrap_err(), lasting);
+        }
     }
 }
