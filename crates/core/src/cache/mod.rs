@@ -306,8 +306,10 @@ pub(crate) struct Use {
 /// The pieces of a load, by where their bytes are.
 #[derive(Debug, Default)]
 pub(crate) struct Split<'a> {
-    /// In the cache, or read by other loads just now.
+    /// In the cache.
     pub(crate) cached: Vec<&'a Piece>,
+    /// Read by other loads just now: to be taken after those that are there, which may be evicted meanwhile.
+    pub(crate) busy: Vec<&'a Piece>,
     /// This load's to read.
     pub(crate) missing: Vec<&'a Piece>,
     /// Bytes of those that were in the cache.
@@ -318,7 +320,6 @@ impl Use {
     /// Takes on every piece that nobody has. Pieces are whole chunks.
     pub(crate) fn split<'a>(&self, pieces: &'a [Piece]) -> Split<'a> {
         let mut split = Split::default();
-        let mut busy = Vec::new();
         let mut state = self.cache.lock();
         let mut claims = self.claims();
         for piece in pieces {
@@ -328,17 +329,16 @@ impl Use {
                     split.cached.push(piece);
                     split.cached_len += piece.len;
                 }
-                Found::Busy => busy.push(piece),
+                Found::Busy => split.busy.push(piece),
                 Found::Claimed => {
                     claims.insert((file, chunk));
                     split.missing.push(piece);
                 }
             }
         }
-        let (hits, misses) = (split.cached.len() + busy.len(), split.missing.len());
+        let (hits, misses) = (split.cached.len() + split.busy.len(), split.missing.len());
         self.cache.shared.hits.fetch_add(hits as u64, Ordering::Relaxed);
         self.cache.shared.misses.fetch_add(misses as u64, Ordering::Relaxed);
-        split.cached.append(&mut busy);
         split
     }
 

@@ -295,7 +295,7 @@ impl Loader {
         let is_used = |device: &&Device| blocks.iter().any(|block| block.device().same_as(device));
         let devices: Vec<Device> = self.devices.iter().filter(is_used).cloned().collect();
         let cache = self.cache.as_ref().map(|cache| cache.begin(checkpoint));
-        let Split { cached, missing, cached_len } = match &cache {
+        let Split { mut cached, mut busy, missing, cached_len } = match &cache {
             Some(cache) => cache.split(plan.pieces()),
             None => Split { missing: plan.pieces().iter().collect(), ..Split::default() },
         };
@@ -304,16 +304,16 @@ impl Loader {
             None => self.stages(&blocks).then_some(Governor::Depth(&staging.depth)),
         };
         let mut shares = choose(checkpoint.files(), missing, &devices, &self.wishes, governor)?;
-        if let Some(cache) = self.cache.as_ref().filter(|_| !cached.is_empty()) {
-            shares.push(choose::cached(cached, &devices, &self.wishes, cache.bounce()));
-        }
         if devices.len() > 1 {
             // In the order of the files one device's layers come before those of the next, and one link works at a time.
             let device_of =
                 |block: usize| devices.iter().position(|device| device.same_as(blocks[block].device())).unwrap_or(0);
-            for share in shares.iter_mut().filter(|share| share.any_order()) {
-                plan.spread(&mut share.pieces, device_of);
-            }
+            let in_any_order = shares.iter_mut().filter(|share| share.any_order()).map(|share| &mut share.pieces);
+            in_any_order.chain([&mut cached, &mut busy]).for_each(|pieces| plan.spread(pieces, device_of));
+        }
+        cached.append(&mut busy);
+        if let Some(cache) = self.cache.as_ref().filter(|_| !cached.is_empty()) {
+            shares.push(choose::cached(cached, &devices, &self.wishes, cache.bounce()));
         }
         let plan_s = started.elapsed().as_secs_f64();
 
