@@ -1,10 +1,22 @@
 //! The host as a device: copies are done when they return.
 
+use std::path::PathBuf;
+
 use super::{Backend, BackendStream, DeviceError, Mark, Memory, Source, StreamCopy};
 use crate::pool::HostMemory;
+use crate::prefetch::memory;
 
 #[derive(Debug)]
-pub(super) struct Host;
+pub(super) struct Host {
+    /// Where `/proc` and `/sys` are.
+    root: PathBuf,
+}
+
+impl Host {
+    pub(super) fn new(root: impl Into<PathBuf>) -> Host {
+        Host { root: root.into() }
+    }
+}
 
 impl Memory for HostMemory {
     fn addr(&self) -> u64 {
@@ -30,13 +42,7 @@ impl Backend for Host {
     }
 
     fn memory(&self) -> Result<Option<(u64, u64)>, DeviceError> {
-        // MemAvailable counts what the page cache would give up, which is what a large allocation can use.
-        let Ok(info) = std::fs::read_to_string("/proc/meminfo") else { return Ok(None) };
-        let field = |name: &str| -> Option<u64> {
-            let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
-            line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
-        };
-        Ok(field("MemAvailable").zip(field("MemTotal")))
+        Ok(memory(&self.root))
     }
 
     fn alloc(&self, len: usize) -> Result<Box<dyn Memory>, DeviceError> {
@@ -145,4 +151,36 @@ unsafe fn copy_file_pages(src: *const u8, dst: *mut u8, len: usize) -> Result<()
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::device::Device;
+    use crate::{Checkpoint, Error, Loader};
+
+    #[test]
+    fn a_load_that_its_control_group_has_no_room_for_is_refused_before_it_begins() {
+        let dir = tempfile::tempdir().unwrap();
+        let (proc, group) = (dir.path().join("proc/self"), dir.path().join("sys/fs/cgroup"));
+        fs::create_dir_all(&proc).unwrap();
+        fs::create_dir_all(&group).unwrap();
+        fs::write(dir.path().join("proc/meminfo"), "MemTotal: 1000 kB\nMemAvailable: 900 kB\n").unwrap();
+        let path = dir.path().join("model.safetensors");
+        let bytes = test_support::noise(1, 100_000);
+        fs::write(&path, test_support::safetensors(test_support::header(100_000), &bytes)).unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let device = Device::new(Host::new(dir.path()));
+        let loader = Loader::builder().device(device.clone()).build().unwrap();
+        loader.load(&checkpoint).unwrap();
+
+        fs::write(proc.join("cgroup"), "0::/\n").unwrap();
+        fs::write(group.join("memory.max"), "200000\n").unwrap();
+        fs::write(group.join("memory.current"), "150000\n").unwrap();
+        assert_eq!(device.memory().unwrap(), Some((50_000, 1000 << 10)));
+        let error = loader.load(&checkpoint).unwrap_err();
+        assert!(matches!(error, Error::Device(DeviceError::OutOfMemory { free: 50_000, .. })), "{error}");
+    }
 }

@@ -136,7 +136,7 @@ impl Device {
 
     /// The host's memory.
     pub fn host() -> Device {
-        Device::new(host::Host)
+        Device::new(host::Host::new("/"))
     }
 
     /// The CUDA device of this ordinal, by its primary context, which torch uses too.

@@ -8,6 +8,7 @@ mod pace;
 mod room;
 
 pub use room::free_memory;
+pub(crate) use room::memory;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};

@@ -1,4 +1,4 @@
-//! Memory that the page cache may take without anything being pushed out: what the system and the control group leave.
+//! Memory that may be taken without anything being pushed out: what the system and the control group leave.
 
 use std::fs;
 use std::path::Path;
@@ -12,15 +12,27 @@ pub(super) fn available() -> Option<u64> {
 /// Bytes of memory that this process may still take, by the system and by the limits of its control group; the page cache
 /// counts as free. `None` where the system does not say.
 pub fn free_memory() -> Option<u64> {
-    let of_system = fs::read_to_string("/proc/meminfo").ok().and_then(|text| meminfo(&text));
-    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let of_group = group(Path::new("/sys/fs/cgroup"), &own);
-    [of_system, of_group].into_iter().flatten().min()
+    free(Path::new("/"))
 }
 
-/// `MemAvailable` of `/proc/meminfo`, in bytes.
-fn meminfo(text: &str) -> Option<u64> {
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+/// Free memory, and all that the system has, in bytes; `root` is where `/proc` and `/sys` are.
+pub(crate) fn memory(root: &Path) -> Option<(u64, u64)> {
+    free(root).zip(of_system(root, "MemTotal:"))
+}
+
+fn free(root: &Path) -> Option<u64> {
+    let own = fs::read_to_string(root.join("proc/self/cgroup")).unwrap_or_default();
+    let of_group = group(&root.join("sys/fs/cgroup"), &own);
+    [of_system(root, "MemAvailable:"), of_group].into_iter().flatten().min()
+}
+
+fn of_system(root: &Path, field: &str) -> Option<u64> {
+    meminfo(&fs::read_to_string(root.join("proc/meminfo")).ok()?, field)
+}
+
+/// A field of `/proc/meminfo`, in bytes.
+fn meminfo(text: &str, field: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(field))?;
     line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
 }
 
@@ -108,9 +120,10 @@ mod tests {
 
     #[test]
     fn meminfo_is_in_kib() {
-        assert_eq!(meminfo("MemTotal:  100 kB\nMemAvailable:   24681352 kB\n"), Some(24_681_352 * 1024));
-        assert_eq!(meminfo("MemTotal:  100 kB\n"), None);
-        assert_eq!(meminfo("MemAvailable: many kB\n"), None);
+        let free = |text| meminfo(text, "MemAvailable:");
+        assert_eq!(free("MemTotal:  100 kB\nMemAvailable:   24681352 kB\n"), Some(24_681_352 * 1024));
+        assert_eq!(free("MemTotal:  100 kB\n"), None);
+        assert_eq!(free("MemAvailable: many kB\n"), None);
     }
 
     #[test]
@@ -162,5 +175,7 @@ mod tests {
     #[test]
     fn this_system_says_something() {
         assert!(available().unwrap() > 0);
+        let (free, total) = memory(Path::new("/")).unwrap();
+        assert!(0 < free && free <= total);
     }
 }
