@@ -23,7 +23,7 @@ pub use memory_file::MemoryFile;
 pub use mover::Mover;
 
 use crate::error::{Error, Result};
-use crate::plan::PieceCopy;
+use crate::plan::{PieceCopy, rows_end};
 use crate::read::Filled;
 
 /// A device. Clones are the same device.
@@ -419,13 +419,11 @@ fn resolve(
 
 /// An error where a row lies outside its source or its block, which have these lengths.
 fn check_rows(copy: &PieceCopy, source_len: u64, block_len: u64) -> Result<(), DeviceError> {
-    let end = |start: u64, pitch: u64| {
-        let rows = copy.rows.checked_sub(1)?.checked_mul(pitch)?;
-        start.checked_add(rows)?.checked_add(copy.row_len)
+    let inside = |start: u64, pitch: u64, len: u64| {
+        rows_end(start, copy.rows, copy.row_len, pitch).is_some_and(|end| end <= len)
     };
-    let inside = |end: Option<u64>, len: u64| end.is_some_and(|end| end <= len);
-    let fits = inside(end(copy.src_offset, copy.src_pitch), source_len)
-        && inside(end(copy.dst_offset, copy.dst_pitch), block_len)
+    let fits = inside(copy.src_offset, copy.src_pitch, source_len)
+        && inside(copy.dst_offset, copy.dst_pitch, block_len)
         && copy.rows.checked_mul(copy.row_len).is_some();
     if fits { Ok(()) } else { Err(DeviceError::OutOfBounds) }
 }

@@ -60,25 +60,21 @@ impl Segment {
 
     /// End of the last row in the block.
     pub(crate) fn dst_end(&self) -> u64 {
-        let rows = self.rows.saturating_sub(1).saturating_mul(self.dst_pitch);
-        self.dst_offset.saturating_add(rows).saturating_add(self.row_len)
+        rows_end(self.dst_offset, self.rows, self.row_len, self.dst_pitch).unwrap_or(u64::MAX)
     }
 
     /// An error where it does not lie inside its file and its block, which have these lengths. It must not be empty.
     pub fn check(&self, files: &[u64], blocks: &[u64]) -> Result<()> {
-        let extent = |start: u64, pitch: u64| -> Option<u64> {
-            self.rows.checked_sub(1)?.checked_mul(pitch)?.checked_add(self.row_len)?.checked_add(start)
+        let fits = |start: u64, pitch: u64, limit: Option<&u64>| {
+            rows_end(start, self.rows, self.row_len, pitch).zip(limit).is_some_and(|(end, &limit)| end <= limit)
         };
-        let fits = |end: Option<u64>, limit: Option<&u64>| end.zip(limit).is_some_and(|(end, &limit)| end <= limit);
         if self.rows > 1 && (self.src_pitch < self.row_len || self.dst_pitch < self.row_len) {
             return Err(Error::Invalid(format!("the rows of {self:?} overlap")));
         }
-        if self.rows.checked_mul(self.row_len).is_none()
-            || !fits(extent(self.offset, self.src_pitch), files.get(self.file))
-        {
+        if self.rows.checked_mul(self.row_len).is_none() || !fits(self.offset, self.src_pitch, files.get(self.file)) {
             return Err(Error::Invalid(format!("{self:?} passes the end of its file")));
         }
-        if !fits(extent(self.dst_offset, self.dst_pitch), blocks.get(self.block)) {
+        if !fits(self.dst_offset, self.dst_pitch, blocks.get(self.block)) {
             return Err(Error::Invalid(format!("{self:?} passes the end of its block")));
         }
         Ok(())
@@ -337,6 +333,11 @@ impl LoadPlan {
     pub fn read_len(&self) -> u64 {
         self.pieces.iter().map(|piece| piece.len).sum()
     }
+}
+
+/// End of the last of rows that begin at `start`; `None` where there are none, or it does not fit 64 bits.
+pub(crate) fn rows_end(start: u64, rows: u64, row_len: u64, pitch: u64) -> Option<u64> {
+    rows.checked_sub(1)?.checked_mul(pitch)?.checked_add(row_len)?.checked_add(start)
 }
 
 fn round_up(offset: u64) -> u64 {
