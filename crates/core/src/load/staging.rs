@@ -54,10 +54,7 @@ impl Staging {
         let staged = shares.iter().filter(|share| share.buffers_per_lane > 0).count();
         for share in shares.iter_mut().filter(|share| share.buffers_per_lane > 0) {
             let mine = (most / staged).max(1);
-            // Lanes beyond those of one device are worth less than a lane's second buffer.
-            let lanes = (mine / share.buffers_per_lane).max(MAX_LANES).min(mine);
-            share.lanes = share.lanes.min(lanes);
-            share.buffers_per_lane = share.buffers_per_lane.min(mine / share.lanes);
+            (share.lanes, share.buffers_per_lane) = divide(mine, share.lanes, share.buffers_per_lane);
         }
         if let Some(cache) = cache {
             return Ok((Buffers::Cache(cache), &self.streams));
@@ -82,6 +79,13 @@ impl Staging {
         };
         Ok((Buffers::Ring(self.pool.insert(pool)), &self.streams))
     }
+}
+
+/// Lanes, and buffers of each, of a share that wants so many but may have only `buffers` in all. None of them is 0.
+fn divide(buffers: usize, lanes: usize, per_lane: usize) -> (usize, usize) {
+    // Lanes beyond those of one device are worth less than a lane's second buffer.
+    let lanes = lanes.min((buffers / per_lane).max(MAX_LANES)).min(buffers);
+    (lanes, per_lane.min(buffers / lanes))
 }
 
 #[cfg(test)]
@@ -142,6 +146,21 @@ mod tests {
         assert!(loaded.tensor("a").unwrap().to_vec().unwrap() == bytes[..LEN]);
         assert!(loaded.tensor("b").unwrap().to_vec().unwrap() == bytes[LEN..]);
         (loaded.report().clone(), std::mem::take(&mut *seen.lock().unwrap()))
+    }
+
+    #[test]
+    fn few_buffers_are_divided_among_lanes() {
+        for (buffers, lanes, per_lane, expected) in [
+            (85, 12, 2, (12, 2)),
+            (85, 96, 2, (42, 2)), // eight devices: each lane keeps its second buffer
+            (20, 24, 2, (12, 1)),
+            (20, 8, 2, (8, 2)),
+            (9, 12, 2, (9, 1)),
+            (40, 2, 36, (2, 20)),
+            (1, 24, 2, (1, 1)),
+        ] {
+            assert_eq!(divide(buffers, lanes, per_lane), expected, "{buffers} for {lanes} lanes of {per_lane}");
+        }
     }
 
     #[test]

@@ -289,12 +289,12 @@ fn share<'a>(
         depth.begin();
     }
     let (direct, source) = (!warm, if warm { PAGE_CACHE } else { DISK });
-    let cached_lanes = || cached_lanes(processors(), devices.iter().filter(|device| !device.is_host()).count());
+    let warm_lanes = || cached_lanes(processors(), devices.iter().filter(|device| !device.is_host()).count());
     let lanes = |wanted: usize| wishes.threads.unwrap_or(wanted).clamp(1, pieces.len().max(1));
     Ok(match engine {
         EngineChoice::Uring => {
             Uring::probe()?;
-            let lanes = lanes(if warm { cached_lanes() } else { URING_LANES });
+            let lanes = lanes(if warm { warm_lanes() } else { URING_LANES });
             let lanes = lanes.min(MOST_READS);
             let governed = match governor {
                 Some(Governor::Depth(depth)) => Some(Governed::new(Arc::clone(depth))),
@@ -323,7 +323,7 @@ fn share<'a>(
         }
         EngineChoice::Auto | EngineChoice::Pread => {
             let (wanted, buffers_per_lane, pace) = match governor {
-                _ if warm => (cached_lanes(), PREAD_BUFFERS, Pace::Free),
+                _ if warm => (warm_lanes(), PREAD_BUFFERS, Pace::Free),
                 None => (COLD_LANES, PREAD_BUFFERS, Pace::Free),
                 Some(Governor::Depth(depth)) => (MOST_READS, COLD_BUFFERS, Pace::Turns(Turns::new(Arc::clone(depth)))),
                 Some(Governor::Bounce(bounce)) => (MOST_READS, PREAD_BUFFERS, Pace::Bounce(Arc::clone(bounce))),
@@ -354,6 +354,12 @@ mod tests {
         let rows = Segment { rows: 128, src_pitch: 1000, ..Segment::contiguous(0, 7, 10, 0, 0) };
         let expected: Vec<(usize, u64)> = (0..64).map(|n| (0, 7 + 2000 * n)).collect();
         assert_eq!(sample(&[rows]), expected);
+    }
+
+    #[test]
+    fn each_device_has_threads_while_there_are_processors() {
+        let lanes = [(64, 0), (64, 1), (64, 2), (20, 2), (4, 8)].map(|(cpus, devices)| cached_lanes(cpus, devices));
+        assert_eq!(lanes, [12, 12, 24, 20, 4]);
     }
 
     #[test]
