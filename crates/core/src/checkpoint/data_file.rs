@@ -12,24 +12,31 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use crate::error::{Error, FormatError, Result};
 
-/// What a file was when it was looked at; another stamp means other bytes.
+/// What a file was when it was looked at; other bytes have another stamp. Anybody may set the time of change (mtime), and
+/// an inode is used again for a new file: so the time of the last change of status (ctime), which nobody sets, counts too.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Stamp {
     len: u64,
     device: u64,
     inode: u64,
     modified: (i64, i64),
+    status_changed: (i64, i64),
 }
 
 impl Stamp {
-    /// Bytes, and seconds and nanoseconds of the last change.
+    /// Bytes, and seconds and nanoseconds of the last change: what a faithful copy of the file has too.
     pub(crate) fn len_and_modified(&self) -> (u64, (i64, i64)) {
         (self.len, self.modified)
     }
 
     pub(crate) fn of(metadata: &Metadata) -> Stamp {
-        let modified = (metadata.mtime(), metadata.mtime_nsec());
-        Stamp { len: metadata.len(), device: metadata.dev(), inode: metadata.ino(), modified }
+        Stamp {
+            len: metadata.len(),
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            status_changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
     }
 }
 
@@ -87,6 +94,12 @@ impl DataFile {
     /// Its last change before it was opened, in seconds and nanoseconds since 1970.
     pub fn modified(&self) -> (i64, i64) {
         self.stamp.modified
+    }
+
+    /// Its last change of status (of bytes, times, rights or names) before it was opened, in seconds and nanoseconds since
+    /// 1970. Unlike [`DataFile::modified`] it cannot be set.
+    pub fn status_changed(&self) -> (i64, i64) {
+        self.stamp.status_changed
     }
 
     /// Device and inode: no two files of a machine have the same ones at one time.
@@ -160,7 +173,9 @@ impl DataFile {
         if now.len() < self.len() {
             return Err(Error::Truncated { path: self.path.clone(), offset: 0, len: self.len(), end: now.len() });
         }
-        if Stamp::of(&now) != self.stamp {
+        // New rights, or another name for the file, are no harm to who reads it.
+        let now = Stamp { status_changed: self.stamp.status_changed, ..Stamp::of(&now) };
+        if now != self.stamp {
             return Err(FormatError::new(&self.path, "it was changed while it was read; start again").into());
         }
         Ok(())

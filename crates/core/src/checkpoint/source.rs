@@ -1,4 +1,5 @@
-//! The source that a store was converted from, where it is still at hand.
+//! The source that a store was converted from, where it is still at hand. Copying a model to another place gives its files
+//! other inodes and times of status: only lengths and times of change are compared.
 
 use std::path::Path;
 
