@@ -58,7 +58,10 @@ impl Model {
     /// Whether two are of the same files, unchanged.
     fn has_files_of(&self, other: &Model) -> bool {
         let files = |model: &Model| -> Vec<_> {
-            let file = |file: &sllm_core::DataFile| (file.name().to_owned(), file.len(), file.modified(), file.inode());
+            let file = |file: &sllm_core::DataFile| {
+                let times = (file.modified(), file.status_changed());
+                (file.name().to_owned(), file.len(), times, file.inode())
+            };
             model.checkpoint.files().iter().map(file).collect()
         };
         files(self) == files(other)
