@@ -93,6 +93,28 @@ fn an_index_that_does_not_fit_its_shards() {
 }
 
 #[test]
+fn an_index_that_cannot_be_followed_is_not_passed_over() {
+    let dir = sharded();
+    let index = dir.path().join("model.safetensors.index.json");
+    fs::remove_file(&index).unwrap();
+    for with_shards in [true, false] {
+        if !with_shards {
+            fs::remove_file(dir.path().join("1.safetensors")).unwrap();
+            fs::remove_file(dir.path().join("2.safetensors")).unwrap();
+        }
+        symlink("blob-that-was-not-downloaded", &index).unwrap();
+        assert_refused(dir.path(), ErrorKind::NotFound, &["model.safetensors.index.json"]);
+        fs::remove_file(&index).unwrap();
+        symlink("model.safetensors.index.json", &index).unwrap();
+        assert_refused(dir.path(), ErrorKind::Io, &["model.safetensors.index.json"]);
+        fs::remove_file(&index).unwrap();
+        fs::create_dir(&index).unwrap();
+        assert_refused(dir.path(), ErrorKind::Format, &["model.safetensors.index.json", "not a regular file"]);
+        fs::remove_dir(&index).unwrap();
+    }
+}
+
+#[test]
 fn of_many_broken_shards_the_first_is_named() {
     let dir = tempdir().unwrap();
     let names: Vec<String> = (0..40).map(|number| format!("model-{number:02}.safetensors")).collect();

@@ -197,21 +197,21 @@ impl Checkpoint {
     }
 
     fn open_dir(dir: &Path) -> Result<Checkpoint> {
-        use crate::format::{hf_index, manifest, original as original_format};
-        let has = |name: &str| dir.join(name).symlink_metadata().is_ok();
-        if has(manifest::MANIFEST_NAME) && has(original_format::INDEX_NAME) {
+        use crate::format::{manifest, original as original_format};
+        let has = |name: &str| is_there(&dir.join(name));
+        if has(manifest::MANIFEST_NAME)? && has(original_format::INDEX_NAME)? {
             return store::open(dir);
         }
-        if has(hf_index::INDEX_NAME) || safetensors::any_in(dir)? {
-            return safetensors::open_dir(dir);
+        if let Some(checkpoint) = safetensors::open_dir(dir)? {
+            return Ok(checkpoint);
         }
-        if has(original_format::INDEX_NAME) {
+        if has(original_format::INDEX_NAME)? {
             return original::open(dir);
         }
         let mut reason = "the directory has no manifest.json, no *.safetensors and no tensor_index.json".to_owned();
-        if has("rank_0") {
+        if has("rank_0")? {
             reason.push_str("; it holds one directory a rank: open rank_0");
-        } else if has("pytorch_model.bin") || has("pytorch_model.bin.index.json") {
+        } else if has("pytorch_model.bin")? || has("pytorch_model.bin.index.json")? {
             reason.push_str("; it holds a pickled pytorch_model.bin: save it as safetensors first");
         }
         Err(Error::NotFound { path: dir.to_owned(), reason })
@@ -347,6 +347,16 @@ impl Checkpoint {
 
     pub(crate) fn origin(&self) -> &Origin {
         &self.origin
+    }
+}
+
+/// Whether something has this path, be it a link that leads nowhere: what is there and cannot be read must not pass for
+/// what is not there.
+fn is_there(path: &Path) -> Result<bool> {
+    match path.symlink_metadata() {
+        Ok(_) => Ok(true),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(Error::io("inspect", path)(e)),
     }
 }
 

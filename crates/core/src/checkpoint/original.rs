@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::store::read_small;
-use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, TensorInfo};
+use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, TensorInfo, is_there};
 use crate::error::{FormatError, Result};
 use crate::format::manifest::{MAX_MANIFEST_LEN, data_file_name};
 use crate::format::original::{INDEX_NAME, parse};
@@ -18,7 +18,7 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
     loop {
         let name = data_file_name(files.len());
         let path = dir.join(&name);
-        if path.symlink_metadata().is_err_and(|e| e.kind() == std::io::ErrorKind::NotFound) {
+        if !is_there(&path)? {
             break;
         }
         let file = DataFile::open(&path, &name, false)?;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::store::read_small;
-use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, TensorInfo, hub};
+use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, TensorInfo, hub, is_there};
 use crate::error::{Error, FormatError, Result};
 use crate::format::hf_index::{self, INDEX_NAME};
 use crate::format::manifest::MAX_MANIFEST_LEN;
@@ -37,10 +37,6 @@ fn names_in(dir: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-pub(super) fn any_in(dir: &Path) -> Result<bool> {
-    Ok(!names_in(dir)?.is_empty())
-}
-
 pub(super) fn open_file(path: &Path) -> Result<Checkpoint> {
     let name = path.file_name().map_or_else(|| SINGLE_NAME.into(), |name| name.to_string_lossy().into_owned());
     let file = DataFile::open(path, &name, true)?;
@@ -56,20 +52,29 @@ pub(super) fn open_files(root: &Path, paths: &[PathBuf]) -> Result<Checkpoint> {
     assemble(root, paths.iter().map(open).collect::<Result<_>>()?, None)
 }
 
-pub(super) fn open_dir(dir: &Path) -> Result<Checkpoint> {
+/// Opens a directory by its index, or all its safetensors files where there is none; `None` where it has neither.
+pub(super) fn open_dir(dir: &Path) -> Result<Option<Checkpoint>> {
     let index_path = dir.join(INDEX_NAME);
-    if !index_path.is_file() {
-        let files = names_in(dir)?.iter().map(|name| open_inside(dir, name)).collect::<Result<_>>()?;
-        return assemble(dir, files, None);
+    if is_there(&index_path)? {
+        return open_indexed(dir, &index_path).map(Some);
     }
+    let names = names_in(dir)?;
+    if names.is_empty() {
+        return Ok(None);
+    }
+    let files = names.iter().map(|name| open_inside(dir, name)).collect::<Result<_>>()?;
+    assemble(dir, files, None).map(Some)
+}
+
+fn open_indexed(dir: &Path, index_path: &Path) -> Result<Checkpoint> {
     let index_file = open_inside(dir, INDEX_NAME)?;
     let json = read_small(&index_file, MAX_MANIFEST_LEN)?;
-    let index = hf_index::parse(&index_path, &json)?;
+    let index = hf_index::parse(index_path, &json)?;
     let mut files = Vec::with_capacity(index.shards.len());
     for shard in &index.shards {
         files.push(open_inside(dir, shard).map_err(|e| match e {
             Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-                FormatError::new(&index_path, format!("it names shard {shard:?}, which is not there")).into()
+                FormatError::new(index_path, format!("it names shard {shard:?}, which is not there")).into()
             }
             e => e,
         })?);
@@ -80,7 +85,7 @@ pub(super) fn open_dir(dir: &Path) -> Result<Checkpoint> {
         if files.get(&**name) != Some(shard) {
             let shard = &index.shards[*shard];
             let reason = format!("the index says that it is in {shard:?}, but it is not");
-            return Err(FormatError::new(&index_path, reason).tensor(name).into());
+            return Err(FormatError::new(index_path, reason).tensor(name).into());
         }
     }
     Ok(checkpoint)
