@@ -7,9 +7,9 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use common::{Made, assert_holds, write_raw, write_safetensors, write_sharded};
+use common::{Made, assert_holds, entries, write_raw, write_safetensors, write_sharded};
 use proptest::prelude::*;
-use sllm_core::{Checkpoint, ConvertOptions, Dtype, ErrorKind, OpenOptions, convert};
+use sllm_core::{Checkpoint, ConvertOptions, Dtype, ErrorKind, OpenOptions, WorkOptions, convert, export};
 use tempfile::{TempDir, tempdir};
 
 /// Opening `path` fails as `kind`, and the message has all `parts`.
@@ -248,6 +248,27 @@ fn store() -> (TempDir, PathBuf) {
     let target = dir.path().join("store");
     convert(&Checkpoint::open(dir.path().join("m.safetensors")).unwrap(), &target, &ConvertOptions::new()).unwrap();
     (dir, target)
+}
+
+#[test]
+fn a_store_whose_source_files_are_one_is_not_exported() {
+    let dir = tempdir().unwrap();
+    let (source, path) = (dir.path().join("source"), dir.path().join("store"));
+    fs::create_dir(&source).unwrap();
+    write_sharded(&source, &[("one.safetensors", &[tensor("a")]), ("two.safetensors", &[tensor("b")])]);
+    convert(&Checkpoint::open(&source).unwrap(), &path, &ConvertOptions::new()).unwrap();
+    let manifest = fs::read_to_string(path.join("manifest.json")).unwrap();
+    let before = entries(dir.path());
+    for name in ["s/x.safetensors", "s//x.safetensors", "s/./x.safetensors", "s/x.safetensors/"] {
+        let changed = manifest.replace("one.safetensors", "s/x.safetensors").replace("two.safetensors", name);
+        assert_ne!(changed, manifest);
+        fs::write(path.join("manifest.json"), changed).unwrap();
+        let store = Checkpoint::open(&path).unwrap();
+        let error = export(&store, &dir.path().join("back"), &WorkOptions::new()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Format, "{error}");
+        assert!(error.to_string().contains(&format!("{name:?} cannot be written")), "{error}");
+        assert_eq!(entries(dir.path()), before);
+    }
 }
 
 #[test]
