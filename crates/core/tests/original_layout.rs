@@ -165,3 +165,24 @@ fn a_tensor_over_a_files_end_is_told() {
     let message = Checkpoint::open(dir.path()).unwrap_err().to_string();
     assert!(message.contains("\"w\"") && message.contains("lies over the end of tensor.data_0"), "{message}");
 }
+
+#[test]
+fn a_tensor_of_no_bytes_without_data_files_is_refused() {
+    let dir = tempdir().unwrap();
+    for (index, tensors) in [(r#"{"a":[0,0,[0],[1],"torch.float32"]}"#, None), ("{}", Some(0))] {
+        fs::write(dir.path().join("tensor_index.json"), index).unwrap();
+        let opened = Checkpoint::open(dir.path());
+        assert_eq!(opened.as_ref().ok().map(|checkpoint| checkpoint.tensors().len()), tensors);
+        if let Err(error) = opened {
+            assert_eq!(error.kind(), ErrorKind::Format);
+            let message = error.to_string();
+            assert!(message.contains("\"a\"") && message.contains("no data file 0"), "{message}");
+        }
+    }
+    // With a file, though an empty one, it has a place.
+    fs::write(dir.path().join("tensor_index.json"), r#"{"a":[0,0,[0],[1],"torch.float32"]}"#).unwrap();
+    fs::write(dir.path().join("tensor.data_0"), "").unwrap();
+    let (checkpoint, target) = (Checkpoint::open(dir.path()).unwrap(), dir.path().with_extension("store"));
+    assert_eq!(convert(&checkpoint, &target, &ConvertOptions::new()).unwrap().tensors, 1);
+    fs::remove_dir_all(target).unwrap();
+}

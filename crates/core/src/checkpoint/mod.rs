@@ -218,6 +218,10 @@ impl Checkpoint {
     }
 
     fn from_parts(mut parts: Parts) -> Result<Checkpoint> {
+        if let Some(tensor) = parts.tensors.iter().find(|tensor| tensor.file >= parts.files.len()) {
+            let reason = format!("there is no data file {} for it", tensor.file);
+            return Err(FormatError::new(&parts.told_by, reason).tensor(&tensor.name).at(tensor.offset).into());
+        }
         parts.tensors.sort_by(|a, b| (a.file, a.offset, a.len, &a.name).cmp(&(b.file, b.offset, b.len, &b.name)));
         let mut by_name: Vec<usize> = (0..parts.tensors.len()).collect();
         // Stable, which makes use of files that are sorted each.
