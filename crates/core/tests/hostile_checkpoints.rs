@@ -300,6 +300,46 @@ fn things_that_are_not_files() {
 }
 
 #[test]
+fn files_and_tensors_that_add_up_to_more_than_63_bits() {
+    // Memory's file system has files of this length, others have not.
+    let Ok(dir) = tempfile::tempdir_in("/dev/shm") else { return eprintln!("skipped: no /dev/shm") };
+    let len = (1u64 << 61) - 1;
+    let name = |number: u64| dir.path().join(format!("{number}.safetensors"));
+    for number in 0..9 {
+        let data = len - 8 - 80;
+        let json = format!(r#"{{"t{number}":{{"dtype":"U8","shape":[{data}],"data_offsets":[0,{data}]}}}}"#);
+        write_raw(&name(number), &format!("{json:80}"), data);
+    }
+    assert_refused(dir.path(), ErrorKind::Format, &["add up to 2^63 bytes"]);
+    (3..9).for_each(|number| fs::remove_file(name(number)).unwrap());
+    let few = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(few.total_len(), 3 * (len - 88));
+    // What is beside the weights counts too.
+    for number in 0..3 {
+        File::create(dir.path().join(number.to_string())).unwrap().set_len((1 << 63) - 4096).unwrap();
+    }
+    let target = dir.path().with_extension("store");
+    let error = convert(&few, &target, &ConvertOptions::new()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
+
+    // One file, whose bytes many tensors of the original's layout share.
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    File::create(dir.path().join("tensor.data_0")).unwrap().set_len(len).unwrap();
+    for (many, fits) in [(8, false), (3, true)] {
+        let entry = |n: u64| {
+            let len = len - n;
+            format!(r#""t{n}":[0,{len},[{len}],[1],"torch.uint8"]"#)
+        };
+        let entries = (0..many).map(entry).collect::<Vec<_>>().join(",");
+        fs::write(dir.path().join("tensor_index.json"), format!("{{{entries}}}")).unwrap();
+        match Checkpoint::open(dir.path()) {
+            Ok(checkpoint) => assert!(fits && checkpoint.total_len() > len),
+            Err(error) => assert!(!fits && error.to_string().contains("add up to 2^63 bytes"), "{error}"),
+        }
+    }
+}
+
+#[test]
 fn directories_without_a_checkpoint() {
     let dir = tempdir().unwrap();
     assert_refused(dir.path(), ErrorKind::NotFound, &["no manifest.json"]);

@@ -222,6 +222,13 @@ impl Checkpoint {
             let reason = format!("there is no data file {} for it", tensor.file);
             return Err(FormatError::new(&parts.told_by, reason).tensor(&tensor.name).at(tensor.offset).into());
         }
+        // Whoever adds lengths up, each rounded to a page or not, need not look at the sums.
+        let few =
+            fit_63_bits(parts.files.iter().map(DataFile::len)) && fit_63_bits(parts.tensors.iter().map(|t| t.len));
+        if !few {
+            let reason = "the lengths of its files, or of its tensors, add up to 2^63 bytes or more";
+            return Err(FormatError::new(&parts.told_by, reason).into());
+        }
         parts.tensors.sort_by(|a, b| (a.file, a.offset, a.len, &a.name).cmp(&(b.file, b.offset, b.len, &b.name)));
         let mut by_name: Vec<usize> = (0..parts.tensors.len()).collect();
         // Stable, which makes use of files that are sorted each.
@@ -354,6 +361,10 @@ impl Checkpoint {
     }
 }
 
+fn fit_63_bits(mut numbers: impl Iterator<Item = u64>) -> bool {
+    numbers.try_fold(0, |sum: i64, number| sum.checked_add_unsigned(number)).is_some()
+}
+
 /// Whether something has this path, be it a link that leads nowhere: what is there and cannot be read must not pass for
 /// what is not there.
 fn is_there(path: &Path) -> Result<bool> {
@@ -375,6 +386,26 @@ impl From<&Manifest> for Origin {
             shards: manifest.source.files.iter().map(shard).collect(),
             index: manifest.source.index.clone(),
             seen: manifest.source.seen.clone(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_below_2_to_the_63_fit() {
+        let half = 1 << 62;
+        for (numbers, fit) in [
+            (&[][..], true),
+            (&[half, half - 1], true),
+            (&[half, half], false),
+            (&[half - 1, half - 1, 2], false),
+            (&[u64::MAX], false),
+            (&[u64::MAX, 1], false),
+        ] {
+            assert_eq!(fit_63_bits(numbers.iter().copied()), fit, "{numbers:?}");
         }
     }
 }

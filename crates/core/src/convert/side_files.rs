@@ -70,7 +70,7 @@ impl SideFiles {
             }
             let metadata = fs::metadata(&path).map_err(Error::io("inspect", &path))?;
             if metadata.is_file() {
-                self.len += metadata.len();
+                self.len = self.len.saturating_add(metadata.len());
                 self.files.push(relative);
             } else {
                 self.skipped.push(relative);
