@@ -1,6 +1,6 @@
 //! Export: a checkpoint of any layout as the safetensors files that it came from.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -11,7 +11,7 @@ use crate::checkpoint::{Checkpoint, TensorInfo};
 use crate::control::{WorkOptions, gb_per_s};
 use crate::convert::layout::{Bytes, Extent, TargetFile};
 use crate::convert::target::Target;
-use crate::convert::{build, is_reserved, side_files_of};
+use crate::convert::{build, side_files_of};
 use crate::error::{Error, FormatError, Result};
 use crate::format::hf_index::{INDEX_NAME, is_plain_relative};
 use crate::format::safetensors::{LENGTH_FIELD, MAX_HEADER_LEN};
@@ -106,14 +106,12 @@ fn plan_shards(store: &Checkpoint) -> Result<Vec<Shard<'_>>> {
         }
         tensors[tensor.shard].push(tensor);
     }
-    let mut names = HashSet::new();
     let mut shards = Vec::with_capacity(tensors.len());
     for (shard, tensors) in store.origin().shards.iter().zip(tensors) {
         let name = shard.name.as_str();
-        // Such names come out of a manifest.
-        if !is_plain_relative(name) || is_reserved(name) || name == INDEX_NAME || !names.insert(name) {
-            let reason =
-                format!("its source file {name:?} cannot be written: the name is taken or leaves the directory");
+        // Such names come out of a manifest. Whether they are free is asked before the writing.
+        if !is_plain_relative(name) {
+            let reason = format!("its source file {name:?} cannot be written: it is not a plain path in the directory");
             return Err(FormatError::new(store.path(), reason).into());
         }
         let header = header(shard.metadata.as_ref(), &tensors);

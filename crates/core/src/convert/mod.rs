@@ -31,7 +31,6 @@ use crate::verify::verify_before;
 use journal::fingerprint;
 use layout::{Bytes, TargetFile, place};
 use side_files::SideFiles;
-pub(crate) use side_files::is_reserved;
 pub use target::interrupted;
 use target::{Partial, Target};
 use writer::{Written, write_files};
@@ -150,7 +149,7 @@ fn convert_in_files_of(
 /// The files beside a checkpoint's weights; none where it is a single file.
 pub(crate) fn side_files_of(source: &Checkpoint) -> Result<SideFiles> {
     if !source.path().is_dir() {
-        return Ok(SideFiles::default());
+        return Ok(SideFiles::none(source.path()));
     }
     let shards: HashSet<&Path> = source.files().iter().map(|file| Path::new(file.name())).collect();
     SideFiles::list(source.path(), |path| shards.contains(path))
@@ -188,7 +187,7 @@ pub fn save(tensors: &[MemoryTensor<'_>], target: &Path, options: &ConvertOption
         source: Source { layout: "memory".into(), files: vec![shard], index: None, seen: None },
     };
     let to = Target::check(target, None, options.overwrite)?;
-    write_store(content, None, &to, SideFiles::default(), MAX_FILE_LEN, options)
+    write_store(content, None, &to, SideFiles::none(target), MAX_FILE_LEN, options)
 }
 
 fn entry_of_memory(tensor: &MemoryTensor<'_>) -> Result<TensorEntry> {
@@ -280,6 +279,7 @@ pub(crate) fn build<T>(
     finish: impl FnOnce(&Partial<'_>, &mut Written) -> Result<T>,
 ) -> Result<(Written, T)> {
     options.thread_count()?;
+    side_files.check_beside(files)?;
     let len = files.iter().map(|file| file.len).sum();
     let read = match source.filter(|source| source.sums().is_some()) {
         Some(store) => verify_before(store, options, len)?,

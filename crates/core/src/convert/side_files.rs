@@ -5,9 +5,11 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::journal::JOURNAL_NAME;
+use super::layout::TargetFile;
 use super::target::PARTIAL_SUFFIX;
 use crate::checkpoint::ensure_inside;
 use crate::error::{Error, FormatError, Result};
+use crate::format::hf_index;
 use crate::format::manifest::MANIFEST_NAME;
 use crate::format::original;
 
@@ -18,8 +20,11 @@ const WEIGHT_EXTENSIONS: [&str; 13] =
 /// Directories that belong to tools, not to the model.
 const TOOL_DIRECTORIES: [&str; 2] = [".git", ".cache"];
 
+/// What is written besides weights and side files: into a store, into an export, and for a while.
+const ADDED: [&str; 4] = [MANIFEST_NAME, original::INDEX_NAME, hf_index::INDEX_NAME, JOURNAL_NAME];
+
 /// What is to be copied.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct SideFiles {
     root: PathBuf,
     /// Paths below `root`, sorted.
@@ -31,11 +36,15 @@ pub(crate) struct SideFiles {
 }
 
 impl SideFiles {
+    pub(crate) fn none(root: &Path) -> SideFiles {
+        SideFiles { root: root.to_owned(), files: Vec::new(), len: 0, skipped: Vec::new() }
+    }
+
     /// Lists the files of a model directory. `is_shard` says which paths hold the checkpoint itself.
     ///
     /// A link is followed only as one of a shard is: within the directory, or to the blobs of a Hugging Face cache.
     pub(crate) fn list(root: &Path, is_shard: impl Fn(&Path) -> bool) -> Result<SideFiles> {
-        let mut found = SideFiles { root: root.to_owned(), ..SideFiles::default() };
+        let mut found = SideFiles::none(root);
         found.walk(Path::new(""), &is_shard)?;
         found.files.sort_unstable();
         found.skipped.sort_unstable();
@@ -83,6 +92,22 @@ impl SideFiles {
         self.files.len()
     }
 
+    /// An error where one of these files, of `files` and of those that a writer adds would have another's name, or lie below
+    /// it.
+    pub(crate) fn check_beside(&self, files: &[TargetFile<'_>]) -> Result<()> {
+        let written = files.iter().map(|file| Path::new(&file.name)).chain(ADDED.map(Path::new));
+        let mut paths: Vec<&Path> = written.chain(self.files.iter().map(PathBuf::as_path)).collect();
+        // Sorted by their parts, a path comes right before those below it.
+        paths.sort_unstable();
+        match paths.windows(2).find(|pair| pair[1].starts_with(pair[0])) {
+            Some(pair) => {
+                let reason = format!("{:?} cannot be written: {:?} is to be another file", pair[1], pair[0]);
+                Err(FormatError::new(&self.root, reason).into())
+            }
+            None => Ok(()),
+        }
+    }
+
     /// Copies the files into a directory that has none of them, and syncs each.
     pub(crate) fn copy_to(&self, dir: &Path) -> Result<()> {
         for relative in &self.files {
@@ -105,9 +130,9 @@ impl SideFiles {
     }
 }
 
-/// Names that a store gives a meaning to.
-pub(crate) fn is_reserved(name: &str) -> bool {
-    [MANIFEST_NAME, original::INDEX_NAME, JOURNAL_NAME].contains(&name)
+/// Names that a writer gives a meaning to.
+fn is_reserved(name: &str) -> bool {
+    ADDED.contains(&name)
 }
 
 /// Whether a file holds weights, by its name.

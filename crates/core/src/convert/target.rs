@@ -101,8 +101,10 @@ impl Target {
             Some(fingerprint) => Journal::resume(&partial.dir, fingerprint)?,
             None => None,
         };
-        let keep: Vec<&str> = match &resumed {
-            Some(_) => files.iter().map(|file| first_component(&file.name)).chain([JOURNAL_NAME]).collect(),
+        let keep: Vec<PathBuf> = match &resumed {
+            Some(_) => {
+                files.iter().map(|file| &*file.name).chain([JOURNAL_NAME]).map(|n| partial.dir.join(n)).collect()
+            }
             None => Vec::new(),
         };
         clear(&partial.dir, &keep)?;
@@ -238,21 +240,18 @@ fn lock_dir(dir: &Path) -> Result<File> {
     Err(Error::Invalid(format!("{}: other conversions to the same target are running", dir.display())))
 }
 
-fn first_component(name: &str) -> &str {
-    name.split('/').next().unwrap_or(name)
-}
-
-/// Removes all entries of a directory but those named.
-fn clear(dir: &Path, keep: &[&str]) -> Result<()> {
+/// Removes all that is below a directory but the files of these paths, and the directories that lead to them.
+fn clear(dir: &Path, keep: &[PathBuf]) -> Result<()> {
     for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
         let entry = entry.map_err(Error::io("list", dir))?;
-        if keep.iter().any(|&name| entry.file_name() == name) {
-            continue;
-        }
         let path = entry.path();
-        let is_dir = entry.file_type().map_err(Error::io("inspect", &path))?.is_dir();
-        let removed = if is_dir { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-        removed.map_err(Error::io("remove", &path))?;
+        let kind = entry.file_type().map_err(Error::io("inspect", &path))?;
+        if kind.is_dir() && keep.iter().any(|kept| kept.starts_with(&path)) {
+            clear(&path, keep)?;
+        } else if !kind.is_file() || !keep.contains(&path) {
+            let removed = if kind.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.map_err(Error::io("remove", &path))?;
+        }
     }
     Ok(())
 }
