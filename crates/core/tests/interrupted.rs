@@ -5,7 +5,7 @@ mod common;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use common::{Made, assert_holds, entries, write_safetensors, write_sharded};
+use common::{Made, assert_holds, entries, refuse_syscall, write_safetensors, write_sharded};
 use sllm_core::{Checkpoint, Control, ConvertOptions, Dtype, ErrorKind, WorkOptions, convert, export, interrupted};
 use tempfile::tempdir;
 
@@ -95,4 +95,77 @@ fn names_that_are_taken_are_told_before_anything_is_written() {
         assert!(error.to_string().contains("cannot be written: "), "{error}");
         assert_eq!(entries(dir.path()), ["model", "store"], "{name}");
     }
+}
+
+#[test]
+fn a_store_is_replaced_where_directories_cannot_be_exchanged_and_old_ones_are_left() {
+    let dir = tempdir().unwrap();
+    let store = dir.path().join("store");
+    let make = |name: &str| {
+        let (path, made) = (dir.path().join(format!("{name}.safetensors")), vec![Made::new(name, Dtype::U8, &[9])]);
+        write_safetensors(&path, &made, None);
+        (Checkpoint::open(&path).unwrap(), made)
+    };
+    let models = [make("one"), make("two")];
+    let options = ConvertOptions::new().overwrite(true);
+    // What a run left that was killed, what one left that could not remove it, and what nobody can.
+    for (name, leave) in [
+        (
+            ".store.sllm-old",
+            &(|path: &Path| fs::create_dir(path).and_then(|()| fs::write(path.join("x"), "")).unwrap())
+                as &dyn Fn(&Path),
+        ),
+        (".store.sllm-old", &|path| fs::write(path, "").unwrap()),
+    ] {
+        let _ = fs::remove_dir_all(&store);
+        convert(&models[0].0, &store, &options).unwrap();
+        leave(&dir.path().join(name));
+        std::thread::scope(|scope| {
+            let replace = || {
+                refuse_syscall(libc::SYS_renameat2, libc::EINVAL);
+                for (model, made) in models.iter().rev() {
+                    convert(model, &store, &options).unwrap();
+                    assert_holds(&Checkpoint::open(&store).unwrap(), made);
+                }
+            };
+            scope.spawn(replace).join().unwrap();
+        });
+        let left = if dir.path().join(name).exists() { vec![name] } else { vec![] };
+        assert_eq!(entries(dir.path()), [left, vec!["one.safetensors", "store", "two.safetensors"]].concat());
+    }
+}
+
+#[test]
+fn a_target_that_appears_meanwhile_costs_no_work() {
+    let dir = tempdir().unwrap();
+    let (path, store) = (dir.path().join("model.safetensors"), dir.path().join("store"));
+    let tensors = [Made::new("w", Dtype::U8, &[6 << 20])];
+    write_safetensors(&path, &tensors, None);
+    let source = Checkpoint::open(&path).unwrap();
+    let appear = store.clone();
+    let control = Control::new().on_progress(move |_| drop(fs::create_dir(&appear)));
+    let error = convert(&source, &store, &ConvertOptions::new().control(control)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Exists);
+    assert!(interrupted(&store).is_some());
+    fs::remove_dir(&store).unwrap();
+    let report = convert(&source, &store, &ConvertOptions::new()).unwrap();
+    assert_eq!(report.resumed_bytes, report.bytes);
+    assert_holds(&Checkpoint::open(&store).unwrap(), &tensors);
+}
+
+#[test]
+fn a_directory_that_cannot_be_renamed_is_not_left_without_its_journal() {
+    let dir = tempdir().unwrap();
+    let (path, store) = (dir.path().join("model.safetensors"), dir.path().join("store"));
+    write_safetensors(&path, &[Made::new("w", Dtype::U8, &[9])], None);
+    let source = Checkpoint::open(&path).unwrap();
+    std::thread::scope(|scope| {
+        let refused = || {
+            refuse_syscall(libc::SYS_renameat2, libc::EIO);
+            convert(&source, &store, &ConvertOptions::new()).unwrap_err()
+        };
+        let error = scope.spawn(refused).join().unwrap();
+        assert!(error.to_string().contains("rename the finished directory"), "{error}");
+    });
+    assert_eq!(entries(dir.path()), ["model.safetensors"]);
 }

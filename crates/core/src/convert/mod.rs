@@ -288,7 +288,7 @@ pub(crate) fn build<T>(
     let options = options.clone().control(options.control.part(read, 0));
     let sources = source.map(Checkpoint::files);
     let fingerprint = sources.map(|sources| fingerprint(sources, files));
-    let partial = target.begin(fingerprint.as_deref(), files, side_files.len)?;
+    let mut partial = target.begin(fingerprint.as_deref(), files, side_files.len)?;
     let work = || {
         let journal = partial.journal.as_ref();
         let mut written = write_files(partial.dir(), files, journal, &partial.finished, &options)?;

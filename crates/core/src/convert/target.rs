@@ -17,6 +17,12 @@ use crate::format::manifest::{MANIFEST_NAME, is_manifest};
 /// End of a partial directory's name; it begins with a dot and the target's name.
 pub(crate) const PARTIAL_SUFFIX: &str = ".sllm-partial";
 
+/// End of the name that an old store has while it is replaced, where the file system cannot exchange two directories.
+const OLD_SUFFIX: &str = ".sllm-old";
+
+/// How many old stores may lie there that cannot be removed, as a network file system keeps files that are still open.
+const MAX_OLD: usize = 10;
+
 /// What an interrupted conversion or export to `target` left, for the next run to go on from; `None` where there is nothing.
 pub fn interrupted(target: &Path) -> Option<PathBuf> {
     let dir = target.parent()?.join(beside(target.file_name()?, PARTIAL_SUFFIX));
@@ -89,6 +95,25 @@ impl Target {
         self.parent.join(beside(&self.name, suffix))
     }
 
+    /// Renames what stands at the target, and removes what was renamed so before.
+    fn set_aside(&self) -> Result<PathBuf> {
+        let names: Vec<PathBuf> = (0..MAX_OLD)
+            .map(|n| self.beside(&if n == 0 { OLD_SUFFIX.to_owned() } else { format!("{OLD_SUFFIX}-{n}") }))
+            .collect();
+        for old in &names {
+            // What stays is met by the renaming.
+            let _ = fs::remove_dir_all(old);
+        }
+        let mut refused = None;
+        for old in names {
+            match fs::rename(&self.path, &old) {
+                Ok(()) => return Ok(old),
+                Err(e) => refused = Some(e),
+            }
+        }
+        Err(Error::io("rename", &self.path)(refused.unwrap_or_else(|| Errno::EXIST.into())))
+    }
+
     /// Makes and locks the partial directory, or takes up one that an earlier run with the same fingerprint left.
     ///
     /// Without a fingerprint nothing can be taken up. `extra` bytes are to be written besides `files`.
@@ -96,7 +121,8 @@ impl Target {
         let dir = self.beside(PARTIAL_SUFFIX);
         self.check_space(&dir, files, extra)?;
         let lock = lock_dir(&dir)?;
-        let mut partial = Partial { target: self, dir, _lock: lock, journal: None, finished: Finished::new() };
+        let mut partial =
+            Partial { target: self, dir, _lock: lock, journal: None, finished: Finished::new(), published: false };
         let resumed = match fingerprint {
             Some(fingerprint) => Journal::resume(&partial.dir, fingerprint)?,
             None => None,
@@ -140,6 +166,8 @@ pub(crate) struct Partial<'a> {
     _lock: File,
     pub(crate) journal: Option<Journal>,
     pub(crate) finished: Finished,
+    /// Whether it was renamed to its target.
+    published: bool,
 }
 
 impl Partial<'_> {
@@ -155,7 +183,9 @@ impl Partial<'_> {
     }
 
     /// Puts the directory, whose files are synced, into its place.
-    pub(crate) fn publish(&self) -> Result<()> {
+    pub(crate) fn publish(&mut self) -> Result<()> {
+        // While the journal is there, the next run goes on from it.
+        self.target.check_free()?;
         if self.journal.is_some() {
             let journal = self.dir.join(JOURNAL_NAME);
             fs::remove_file(&journal).map_err(Error::io("remove", &journal))?;
@@ -171,11 +201,12 @@ impl Partial<'_> {
             }
             Err(e) => return Err(Error::io("rename the finished directory to", target)(e.into())),
         }
+        self.published = true;
         sync_dir(&self.target.parent)
     }
 
     /// Exchanges the directory with the old one, then removes that.
-    fn replace(&self) -> Result<()> {
+    fn replace(&mut self) -> Result<()> {
         let target = &self.target.path;
         self.target.check_free()?;
         // The old directory gets the partial one's name: its lock keeps others off until it is gone.
@@ -185,8 +216,7 @@ impl Partial<'_> {
             Ok(()) => {}
             Err(Errno::INVAL | Errno::NOSYS) => {
                 // No atomic exchange here: between these two the old one has another name.
-                old = self.target.beside(".sllm-old");
-                fs::rename(target, &old).map_err(Error::io("rename", target))?;
+                old = self.target.set_aside()?;
                 if let Err(e) = fs::rename(&self.dir, target) {
                     let _ = fs::rename(&old, target);
                     return Err(Error::io("rename the finished directory to", target)(e));
@@ -194,6 +224,7 @@ impl Partial<'_> {
             }
             Err(e) => return Err(Error::io("rename the finished directory to", target)(e.into())),
         }
+        self.published = true;
         sync_dir(&self.target.parent)?;
         // The new one is in place; what cannot be removed now, the next run removes.
         let _ = fs::remove_dir_all(&old);
@@ -202,7 +233,9 @@ impl Partial<'_> {
 
     /// Leaves the directory for a later run; removes it where that could not take it up, or where the disk is full.
     pub(crate) fn abandon(&self, error: &Error) {
-        if self.journal.is_none() || error.kind() == ErrorKind::NoSpace {
+        let has_journal = self.journal.is_some() && self.dir.join(JOURNAL_NAME).is_file();
+        // Once it was published, its name may be that of the old store, which is gone only when the new one is safe.
+        if !self.published && (!has_journal || error.kind() == ErrorKind::NoSpace) {
             let _ = fs::remove_dir_all(&self.dir);
         }
     }
