@@ -82,9 +82,11 @@ impl Fault {
     /// The fault of a conversion or an export to `target`, with what it left there.
     pub(crate) fn of_writing(error: Error, target: &Path) -> Fault {
         let mut fault = Fault::from(error);
-        if matches!(fault.kind, Kind::Core(ErrorKind::Cancelled | ErrorKind::Io)) {
+        // What cannot be meant says nothing of the work; it may be another run's.
+        if fault.kind != Kind::Core(ErrorKind::Invalid) {
             let note = |dir: PathBuf| {
-                format!("what was written is kept in {}: run this again to go on, or remove it", dir.display())
+                let dir = dir.display();
+                format!("what was written is kept in {dir}: run this again to go on with the same source, or remove it")
             };
             fault.note = sllm_core::interrupted(target).map(note);
         }
@@ -328,6 +330,31 @@ mod tests {
         let fault = Fault::from(Error::Io { what: "open", path: "/m".into(), source });
         assert_eq!(fault.causes, ["the disk is on fire"]);
         assert_eq!(fault.object().message, "/m: cannot open: the disk is on fire");
+    }
+
+    #[test]
+    fn what_is_kept_is_named_whatever_ended_the_work() {
+        let dir = tempfile::tempdir().unwrap();
+        let (target, partial) = (dir.path().join("store"), dir.path().join(".store.sllm-partial"));
+        let io = |kind| Error::Io { what: "open", path: "/m/config.json".into(), source: io::Error::from(kind) };
+        let ends = || {
+            [
+                Error::Cancelled,
+                io(io::ErrorKind::NotFound),
+                io(io::ErrorKind::PermissionDenied),
+                io(io::ErrorKind::ConnectionReset),
+                Error::Exists { path: target.clone() },
+            ]
+        };
+        assert!(ends().into_iter().all(|error| Fault::of_writing(error, &target).note.is_none()));
+        std::fs::create_dir(&partial).unwrap();
+        std::fs::write(partial.join(".sllm-journal"), "").unwrap();
+        for error in ends() {
+            let told = format!("{error:?}");
+            let note = Fault::of_writing(error, &target).note;
+            assert!(note.is_some_and(|note| note.contains(partial.to_str().unwrap())), "{told}");
+        }
+        assert!(Fault::of_writing(Error::Invalid("another run".into()), &target).note.is_none());
     }
 
     #[test]

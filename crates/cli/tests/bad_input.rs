@@ -316,7 +316,10 @@ fn ctrl_c_stops_a_conversion_with_130_and_makes_no_store() {
     let [.., error, note] = rest.as_slice() else { panic!("{rest:?}") };
     assert_eq!(error, "error: cancelled");
     let partial = fixture.path(".store.sllm-partial");
-    assert!(note.contains(&format!("{}: run this again to go on, or remove it", partial.display())), "{note}");
+    assert!(
+        note.contains(&format!("{}: run this again to go on with the same source, or remove it", partial.display())),
+        "{note}"
+    );
     let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(json["error"]["kind"], "cancelled");
     assert_eq!(json["error"]["message"], format!("cancelled; {note}"));
