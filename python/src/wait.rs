@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use pyo3::prelude::*;
 use sllm_core::{Cancel, Control};
 
-use crate::error::Raise;
+use crate::error::{Raise, named};
 
 /// How often the progress callback is called and signals are looked for.
 const TICK: Duration = Duration::from_millis(50);
@@ -59,11 +59,16 @@ pub(crate) fn run_beside<T: Send, E: Raise + Send>(
     };
     let result = thread::scope(|scope| {
         let (finished, mut wait) = sync_channel::<()>(1);
-        let worker = scope.spawn(move || {
+        let worker = move || {
             // Dropped at the end of the work, also when it panics.
             let _finished = finished;
             work(control)
-        });
+        };
+        // A limit of processes refuses it.
+        let worker = thread::Builder::new()
+            .name("sllm-call".into())
+            .spawn_scoped(scope, worker)
+            .map_err(|e| named(py, "ReadWriteError", &format!("cannot start a thread for the work: {e}")))?;
         let (mut told, mut looked) = (None, Instant::now());
         let interrupted = loop {
             match steps.as_mut().and_then(Iterator::next) {

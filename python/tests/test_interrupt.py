@@ -50,6 +50,27 @@ print(outcome)
     assert sllm.verify(target).ok
 
 
+def test_a_call_that_cannot_have_its_thread_is_an_error(store: Path) -> None:
+    # Without room for a stack the system refuses a thread, as it does at a limit of processes, which root has not.
+    code = f"""
+import resource
+import serverless_llm as sllm
+pages = int(open("/proc/self/statm").read().split()[0])
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (1 << 20), limits[1]))
+try:
+    sllm.verify({str(store)!r})
+    print("verified")
+except sllm.ReadWriteError as e:
+    print(e)
+resource.setrlimit(resource.RLIMIT_AS, limits)
+print(sllm.verify({str(store)!r}).ok)
+"""
+    told, then = python(code).stdout.splitlines()
+    assert told.startswith("cannot start a thread for the work: ")
+    assert then == "True"
+
+
 def test_what_ctrl_c_raises_in_the_callback_comes_out(store: Path) -> None:
     def progress(done: int, total: int) -> None:
         signal.raise_signal(signal.SIGINT)

@@ -1,5 +1,6 @@
 //! Short work that several threads share.
 
+use std::convert::Infallible;
 use std::sync::{Mutex, PoisonError};
 
 /// Processors that this process may use.
@@ -10,23 +11,59 @@ pub(crate) fn processors() -> usize {
 /// Does `work` for every item, in this thread and in as many more as make `threads`. Where no thread can be had, this one
 /// does all.
 pub(crate) fn share<I: Iterator + Send>(threads: usize, name: &str, items: I, work: impl Fn(I::Item) + Sync) {
-    let items = Mutex::new(items);
-    let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let run = || {
-        while let Some(item) = next() {
+    let Ok(()) = try_share::<_, _, Infallible>(
+        threads,
+        name,
+        items,
+        || (),
+        |(), item| {
             work(item);
+            Ok(())
+        },
+    );
+}
+
+/// The same of work that may fail, in threads that each have a `state`. After the first error, which is returned, no item
+/// is begun.
+pub(crate) fn try_share<I: Iterator + Send, S, E: Send>(
+    threads: usize,
+    name: &str,
+    items: I,
+    state: impl Fn() -> S + Sync,
+    work: impl Fn(&mut S, I::Item) -> Result<(), E> + Sync,
+) -> Result<(), E> {
+    let shared = Mutex::new((items, Ok(())));
+    let lock = || shared.lock().unwrap_or_else(PoisonError::into_inner);
+    let next = || {
+        let (items, result) = &mut *lock();
+        if result.is_ok() { items.next() } else { None }
+    };
+    let run = || {
+        let mut state = state();
+        while let Some(item) = next() {
+            if let Err(e) = work(&mut state, item) {
+                let result = &mut lock().1;
+                if result.is_ok() {
+                    *result = Err(e);
+                }
+            }
         }
     };
     std::thread::scope(|scope| {
         for _ in 1..threads {
-            let _ = std::thread::Builder::new().name(name.into()).spawn_scoped(scope, run);
+            if std::thread::Builder::new().name(name.into()).spawn_scoped(scope, run).is_err() {
+                break;
+            }
         }
         run();
     });
+    shared.into_inner().unwrap_or_else(PoisonError::into_inner).1
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     use super::*;
 
     #[test]
@@ -36,5 +73,38 @@ mod tests {
             share(threads, "test", items.iter_mut(), |item| *item += 1);
             assert_eq!(items, [1; 20]);
         }
+    }
+
+    #[test]
+    fn the_first_error_stops_all() {
+        for threads in [1, 2, 9] {
+            let worked = AtomicU64::new(0);
+            let result = try_share(
+                threads,
+                "test",
+                0..1_000_000u64,
+                || (),
+                |(), number| {
+                    worked.fetch_add(1, Ordering::Relaxed);
+                    if number >= 10 { Err(number) } else { Ok(()) }
+                },
+            );
+            assert!(result.is_err_and(|number| (10..20).contains(&number)));
+            assert!((11..20).contains(&worked.into_inner()));
+        }
+    }
+
+    #[test]
+    fn each_thread_has_a_state_of_its_own() {
+        let states = AtomicU64::new(0);
+        let new = || (states.fetch_add(1, Ordering::Relaxed), 0u64);
+        let sums = [const { AtomicU64::new(0) }; 3];
+        let add = |(state, sum): &mut (u64, u64), number: u64| -> Result<(), Infallible> {
+            *sum += number;
+            sums[usize::try_from(*state).unwrap()].store(*sum, Ordering::Relaxed);
+            Ok(())
+        };
+        try_share(3, "test", 0..1000, new, add).unwrap();
+        assert_eq!(sums.map(AtomicU64::into_inner).iter().sum::<u64>(), 499_500);
     }
 }

@@ -1,9 +1,13 @@
-//! Where the system refuses io_uring, as default containers do, loads go on by threads and say so.
+//! Where the system refuses io_uring, as default containers do, loads go on by threads and say so. Where it refuses more
+//! threads, as a limit of processes does, what threads share is done by the one that there is.
 
 mod common;
 
 use common::refuse_syscall;
-use sllm_core::{Checkpoint, EngineChoice, Error, Loader};
+use sllm_core::{
+    Checkpoint, ConvertOptions, EngineChoice, Error, Loader, PrefetchOptions, WorkOptions, convert, export, prefetch,
+    verify,
+};
 
 #[test]
 fn loads_go_on_without_io_uring() {
@@ -22,6 +26,32 @@ fn loads_go_on_without_io_uring() {
 
         let forced = Loader::builder().engine(EngineChoice::Uring).build().unwrap().load(&checkpoint).unwrap_err();
         assert!(matches!(forced, Error::Engine { engine: "uring", .. }), "{forced}");
+    })
+    .join()
+    .unwrap();
+}
+
+#[test]
+fn conversions_go_on_without_more_threads() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let len = 9 << 20; // three chunks
+    let (path, store, back) = (dir.path().join("model.safetensors"), dir.path().join("store"), dir.path().join("back"));
+    let file = test_support::safetensors(test_support::header(len), &test_support::noise(1, 9 << 20));
+    std::fs::write(&path, &file).unwrap();
+    std::thread::spawn(move || {
+        for call in [libc::SYS_clone, libc::SYS_clone3] {
+            refuse_syscall(call, libc::EAGAIN);
+        }
+        assert!(std::thread::Builder::new().spawn(|| ()).is_err());
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        convert(&checkpoint, &store, &ConvertOptions::new().threads(8)).unwrap();
+        let store = Checkpoint::open(&store).unwrap();
+        assert_eq!(verify(&store, &WorkOptions::new()).unwrap().chunks, 3);
+        export(&store, &back, &WorkOptions::new()).unwrap();
+        let tensor = |bytes: &[u8]| bytes[bytes.len() - (9 << 20)..].to_vec();
+        assert!(tensor(&std::fs::read(back.join("model.safetensors")).unwrap()) == tensor(&file));
+        let report = prefetch(&checkpoint, &PrefetchOptions::new().yields(false)).unwrap();
+        assert_eq!(report.bytes, file.len() as u64);
     })
     .join()
     .unwrap();
