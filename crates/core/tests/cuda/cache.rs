@@ -3,14 +3,13 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use cuda::Driver;
 use sllm_core::{Cache, Checkpoint, Device, EngineChoice, Loader};
 
-use super::{Model, assert_nothing_left, model};
+use super::{Model, assert_nothing_left, driver, model};
 
 #[test]
 fn a_cache_smaller_than_the_model_gives_no_chunk_away_while_a_copy_reads_it() {
-    let driver = Driver::load();
+    let driver = driver();
     driver.set_delay(Duration::from_millis(2));
     let model = model();
     for (path, engine) in
@@ -46,7 +45,7 @@ fn a_cache_smaller_than_the_model_gives_no_chunk_away_while_a_copy_reads_it() {
 
 #[test]
 fn what_is_resident_is_copied_without_a_read() {
-    let driver = Driver::load();
+    let driver = driver();
     let model = model();
     let checkpoint = Checkpoint::open(&model.store).unwrap();
     let device = Device::cuda(0).unwrap();
@@ -72,7 +71,7 @@ fn load_and_compare(model: &Model, cache: &Cache, ordinal: usize) {
 
 #[test]
 fn a_cache_that_was_unpinned_holds_no_context_and_loads_pin_what_they_copy() {
-    let driver = Driver::load();
+    let driver = driver();
     driver.set_devices(2);
     driver.set_delay(Duration::from_millis(1));
     let model = model();
@@ -106,7 +105,7 @@ fn a_cache_that_was_unpinned_holds_no_context_and_loads_pin_what_they_copy() {
 
 #[test]
 fn a_pin_that_is_refused_after_unpinning_is_tried_again_after_the_next() {
-    let driver = Driver::load();
+    let driver = driver();
     let model = model();
     let cache = Cache::new(4 << 20, 64 << 20, Some(&Device::cuda(0).unwrap())).unwrap();
     load_and_compare(&model, &cache, 0);
@@ -126,7 +125,7 @@ fn a_pin_that_is_refused_after_unpinning_is_tried_again_after_the_next() {
 
 #[test]
 fn nothing_is_unpinned_under_a_copy() {
-    let driver = Driver::load();
+    let driver = driver();
     driver.set_devices(2);
     driver.set_delay(Duration::from_millis(1));
     let model = model();

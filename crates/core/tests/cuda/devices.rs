@@ -2,15 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use cuda::Driver;
 use sllm_core::{Checkpoint, Control, Device, DeviceError, Dtype, EngineChoice, Error, ErrorKind, LinkPeak, Loader};
 
 use super::common::{Made, write_safetensors, write_sharded};
-use super::{assert_nothing_left, assert_nothing_left_by, model};
+use super::{assert_nothing_left, assert_nothing_left_by, driver, model};
 
 #[test]
 fn pieces_of_a_device_wait_for_no_other_device() {
-    let driver = Driver::load();
+    let driver = driver();
     driver.set_devices(2);
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     // A file a device, so that no piece is of both: five pieces of 3 MiB, of which three wait, and then one.
@@ -33,7 +32,7 @@ fn pieces_of_a_device_wait_for_no_other_device() {
 
 #[test]
 fn too_little_device_memory_is_said_before_anything_moves() {
-    let driver = Driver::load();
+    let driver = driver();
     driver.set_memory(30 << 20);
     let model = model();
     let loader = Loader::builder().device(Device::cuda(0).unwrap()).build().unwrap();
@@ -46,7 +45,7 @@ fn too_little_device_memory_is_said_before_anything_moves() {
 
 #[test]
 fn tensors_go_to_the_devices_that_they_are_placed_on() {
-    let driver = Driver::load();
+    let driver = driver();
     driver.set_devices(2);
     let model = model();
     let checkpoint = Checkpoint::open(&model.store).unwrap();
@@ -66,7 +65,7 @@ fn tensors_go_to_the_devices_that_they_are_placed_on() {
 /// A file whose end is gone, and one lane: what was copied before that is seen tells the order of the reads.
 #[test]
 fn devices_are_served_in_turn_though_one_has_the_first_layers() {
-    let driver = Driver::load();
+    let driver = driver();
     driver.set_devices(2);
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let path = dir.path().join("model.safetensors");
@@ -92,7 +91,7 @@ fn devices_are_served_in_turn_though_one_has_the_first_layers() {
 
 #[test]
 fn a_links_peak_is_measured_once_and_then_remembered() {
-    let driver = Driver::load();
+    let driver = driver();
     driver.set_devices(2);
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let file = dir.path().join("made/links.json");
@@ -167,7 +166,7 @@ fn a_links_peak_is_measured_once_and_then_remembered() {
 
 #[test]
 fn a_device_that_is_not_there_is_named() {
-    let driver = Driver::load();
+    let driver = driver();
     driver.set_devices(1);
     let error = Device::cuda(7).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Device);
@@ -176,7 +175,7 @@ fn a_device_that_is_not_there_is_named() {
 
 #[test]
 fn a_lost_device_is_an_error() {
-    let driver = Driver::load();
+    let driver = driver();
     let model = model();
     let loader = Loader::builder().device(Device::cuda(0).unwrap()).engine(EngineChoice::Pread).build().unwrap();
     driver.lose_after(4);

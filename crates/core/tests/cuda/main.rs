@@ -42,6 +42,14 @@ fn released(driver: &Driver) {
     }
 }
 
+/// The double. Pages that an earlier test's loads registered are released by now.
+fn driver() -> Driver {
+    let driver = Driver::load();
+    released(&driver);
+    driver.reset();
+    driver
+}
+
 /// Everything that a load took is given back.
 fn assert_nothing_left(driver: &Driver) {
     assert_eq!(driver.registered_now(), 0, "memory is still pinned");
@@ -59,7 +67,7 @@ fn assert_nothing_left_by(engine: EngineChoice, driver: &Driver) {
 
 #[test]
 fn every_engine_and_layout_gives_the_bytes_of_the_source() {
-    let driver = Driver::load();
+    let driver = driver();
     driver.set_delay(Duration::from_millis(2));
     let model = model();
     for path in [&model.source, &model.store] {
@@ -87,7 +95,7 @@ fn every_engine_and_layout_gives_the_bytes_of_the_source() {
 
 #[test]
 fn calls_grow_with_bytes_and_not_with_tensors() {
-    let driver = Driver::load();
+    let driver = driver();
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let mut calls = Vec::new();
     for count in [8u64, 8000] {
@@ -117,7 +125,7 @@ fn calls_grow_with_bytes_and_not_with_tensors() {
 
 #[test]
 fn pieces_that_wait_for_a_busy_device_are_issued_together() {
-    let driver = Driver::load();
+    let driver = driver();
     let model = model();
     let checkpoint = Checkpoint::open(&model.store).unwrap();
     for engine in [EngineChoice::Pread, EngineChoice::Mapped] {
@@ -150,7 +158,7 @@ fn pieces_that_wait_for_a_busy_device_are_issued_together() {
 
 #[test]
 fn nothing_that_waits_is_issued_once_a_load_was_stopped() {
-    let driver = Driver::load();
+    let driver = driver();
     let model = model();
     let checkpoint = Checkpoint::open(&model.store).unwrap();
     let loader = || Loader::builder().device(Device::cuda(0).unwrap()).engine(EngineChoice::Mapped).threads(1);
@@ -167,7 +175,7 @@ fn nothing_that_waits_is_issued_once_a_load_was_stopped() {
 
 #[test]
 fn a_disk_is_read_into_few_buffers() {
-    let driver = Driver::load();
+    let driver = driver();
     let model = model();
     let checkpoint = Checkpoint::open(&model.store).unwrap();
     for engine in [EngineChoice::Pread, EngineChoice::Uring] {
@@ -185,7 +193,7 @@ fn a_disk_is_read_into_few_buffers() {
 
 #[test]
 fn memory_that_is_not_pinned_is_in_no_batch() {
-    let driver = Driver::load();
+    let driver = driver();
     driver.set_registered_total(4096);
     let model = model();
     let checkpoint = Checkpoint::open(&model.store).unwrap();
@@ -201,7 +209,7 @@ fn memory_that_is_not_pinned_is_in_no_batch() {
 
 #[test]
 fn a_failure_of_any_driver_call_is_an_error_and_leaks_nothing() {
-    let driver = Driver::load();
+    let driver = driver();
     let model = model();
     let checkpoint = Checkpoint::open(&model.store).unwrap();
     for engine in [EngineChoice::Uring, EngineChoice::Pread, EngineChoice::Mapped] {
@@ -229,7 +237,7 @@ fn a_failure_of_any_driver_call_is_an_error_and_leaks_nothing() {
 
 #[test]
 fn memory_that_cannot_be_pinned_is_used_unpinned_and_noted() {
-    let driver = Driver::load();
+    let driver = driver();
     driver.set_registered_total(4096);
     let model = model();
     let loader = Loader::builder().device(Device::cuda(0).unwrap()).engine(EngineChoice::Pread).build().unwrap();
@@ -242,7 +250,7 @@ fn memory_that_cannot_be_pinned_is_used_unpinned_and_noted() {
 
 #[test]
 fn buffers_that_io_uring_does_not_register_are_read_into_all_the_same() {
-    let driver = Driver::load();
+    let driver = driver();
     driver.set_delay(Duration::from_millis(2));
     let model = model();
     let load = move |refused: bool| {
@@ -267,7 +275,7 @@ fn buffers_that_io_uring_does_not_register_are_read_into_all_the_same() {
 
 #[test]
 fn pages_that_cannot_be_registered_are_read_instead() {
-    let driver = Driver::load();
+    let driver = driver();
     let model = model();
     let checkpoint = Checkpoint::open(&model.source).unwrap();
     // The first registration is the one of file pages, where few processors make that the choice.
@@ -286,7 +294,7 @@ fn pages_that_cannot_be_registered_are_read_instead() {
 
 #[test]
 fn pages_are_registered_once_those_of_the_load_before_are_released() {
-    let driver = Driver::load();
+    let driver = driver();
     let model = model();
     let checkpoint = Checkpoint::open(&model.source).unwrap();
     let loader = Loader::builder().device(Device::cuda(0).unwrap()).engine(EngineChoice::Mapped).build().unwrap();
