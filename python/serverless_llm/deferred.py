@@ -7,7 +7,9 @@ memory whose bytes are still under way waits for them first. An operation other 
 file.
 
 Memory that is reached past torch's dispatcher (`data_ptr()`, `numpy()`, a storage) is waited for too, and from then on
-torch itself copies from it and to it, at once. Not seen are other threads' operations, and what was reached so before.
+torch itself copies from it and to it, at once. So is what is only read (`tolist()`, tensors in a list that
+`torch.tensor` takes). Not seen are other threads' operations, what was reached so before, and the few accesses that
+`_accesses` names.
 """
 
 from __future__ import annotations
@@ -318,20 +320,26 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
         if writes:
             self._left.add(address, address + span)
 
-    def _reached(self, tensor: torch.Tensor) -> None:
-        """Called before memory is reached past the dispatcher, in any thread: perhaps by work that is queued."""
+    def _reached(self, tensor: torch.Tensor, access: str, kept: bool) -> None:
+        """Called before memory is reached past the dispatcher, in any thread: perhaps by work that is queued. Where it
+        is `kept`, the whole storage may be used at any time after it."""
         try:
-            storage = storage_of(tensor)
-            start, end = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+            storage, address = storage_of(tensor), address_of(tensor)
+            start, length = storage.data_ptr(), storage.nbytes()
         except (NotImplementedError, RuntimeError):  # it has none, or none of its own
             self.arrive()
             return
+        if not kept:
+            start, length = address, _span(tensor)
+        if not start or not length:
+            return
+        end = start + length
         with self._lock:
             if self._pending.meets(start, end):
                 self.arrive()
-            if start != end and start:
+            if kept:
                 self._left.add(start, end)
-            self._queued = True
+                self._queued = True
 
     def _verify(self, session: Any, file: int, offset: int, span: int) -> None:
         """Reads bytes once more, by the session, which compares their checksums."""

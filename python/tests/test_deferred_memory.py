@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import copy
 import ctypes
@@ -114,6 +115,88 @@ def test_memory_reached_past_the_dispatcher_has_its_bytes(way: str, numbers: Pat
         thread.join()
         mode.finish()
     assert found == [raw(matrix)]
+
+
+NUMBERS: dict[str, Callable[[Any], Any]] = {
+    "tensor": lambda q: torch.tensor([q[0, 1], 0.0]),
+    "tensor, nested": lambda q: torch.tensor(data=[[q[0, 1]], (q[0, 2],)]),
+    "tensor, a deque": lambda q: torch.tensor(collections.deque([q[0, 1], q[0, 2]])),
+    "tensor, a module": lambda q: torch.tensor(torch.nn.ParameterList([torch.nn.Parameter(q[0, 1], False)])),
+    "as_tensor": lambda q: torch.as_tensor([q[0, 1]], dtype=torch.float64),
+    "asarray": lambda q: torch.asarray([q[0, 1]]),
+    "new_tensor": lambda q: torch.zeros(1).new_tensor([q[0, 1]]),
+    "new": lambda q: torch.zeros(1).new([q[0, 1], q[0, 2]]),
+    "sparse": lambda q: torch.sparse_coo_tensor([[0]], [q[0, 1]], (3,)).to_dense(),
+    "nested_tensor": lambda q: torch.nested.nested_tensor([[q[0, 1]], [q[0, 2]]])[1],
+    "tensor_split": lambda q: torch.arange(9).tensor_split(q[0, :3].long())[1],
+    "to_dlpack": lambda q: torch.from_dlpack(torch.utils.dlpack.to_dlpack(q)),
+    "_to_dlpack": lambda q: torch.from_dlpack(torch._C._to_dlpack(q)),
+    "a script": lambda q: torch.jit.script(scripted)(q[0, 1]),
+}
+
+
+def scripted(number):  # type: ignore[no-untyped-def]
+    return number + torch.tensor([1.0, 2.0])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse invariant checks")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.parametrize("way", NUMBERS)
+@pytest.mark.parametrize("inference", [False, True])
+def test_numbers_that_are_tensors_in_lists_have_arrived(inference: bool, way: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.arange(1.0, 4097.0).view(64, 64)}, tmp_path / "model.safetensors")
+    with torch.inference_mode(inference), session() as mode:
+        parameter = torch.zeros(64, 64)
+        parameter.copy_(dict(mode.tensors(opened(tmp_path)))["w"])
+        assert mode.moved == parameter.nbytes
+        ours = NUMBERS[way](parameter).clone()
+        mode.finish()
+    theirs = NUMBERS[way](torch.arange(1.0, 4097.0).view(64, 64))
+    assert ours.dtype is theirs.dtype and torch.equal(ours, theirs) and ours.any()
+
+
+def test_positions_that_are_read_by_their_address_have_arrived(numbers: Path) -> None:
+    positions = sllm.load(numbers, device="cpu", framework="torch")["row.int64"][:9]
+    ways: list[Callable[[Any, Any], Any]] = [lambda t, at: torch.tensor_split(t, at), lambda t, at: t.tensor_split(at)]
+    for split in ways:
+        with session() as mode:
+            parameter = torch.full((9,), -1)
+            parameter.copy_(dict(mode.tensors(opened(numbers)))["row.int64"][:9])
+            parts = split(torch.arange(100), parameter)
+            mode.finish()
+        assert [part.tolist() for part in parts] == [part.tolist() for part in split(torch.arange(100), positions)]
+
+
+def test_what_only_reads_does_not_keep_later_copies_from_the_session(numbers: Path) -> None:
+    with session() as mode:
+        source = dict(mode.tensors(opened(numbers)))["matrix.float32"]
+        parameter = torch.zeros(40, 96)
+        for turn in (1, 2):
+            parameter.copy_(source)
+            assert mode.moved == turn * parameter.nbytes
+            torch.tensor([parameter[0, 0], 1, 2.0]), parameter.tolist()
+            torch.tensor([1.0, 2.0]), torch.as_tensor(parameter)
+        parameter.copy_(source)
+        torch.tensor([[1, 2], [3, 4]]), torch.as_tensor(parameter), torch.asarray(parameter), parameter.tensor_split(3)
+        assert mode._pending, "these read no bytes of it"
+        mode.finish()
+
+
+def test_torch_is_as_before(numbers: Path) -> None:
+    names = ["tensor", "as_tensor", "asarray", "tensor_split", "to_dlpack", "sparse_coo_tensor"]
+    before = {name: vars(torch)[name] for name in names}
+    with session() as mode:
+        list(mode.tensors(opened(numbers)))
+        torch.compile(lambda p: p + 1, backend="eager")(torch.ones(3))
+        assert vars(torch)["tensor"] is not before["tensor"]
+        mode.finish()
+    assert {name: vars(torch)[name] for name in names} == before
+    assert not {"numpy", "tolist", "new", "new_tensor", "tensor_split"} & set(vars(torch.Tensor))
+    # Its compiler knows these functions, also where it first looked while others were in their place.
+    whole = torch.compile(lambda p: p + torch.tensor([1.0, 2.0]), backend="eager", fullgraph=True)
+    assert whole(torch.ones(2)).tolist() == [2, 3]
 
 
 def test_what_is_written_past_the_dispatcher_is_not_lost(numbers: Path) -> None:
