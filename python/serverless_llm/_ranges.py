@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Iterator
 
 
 class Ranges:
@@ -14,6 +15,9 @@ class Ranges:
 
     def __bool__(self) -> bool:
         return bool(self._starts)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return zip(self._starts, self._ends)
 
     def add(self, start: int, end: int) -> None:
         first = bisect.bisect_left(self._ends, start)
@@ -27,6 +31,11 @@ class Ranges:
         """Whether they share an address with this range."""
         first = bisect.bisect_right(self._ends, start)
         return first < len(self._starts) and self._starts[first] < end
+
+    def holds(self, start: int, end: int) -> bool:
+        """Whether they have all addresses of this range, which is not empty."""
+        first = bisect.bisect_right(self._ends, start)
+        return first < len(self._starts) and self._starts[first] <= start and end <= self._ends[first]
 
     def clear(self) -> None:
         self._starts.clear()

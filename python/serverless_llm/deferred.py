@@ -21,6 +21,7 @@ import mmap
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ _LAZY = torch._C.DispatchKeySet(torch._C.DispatchKey.Negative) | torch._C.Dispat
 _DENSE = (1,)  # the strides of elements one after another
 _NORESERVE = 0x4000  # the system's MAP_NORESERVE: private pages are written only if an operation changes a tensor
 _AT_ONCE = 256  # tensors that are made at once
+_CHUNK = 4 << 20  # bytes of a store that have a checksum
 
 _entering = threading.Lock()
 
@@ -51,8 +53,10 @@ Tick = Callable[[int], object]
 class _Mapping:
     """A checkpoint whose files are mapped, as tensors."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, verify: bool) -> None:
         self.checkpoint = checkpoint
+        # What is to be compared if it is still held at the end: memory of tensors, and file, offset and length.
+        self._given: list[tuple[weakref.ref[memoryview], int, int, int]] | None = [] if verify else None
         self._descriptors = checkpoint.descriptors
         flags = mmap.MAP_PRIVATE | _NORESERVE
         files = zip(self._descriptors, checkpoint.files)
@@ -88,6 +92,15 @@ class _Mapping:
                 path = os.path.join(self.checkpoint.path, name)
                 raise FormatError(f"{path}: it was changed while it was read; start again")
 
+    def held(self) -> Iterator[tuple[int, int, int]]:
+        """File, offset and length of tensors that somebody holds; neighbours are one, in whole chunks of a store."""
+        for number, (_, size) in enumerate(self.checkpoint.files):
+            ranges = Ranges()
+            for memory, file, offset, nbytes in self._given or ():
+                if file == number and memory() is not None:
+                    ranges.add(offset - offset % _CHUNK, min(size, offset + nbytes + -(offset + nbytes) % _CHUNK))
+            yield from ((number, start, end - start) for start, end in ranges)
+
     def tensors(self, selected: list[int] | None) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors, in the order of the files; all, or those at these places."""
         placed = self.checkpoint.placed
@@ -107,7 +120,10 @@ class _Mapping:
                 yield name, torch.empty(sizes, dtype=of, device="cpu")
                 continue
             # A storage of its own: whoever keeps or copies a tensor's storage has its bytes, not the file's.
-            flat = torch.frombuffer(mapped, dtype=of, count=nbytes // of.itemsize, offset=offset)
+            memory = memoryview(mapped)[offset : offset + nbytes]
+            if self._given is not None:
+                self._given.append((weakref.ref(memory), number, offset, nbytes))
+            flat = torch.frombuffer(memory, dtype=of, count=nbytes // of.itemsize)
             yield name, flat.view(sizes) if strides is None else flat.as_strided(sizes, strides)
 
 
@@ -168,7 +184,7 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The checkpoint's names and tensors, in the order of its files; all, or those at these places. At its end all
         copies have arrived."""
-        mapping = _Mapping(checkpoint)
+        mapping = _Mapping(checkpoint, self._options["verify"])
         session = _native.Session(checkpoint, self._ids, **self._options)
         self._sources.append((mapping, session))
         self._ranges.extend((start, end, number, session, mapping) for start, end, number in mapping.ranges)
@@ -304,17 +320,17 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
                 with self._lock:
                     if self._pending and self._pending.meets(address, address + span):
                         self.arrive()
-                    if tensor.device.type == "cpu":
-                        self._touch(func, tensor, address, span, writes)
+                    if tensor.is_cpu:
+                        self._touch(func._schema.name, address, span, tensor.numel() * tensor.itemsize, writes)
 
-    def _touch(self, func: Any, tensor: torch.Tensor, address: int, span: int, writes: bool) -> None:
-        """Notes an operation on bytes of a mapped file."""
+    def _touch(self, name: str, address: int, span: int, nbytes: int, writes: bool) -> None:
+        """Notes a use of `nbytes` of a range of addresses, where that is a mapped file's: an operation, or another
+        access."""
         if (place := self._place(address)) is None:
             return
         start, _, file, session, mapping = place
         mapping.check(file, address - start + span)
-        name = func._schema.name
-        self.read_through[name] = self.read_through.get(name, 0) + tensor.numel() * tensor.itemsize
+        self.read_through[name] = self.read_through.get(name, 0) + nbytes
         if self._options["verify"]:
             self._verify(session, file, address - start, span)
         if writes:
@@ -337,6 +353,8 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
         with self._lock:
             if self._pending.meets(start, end):
                 self.arrive()
+            if tensor.is_cpu and not (kept and self._left.holds(start, end)):
+                self._touch(access, start, length, length if kept else tensor.numel() * tensor.itemsize, kept)
             if kept:
                 self._left.add(start, end)
                 self._queued = True
@@ -377,9 +395,12 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
 
     def finish(self) -> list[LoadReport]:
         """Waits for all bytes, and gives a report for each checkpoint of which some were moved. Raises where a file
-        was written to meanwhile."""
+        was written to meanwhile. What lies in a mapped file from now on, as others hold it, is verified too."""
         self.arrive()
-        for mapping, _ in self._sources:
+        for mapping, session in self._sources:
+            for file, offset, length in mapping.held():
+                with self._lock:
+                    self._verify(session, file, offset, length)
             mapping.check_unwritten()
         reports = [report for _, session in self._sources for report in _session.finish(session)]
         self._sources.clear()

@@ -330,8 +330,13 @@ def test_an_operation_on_what_a_file_lost_is_an_error_and_no_crash(tmp_path: Pat
         tensors = dict(mode.tensors(_native.open(tmp_path / "store")))
         os.truncate(tmp_path / "store" / "tensor.data_0", 500_000)
         assert tensors["t"].sum() == 100_000
-        with pytest.raises(sllm.ReadWriteError, match=r"tensor\.data_0.*500000.*was cut"):
-            tensors["u"].sum()
+        lost: list[Callable[[Any], Any]] = [
+            *(lambda t: t.sum(), lambda t: t.numpy(), lambda t: t[9:10].tolist(), lambda t: t.data_ptr()),
+            *(lambda t: torch.tensor([t[0], t[1]]), lambda t: t.untyped_storage(), torch.from_dlpack),
+        ]
+        for use in lost:
+            with pytest.raises(sllm.ReadWriteError, match=r"tensor\.data_0.*500000.*was cut"):
+                use(tensors["u"][30_000:])
 
 
 def test_an_exception_stops_the_session(numbers: Path) -> None:
@@ -362,20 +367,55 @@ def flipped(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-@pytest.mark.parametrize("use", ["move", "read through"])
-def test_verification_finds_a_flipped_bit_on_both_ways(flipped: Path, use: str) -> None:
-    def load(verify: bool) -> Any:
+FOUND_BY: dict[str, Callable[[Any, Any], Any]] = {
+    "move": lambda p, t: p.copy_(t),
+    "read through": lambda p, t: p.copy_(t + 0),
+    "numpy": lambda p, t: p.numpy().__setitem__(slice(None), t.numpy()),
+    "tolist": lambda p, t: p.copy_(torch.tensor(t[:5].tolist() + t[5:].tolist())),
+    "numbers": lambda p, t: p.copy_(torch.tensor([*t])),
+    "storage": lambda p, t: p.untyped_storage().copy_(t.untyped_storage()),
+    "dlpack": lambda p, t: p.copy_(torch.from_dlpack(t)),
+    "parameter": lambda p, t: setattr(p, "data", torch.nn.Parameter(t, requires_grad=False)),
+    "assign": lambda p, t: assigned(p, t),
+}
+
+
+def assigned(parameter: Any, tensor: Any) -> None:
+    module = torch.nn.Module()
+    module.register_buffer("t", torch.zeros_like(tensor))
+    module.load_state_dict({"t": tensor}, assign=True)
+    parameter.data = module.t[:]
+
+
+@pytest.mark.parametrize("use", FOUND_BY)
+def test_verification_finds_a_flipped_bit_on_all_ways(flipped: Path, use: str, tmp_path: Path) -> None:
+    def load(path: Path, verify: bool) -> Any:
         with session(verify=verify) as mode:
-            source = dict(mode.tensors(_native.open(flipped)))["u"]
             parameter = torch.zeros(1000)
-            parameter.copy_(source) if use == "move" else parameter.copy_(source + 0)
+            for name, tensor in mode.tensors(_native.open(path)):
+                if name == "u":
+                    FOUND_BY[use](parameter, tensor)
+            del tensor
             mode.finish()
             assert mode.moved == (4000 if use == "move" else 0)
+            if use not in ("move", "parameter", "assign"):
+                assert sum(mode.read_through.values()) >= 4000
         return parameter
 
     with pytest.raises(sllm.CorruptError, match=r"tensor\.data_0"):
-        load(True)
-    assert (load(False) != 1).sum() == 1
+        load(flipped, verify=True)
+    assert (load(flipped, verify=False) != 1).sum() == 1
+    sllm.save_dict({"t": torch.ones(3_000_000), "u": torch.ones(1000)}, tmp_path / "right")
+    assert (load(tmp_path / "right", verify=True) == 1).all()
+
+
+def test_what_is_not_held_at_the_end_is_not_read_to_be_compared(flipped: Path) -> None:
+    with session(verify=True) as mode:
+        for _, tensor in mode.tensors(_native.open(flipped)):
+            assert tensor.shape
+        del tensor
+        mode.finish()
+        assert not mode._read_bytes()
 
 
 def test_verification_needs_checksums(numbers: Path) -> None:
