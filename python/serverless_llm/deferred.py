@@ -44,6 +44,7 @@ _DENSE = (1,)  # the strides of elements one after another
 _NORESERVE = 0x4000  # the system's MAP_NORESERVE: private pages are written only if an operation changes a tensor
 _AT_ONCE = 256  # tensors that are made at once
 _CHUNK = 4 << 20  # bytes of a store that have a checksum
+_WINDOW = 64 << 20  # bytes that are read at once to be compared, whole chunks
 
 _entering = threading.Lock()
 
@@ -361,10 +362,15 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
 
     def _verify(self, session: Any, file: int, offset: int, span: int) -> None:
         """Reads bytes once more, by the session, which compares their checksums."""
-        scratch = storage_of(torch.empty(span, dtype=torch.uint8, device="cpu"))
-        self._held.append(scratch)
-        session.copy(file, offset, 1, [span], [1], [1], 0, scratch.data_ptr(), span, 0)
-        self._wait(session)
+        start, end = offset, offset + span
+        while start < end:
+            length = min(end, start - start % _WINDOW + _WINDOW) - start
+            scratch = storage_of(torch.empty(length, dtype=torch.uint8, device="cpu"))
+            self._held.append(scratch)
+            session.copy(file, start, 1, [length], [1], [1], 0, scratch.data_ptr(), length, 0)
+            self._wait(session)  # where this raises, bytes may still be under way
+            self._held.pop()
+            start += length
 
     # --- arrival ---
 

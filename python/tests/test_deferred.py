@@ -418,6 +418,27 @@ def test_what_is_not_held_at_the_end_is_not_read_to_be_compared(flipped: Path) -
         assert not mode._read_bytes()
 
 
+def test_memory_for_comparisons_is_given_back_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = 4 << 20
+    monkeypatch.setattr(deferred, "_WINDOW", window)
+    theirs = torch.arange(3_000_000, dtype=torch.float32)
+    sllm.save_dict({"t": theirs}, tmp_path / "store")
+    sizes, waits = [], []
+
+    with session(verify=True) as mode:
+        wait = mode._wait
+        monkeypatch.setattr(mode, "_wait", lambda of: (waits.append([s.nbytes() for s in mode._held]), wait(of)))
+        for _, tensor in mode.tensors(_native.open(tmp_path / "store")):
+            for _ in range(2):
+                half = torch.zeros(3_000_000, dtype=torch.float64)
+                half.copy_(tensor)
+                sizes.append(len(mode._held))
+                assert torch.equal(half, theirs.double())
+        mode.finish()
+    assert sizes == [0, 0]
+    assert waits[:3] == waits[3:6] == [[window], [window], [12_000_000 - 2 * window]]
+
+
 def test_verification_needs_checksums(numbers: Path) -> None:
     with pytest.raises(sllm.InvalidError, match="checksums"), session(verify=True) as mode:
         source = dict(mode.tensors(opened(numbers)))["matrix.float32"]
