@@ -8,7 +8,7 @@ file.
 
 Memory that is reached past torch's dispatcher (`data_ptr()`, `numpy()`, a storage) is waited for too, and from then on
 torch itself copies from it and to it, at once. So is what is only read (`tolist()`, tensors in a list that
-`torch.tensor` takes). Not seen are other threads' operations, what was reached so before, and the few accesses that
+`torch.tensor` takes). Not seen are other threads' operations, what was reached so before the load, and the few accesses that
 `_accesses` names.
 """
 
@@ -257,6 +257,9 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
             if left and (left.meets(address, address + _span(src)) or left.meets(target, target + span)):
                 return False
             storage = storage_of(dst)
+            # Memory that is not torch's alone: what NumPy has too, before torch or after it, is used there unseen.
+            if dst.is_cpu and not storage.resizable():
+                return False
             base, length = storage.data_ptr(), storage.nbytes()
             if session is not self._latest:
                 # Sessions do not know of each other: what is copied later is written later only within one.

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import opened, raw
 
@@ -48,7 +49,7 @@ def test_memory_under_way_stays_when_its_tensor_gets_other_memory(tmp_path: Path
 def test_memory_that_two_storages_share_is_one_memory(numbers: Path) -> None:
     matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"].flatten()
     parameter = torch.zeros(40 * 96)
-    rest = torch.from_numpy(parameter.numpy()[96:])
+    rest = torch.from_dlpack(parameter[96:])
     with session() as mode:
         source = dict(mode.tensors(opened(numbers)))["matrix.float32"].flatten()
         parameter.copy_(source)
@@ -56,9 +57,29 @@ def test_memory_that_two_storages_share_is_one_memory(numbers: Path) -> None:
         parameter.copy_(source)
         rest[:96].copy_(source[:96])
         mode.finish()
-        assert mode.moved == 2 * parameter.nbytes + 96 * 4
+        assert mode.moved == 2 * parameter.nbytes  # what is another one's is filled at once
     assert raw(seen) == raw(matrix[96:])
     assert raw(parameter) == raw(torch.cat([matrix[:96], matrix[:96], matrix[192:]]))
+
+
+def test_memory_that_is_not_torchs_alone_is_filled_at_once(numbers: Path) -> None:
+    matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"]
+    given = torch.zeros(40, 96)
+    before = given.numpy()
+    with session() as mode:
+        source = dict(mode.tensors(opened(numbers)))["matrix.float32"]
+        array, buffer = np.zeros((40, 96), np.float32), bytearray(source.nbytes)
+        torch.from_numpy(array).copy_(source)
+        torch.frombuffer(buffer, dtype=torch.float32).view(40, 96).copy_(source)
+        assert array.tobytes() == bytes(buffer) == raw(matrix)
+        given.copy_(source)
+        assert before.tobytes() == raw(matrix) and mode.moved == 0
+        # Parameters are torch's own, and so is memory that processes share.
+        for parameter in (torch.nn.Parameter(torch.zeros(40, 96), False), torch.zeros(40, 96).share_memory_()):
+            mode.moved = 0
+            parameter.data.copy_(source)
+            assert mode.moved == source.nbytes
+        mode.finish()
 
 
 def test_memory_that_is_replaced_has_what_was_under_way_to_it(numbers: Path) -> None:
