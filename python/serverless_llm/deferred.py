@@ -7,8 +7,8 @@ memory whose bytes are still under way waits for them first. An operation other 
 file.
 
 Memory that is reached past torch's dispatcher (`data_ptr()`, `numpy()`, a storage) is waited for too, and from then on
-torch itself copies from it and to it, at once. So is what is only read (`tolist()`, tensors in a list that
-`torch.tensor` takes). Not seen are other threads' operations, what was reached so before the load, and the few accesses that
+torch itself copies from it and to it, at once. What only reads (`tolist()`, `torch.tensor` of a list of tensors) waits,
+and that is all. Not seen are other threads' operations, what was reached so before, and the few accesses that
 `_accesses` names.
 """
 

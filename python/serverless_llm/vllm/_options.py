@@ -60,7 +60,7 @@ class Options:
         for name in fields:
             text = environment.get(_PREFIX + name.upper())
             # SERVERLESS_LLM_PREFETCH may also name the model.
-            if text and not (name == "prefetch" and text.lower() not in _TRUTHS):
+            if text and not (name == "prefetch" and not is_truth(text)):
                 given[name] = (_PREFIX + name.upper(), text)
         for name, value in extra.items():
             if name not in fields:
@@ -82,6 +82,11 @@ class Options:
         """Those that a load takes."""
         names = ("engine", "direct", "verify", "threads", "pinned_bytes", "server")
         return {name: getattr(self, name) for name in names}
+
+
+def is_truth(text: str) -> bool:
+    """Whether a text says yes or no."""
+    return text.lower() in _TRUTHS
 
 
 def _parse(field: Any, told_by: str, value: Any) -> Any:

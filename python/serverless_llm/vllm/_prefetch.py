@@ -1,9 +1,9 @@
 """Reading the model into the page cache while vLLM starts.
 
-Between its start and the first weight vLLM imports and spawns for half a minute. The first process calls the plugin when
-its own imports are done; what is imported after that is mostly cached, and the disk is idle. So the reading begins there,
-in native threads, and pauses while others read. Where there is a store server, it is asked to read the model instead.
-Which files are read is asked of what the loader asks.
+Between its start and the first weight vLLM imports and spawns for half a minute. The first process calls the plugin
+when its own imports are done; what is imported after that is mostly cached, and the disk is idle. So the reading begins
+there, in native threads, and pauses while others read. Where there is a store server, it is asked to read the model
+instead. Which files are read is asked of what the loader asks.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from .. import _native, errors, store, store_server
 from .._native import Checkpoint
 from ..reports import PrefetchReport
 from . import _door, _files
-from ._options import Options
+from ._options import Options, is_truth
 
 _VARIABLE = "SERVERLESS_LLM_PREFETCH"
+# The process that reads ahead, for those that it starts: they inherit what names the model.
+_READER = "_SERVERLESS_LLM_READER"
 
 logger = logging.getLogger("vllm.serverless_llm")
 _started = False
@@ -32,45 +34,41 @@ def start(load_format: str) -> None:
     global _started
     if _started or multiprocessing.parent_process() is not None:
         return
-    model = wanted(sys.argv[1:], os.environ, load_format)
-    if model is None:
+    if os.environ.get(_READER) not in (None, "", str(os.getpid())):
+        return
+    found = wanted(sys.argv[1:], os.environ, load_format)
+    if found is None:
         return
     _started = True
-    arguments = (*model, server(sys.argv[1:], os.environ))
+    os.environ[_READER] = str(os.getpid())
+    model, revision, options = found
+    arguments = model, revision, options.server
     threading.Thread(target=_read, args=arguments, name="serverless_llm-prefetch", daemon=True).start()
 
 
 def wanted(
     arguments: Sequence[str], environment: Mapping[str, str], load_format: str
-) -> tuple[str, str | None] | None:
-    """The model to read, and its revision: what SERVERLESS_LLM_PREFETCH names, else what the command line serves by this
-    load format. None where there is none, or where it is switched off."""
-    named = environment.get(_VARIABLE, "")
-    if named.lower() in ("0", "false", "no"):
-        return None
-    if named and named.lower() not in ("1", "true", "yes"):
-        return named, None
-    if (_value(arguments, "--load-format") or "").lower() != load_format:
-        return None
+) -> tuple[str, str | None, Options] | None:
+    """The model to read, its revision, and the loader's options: the model that SERVERLESS_LLM_PREFETCH names, else
+    what the command line serves by this load format. None where there is none, or where it is switched off."""
+    served = (_value(arguments, "--load-format") or "").lower() == load_format
+    extra = _value(arguments, "--model-loader-extra-config") if served else None  # else it is another loader's
     try:
-        if not Options.of_command_line(_value(arguments, "--model-loader-extra-config")).prefetch:
-            return None
+        options = Options.of_command_line(extra, environment)
     except errors.InvalidError:
         return None  # the loader will say so
+    if not options.prefetch:
+        return None
+    named = environment.get(_VARIABLE, "")
+    if named and not is_truth(named):
+        return named, None, options
+    if not served:
+        return None
     model = _value(arguments, "--model")
     if model is None and "serve" in arguments:
         after = arguments[arguments.index("serve") + 1 :]
         model = after[0] if after and not after[0].startswith("-") else None
-    return None if model is None else (model, _value(arguments, "--revision"))
-
-
-def server(arguments: Sequence[str], environment: Mapping[str, str]) -> str | None:
-    """The store server that the loader will ask: an address, `auto`, or None."""
-    try:
-        extra = _value(arguments, "--model-loader-extra-config")
-        return Options.of_command_line(extra, environment).server
-    except errors.InvalidError:
-        return None  # the loader will say so
+    return None if model is None else (model, _value(arguments, "--revision"), options)
 
 
 def _value(arguments: Sequence[str], flag: str) -> str | None:
