@@ -56,9 +56,8 @@ def _dtype(name: str) -> Any:
         return np.dtype(_OWN[name])
     if name in ("F4", "F6_E2M3", "F6_E3M2"):
         return None
-    if ml_dtypes is None:
-        return np.dtype("<u2" if name == "BF16" else "u1")
-    return np.dtype(getattr(ml_dtypes, TORCH_NAMES[name]))
+    known = getattr(ml_dtypes, TORCH_NAMES[name], None)  # older ones have not all
+    return np.dtype(("<u2" if name == "BF16" else "u1") if known is None else known)
 
 
 def check(name: str, dtype: str) -> None:

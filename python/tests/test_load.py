@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,17 @@ sllm.convert({str(safetensors_file)!r}, {str(tmp_path / "store")!r})
 assert sllm.verify({str(tmp_path / "store")!r}).ok
 """
     python(code)
+
+
+def test_types_that_an_older_ml_dtypes_lacks_are_as_without_it(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serverless_llm import _numpy
+
+    older = types.SimpleNamespace(float8_e4m3fn=np.dtype("i1"))  # stands for a type of its own
+    monkeypatch.setattr(_numpy, "ml_dtypes", older)
+    loaded = sllm.load(store, device="cpu", framework="numpy")
+    found = {name: loaded[f"all.{name}"].dtype for name in ("F8_E4M3", "F8_E8M0", "F8_E5M2", "BF16")}
+    assert found == {"F8_E4M3": "i1", "F8_E8M0": "u1", "F8_E5M2": "u1", "BF16": "<u2"}
+    assert all(raw(array) == content(name) for name, array in loaded.items())
 
 
 def test_ml_dtypes_are_used_where_they_are(store: Path, tmp_path: Path) -> None:
