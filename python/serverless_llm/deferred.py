@@ -18,6 +18,7 @@ import bisect
 import contextlib
 import itertools
 import mmap
+import operator
 import os
 import threading
 import time
@@ -45,6 +46,7 @@ _NORESERVE = 0x4000  # the system's MAP_NORESERVE: private pages are written onl
 _AT_ONCE = 256  # tensors that are made at once
 _CHUNK = 4 << 20  # bytes of a store that have a checksum
 _WINDOW = 64 << 20  # bytes that are read at once to be compared, whole chunks
+_START = operator.itemgetter(0)  # of a range
 
 _entering = threading.Lock()
 
@@ -144,9 +146,8 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
         self._options = options
         self._tick = tick
         self._sources: list[tuple[_Mapping, Any]] = []
-        # Mapped files by their addresses, and where each begins.
+        # Mapped files by their addresses: the first one, the one after the last, number, session.
         self._ranges: list[tuple[int, int, int, Any, _Mapping]] = []
-        self._starts: list[int] = []
         self._ids = [_torch.device_id("cpu")]
         self._devices = {torch.device("cpu"): 0}
         self._cuda: torch.device | None = None
@@ -189,8 +190,7 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
         session = _native.Session(checkpoint, self._ids, **self._options)
         self._sources.append((mapping, session))
         self._ranges.extend((start, end, number, session, mapping) for start, end, number in mapping.ranges)
-        self._ranges.sort(key=lambda place: place[0])
-        self._starts = [place[0] for place in self._ranges]
+        self._ranges.sort(key=_START)
         yield from mapping.tensors(selected)
         self.arrive()
 
@@ -296,7 +296,7 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
 
     def _place(self, address: int) -> tuple[int, int, int, Any, _Mapping] | None:
         """The mapped file that an address lies in."""
-        number = bisect.bisect_right(self._starts, address) - 1
+        number = bisect.bisect_right(self._ranges, address, key=_START) - 1
         if number < 0 or address >= self._ranges[number][1]:
             return None
         return self._ranges[number]
@@ -412,10 +412,13 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
                     self._verify(session, file, offset, length)
             mapping.check_unwritten()
         reports = [report for _, session in self._sources for report in _session.finish(session)]
+        self._release()
+        return reports
+
+    def _release(self) -> None:
+        """Lets go of the sources. Their files stay mapped while somebody holds a tensor of them."""
         self._sources.clear()
         self._ranges.clear()
-        self._starts.clear()
-        return reports
 
     def summary(self) -> str:
         """Which way the bytes went."""
@@ -440,9 +443,7 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
             with self._lock:
                 for _, session in self._sources:
                     session.close()
-                self._sources.clear()
-                self._ranges.clear()
-                self._starts.clear()
+                self._release()
                 self._forget()
             _accesses.unwatch(self._reached)
             with _entering:
