@@ -21,6 +21,7 @@ from loaders import LOADERS
 from results import Results
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+READY = ("ready_s", "weights_s", "model_s")
 
 
 def run(name: str, rate: float, *, state: str = "warm", number: int = 0, **more: Any) -> dict[str, Any]:
@@ -181,3 +182,18 @@ def test_one_command_measures_and_a_second_finds_it_done(tmp_path: Path) -> None
     third = subprocess.run([*command, "--resume"], capture_output=True, text=True)
     assert third.returncode == 0, third.stderr
     assert json.loads((tmp_path / "out.json").read_text())["runs"] == measured
+
+
+def test_starts_that_failed_are_no_part_of_the_medians_and_are_told() -> None:
+    sys.path.insert(0, os.path.join(HERE, os.pardir, "vllm"))
+    import ready
+
+    def row(seconds: float | None, tokens: list[str] | None) -> dict[str, Any]:
+        return {"state": "warm", "format": "auto", "tokens": tokens} | dict.fromkeys(READY, seconds)
+
+    def cells(*rows: dict[str, Any]) -> list[str]:
+        return [cell.strip() for cell in ready.table(list(rows)).splitlines()[-1].split("|")[3:-1]]
+
+    assert cells(row(2.0, ["a"]), row(None, None), row(4.0, ["a"])) == ["2 of 3", "3.00", "3.00", "3.00", "equal"]
+    assert cells(row(2.0, ["a"]), row(4.0, ["b"])) == ["2", "3.00", "3.00", "3.00", "DIFFER"]
+    assert cells(row(None, None)) == ["0 of 1", "-", "-", "-", "none"]

@@ -2,8 +2,9 @@
 
     python benches/python/spread.py MODEL [--devices cuda:0,cuda:1] [--repeat 5] [--compare]
 
-Each load is a fresh process, which imports torch and makes its contexts first. Prints a line of JSON a load. `--compare`
-compares every tensor of the first one, bit by bit, with what the safetensors library reads from MODEL's files.
+Each load is a fresh process, which imports torch and makes its contexts first. Prints a line of JSON a load: seconds
+until all is there, GB/s, bytes on each device, and what read. `--compare` compares every tensor of the first one, bit
+by bit, with what the safetensors library reads from MODEL's files, and ends with an error where one differs.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from typing import Any
 
 
 def parse_args() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a directory of safetensors, with config.json")
-    parser.add_argument("--devices", default="cuda:0,cuda:1")
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--devices", default="cuda:0,cuda:1", help="as torch names them; `cpu` is one too")
+    parser.add_argument("--repeat", type=int, default=5, help="loads")
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def child(args: argparse.Namespace) -> None:
-    """One load."""
+    """One load: prints its line."""
     import torch
 
     import serverless_llm as sllm
@@ -42,36 +44,44 @@ def child(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     tensors = sllm.load_dict(args.model, {"": devices[0], **spread})
     for device in devices:
-        torch.cuda.synchronize(device)
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
     seconds = time.perf_counter() - began
-    row = {
+    held = {(str(t.device), t.data_ptr()): t.nbytes for t in tensors.values()}  # tied tensors once
+    row: dict[str, object] = {
         "seconds": round(seconds, 3),
         "gb_per_s": round(tensors.report.bytes / seconds / 1e9, 2),
-        "bytes": {d: sum(t.nbytes for t in tensors.values() if t.device == torch.device(d)) for d in devices},
+        "bytes": {device: sum(size for (of, _), size in held.items() if of == device) for device in devices},
         "engines": sorted({engine["engine"] for engine in tensors.report.engines}),
     }
+    different = compare(args.model, tensors) if args.compare else []
     if args.compare:
-        row |= compare(args.model, tensors)
+        row |= {"tensors": len(tensors), "different": different}
     print(json.dumps(row), flush=True)
+    if different:
+        sys.exit(f"{len(different)} tensors differ from what the files have")
 
 
-def compare(model: Path, tensors: Mapping[str, Any]) -> dict[str, object]:
-    """How many tensors have the bits of the files, and which have not."""
+def compare(model: Path, tensors: Mapping[str, Any]) -> list[str]:
+    """Names of the tensors that have not the bits of the files, or are not there."""
     import torch
     from safetensors import safe_open
 
-    different, count = [], 0
+    def bits(tensor: Any) -> Any:
+        return tensor.cpu().reshape(-1).view(torch.uint8)
+
+    names, right = set(tensors), set[str]()
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():
-                count += 1
-                ours, theirs = tensors[name].cpu(), file.get_tensor(name)
-                if not torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8)):
-                    different.append(name)
-    return {"tensors": count, "different": different}
+                names.add(name)
+                if name in tensors and torch.equal(bits(tensors[name]), bits(file.get_tensor(name))):
+                    right.add(name)
+    return sorted(names - right)
 
 
 def main() -> None:
+    """The command."""
     args = parse_args()
     if args.child:
         child(args)

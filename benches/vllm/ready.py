@@ -75,7 +75,8 @@ def start(model: Path, state: str, form: str, flags: list[str], log: Path, limit
     prepare(model, state)
     load_format, _, extra = form.partition(",")
     more = ["--load-format", load_format, *(["--model-loader-extra-config", extra] if extra else [])]
-    command = [*SERVE, str(model), "--host", "127.0.0.1", "--port", str(PORT), "--served-model-name", "m", *flags, *more]
+    place = ["--host", "127.0.0.1", "--port", str(PORT), "--served-model-name", "m"]
+    command = [*SERVE, str(model), *place, *flags, *more]
     with open(log, "wb") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
         ready = wait_ready(server, limit)
@@ -106,18 +107,23 @@ def start(model: Path, state: str, form: str, flags: list[str], log: Path, limit
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Medians by state and format."""
-    lines = ["| state | load format | starts | ready s | weights s | model loading s | tokens |", "|---|---|---|---|---|---|---|"]
+    """Medians by state and format of the starts that came to an answer."""
+    lines = [
+        "| state | load format | starts | ready s | weights s | model loading s | tokens |",
+        "|---|---|---|---|---|---|---|",
+    ]
     first = next((row["tokens"] for row in rows if row["tokens"]), None)
     for key in dict.fromkeys((row["state"], row["format"]) for row in rows):
-        mine = [row for row in rows if (row["state"], row["format"]) == key]
+        tried = [row for row in rows if (row["state"], row["format"]) == key]
+        mine = [row for row in tried if row["ready_s"] is not None]
 
         def median(name: str, mine: list[dict[str, Any]] = mine) -> str:
             values = [row[name] for row in mine if row[name] is not None]
             return f"{statistics.median(values):.2f}" if values else "-"
 
-        same = "none" if first is None else "equal" if all(row["tokens"] == first for row in mine) else "DIFFER"
-        cells = (*key, len(mine), median("ready_s"), median("weights_s"), median("model_s"), same)
+        starts = str(len(mine)) if len(mine) == len(tried) else f"{len(mine)} of {len(tried)}"
+        same = "none" if not mine else "equal" if all(row["tokens"] == first for row in mine) else "DIFFER"
+        cells = (*key, starts, median("ready_s"), median("weights_s"), median("model_s"), same)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
