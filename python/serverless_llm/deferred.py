@@ -97,12 +97,14 @@ class _Mapping:
 
     def held(self) -> Iterator[tuple[int, int, int]]:
         """File, offset and length of tensors that somebody holds; neighbours are one, in whole chunks of a store."""
-        for number, (_, size) in enumerate(self.checkpoint.files):
-            ranges = Ranges()
-            for memory, file, offset, nbytes in self._given or ():
-                if file == number and memory() is not None:
-                    ranges.add(offset - offset % _CHUNK, min(size, offset + nbytes + -(offset + nbytes) % _CHUNK))
-            yield from ((number, start, end - start) for start, end in ranges)
+        files = self.checkpoint.files
+        ranges = [Ranges() for _ in files]
+        for memory, file, offset, nbytes in self._given or ():
+            if memory() is not None:
+                end = offset + nbytes
+                ranges[file].add(offset - offset % _CHUNK, min(files[file][1], end + -end % _CHUNK))
+        for file, of_file in enumerate(ranges):
+            yield from ((file, start, end - start) for start, end in of_file)
 
     def tensors(self, selected: list[int] | None) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and tensors, in the order of the files; all, or those at these places."""

@@ -361,6 +361,7 @@ READS: Named = [
         ("gather", lambda p, t: t[[0, -1]]),
         ("masked", lambda p, t: t[t == 1]),
         ("item", lambda p, t: repr(t.flatten()[-1].item())),
+        ("numbers", past(lambda p, t: torch.tensor([t.flatten()[0], t.flatten()[-1]]))),
         ("tolist", past(lambda p, t: repr(t.tolist()))),
         ("numpy", past(lambda p, t: t.detach().numpy().tobytes())),
         ("asarray", past(lambda p, t: np.asarray(t.detach()).tobytes())),
