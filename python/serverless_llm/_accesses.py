@@ -45,6 +45,8 @@ _watchers: tuple[Watcher, ...] = ()
 _lock = threading.Lock()
 # What was put in another one's place: where, its name, and what was there, or None where it was inherited.
 _replaced: list[tuple[Any, str, Any]] = []
+# What is put there by what was there, made once: torch's scripts know functions by their addresses.
+_made: dict[Any, Any] = {}
 
 
 def watch(watcher: Watcher) -> None:
@@ -78,8 +80,10 @@ def unwatch(watcher: Watcher) -> None:
             getattr(rules, "clear_lru_cache", lambda: None)()
 
 
-@functools.cache  # torch's scripts know functions by their addresses
 def _telling(method: Any, told_of: Callable[..., Iterable[torch.Tensor]], kept: bool) -> Any:
+    """What is put in the place of a method."""
+    if method in _made:
+        return _made[method]
     name = method.__name__
 
     @functools.wraps(method)
@@ -92,7 +96,7 @@ def _telling(method: Any, told_of: Callable[..., Iterable[torch.Tensor]], kept: 
     builtins = torch.jit._builtins
     if (operation := builtins._find_builtin(method)) is not None:
         builtins._register_builtin(told, operation)
-    return told
+    return _made.setdefault(method, told)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[torch.Tensor]:
