@@ -1,5 +1,6 @@
 //! An opened checkpoint, as Python sees it.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -199,6 +200,13 @@ impl TensorInfo {
     #[getter]
     fn offset(&self) -> u64 {
         self.tensor.offset
+    }
+
+    /// Of its name and place: equal ones have the same.
+    fn __hash__(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (self.name(), self.file(), self.offset()).hash(&mut hasher);
+        hasher.finish()
     }
 
     fn __repr__(&self) -> String {

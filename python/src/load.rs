@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
-use sllm_core::{Block, Device, EngineChoice, Filter, Loader};
+use sllm_core::{Block, Device, EngineChoice, Filter, Loader, LoaderBuilder};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::raise;
@@ -91,6 +91,29 @@ pub(crate) fn placed_at<'a, 'py>(
     Ok((&info.name, info.dtype.name(), PyTuple::new(py, &info.shape)?, strides, info.len, block, offset))
 }
 
+/// The devices of these names, and a builder of loads to them by these settings.
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn builder(
+    devices: &[String],
+    engine: &str,
+    direct: Option<bool>,
+    verify: bool,
+    threads: Option<usize>,
+    pinned_bytes: Option<u64>,
+    server: Option<&str>,
+    token: Option<String>,
+) -> sllm_core::Result<(Vec<Device>, LoaderBuilder)> {
+    let devices = devices.iter().map(|id| Device::parse(id)).collect::<sllm_core::Result<Vec<_>>>()?;
+    let loader = server::asked(Loader::builder(), server, token)?
+        .devices(devices.clone())
+        .engine(engine.parse::<EngineChoice>()?)
+        .direct(direct)
+        .verify(verify)
+        .threads(threads)
+        .pinned_bytes(pinned_bytes);
+    Ok((devices, loader))
+}
+
 /// Fills the blocks of a placement, which lie at `addresses`, and gives the report as JSON and as text.
 ///
 /// `alloc_s` is the time that allocating them took, for the report. The caller keeps every block allocated, and does not
@@ -116,7 +139,7 @@ pub(crate) fn fill(
     meanwhile: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<(String, String)> {
     let mut report = wait::run_beside(py, progress, meanwhile, |control| {
-        let devices = devices.iter().map(|id| Device::parse(id)).collect::<sllm_core::Result<Vec<_>>>()?;
+        let (devices, loader) = builder(&devices, engine, direct, verify, threads, pinned_bytes, server, token)?;
         let invalid = |what: &str| sllm_core::Error::Invalid(what.into());
         if addresses.len() != placement.inner.blocks.len() {
             return Err(invalid("there is not one address a block"));
@@ -129,15 +152,7 @@ pub(crate) fn fill(
             // them, and holds them until this call returns.
             blocks.push(unsafe { Block::from_raw(device, address, spec.len) });
         }
-        let loader = server::asked(Loader::builder(), server, token)?
-            .devices(devices)
-            .engine(engine.parse::<EngineChoice>()?)
-            .direct(direct)
-            .verify(verify)
-            .threads(threads)
-            .pinned_bytes(pinned_bytes)
-            .control(control);
-        loader.build()?.fill(&placement.checkpoint, &placement.inner, blocks)
+        loader.control(control).build()?.fill(&placement.checkpoint, &placement.inner, blocks)
     })?;
     report.add_alloc(alloc_s);
     Ok((json(py, &report)?, report.to_string()))

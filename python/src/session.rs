@@ -6,14 +6,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pyo3::prelude::*;
-use sllm_core::{Block, Device, EngineChoice, Error, Loader, Result, Strided};
+use sllm_core::{Block, Device, Error, Result, Strided};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::raise;
-use crate::load::Placement;
+use crate::load::{Placement, builder};
 use crate::memory::HostBytes;
 use crate::number::{bytes_of, threads_of};
-use crate::server;
 use crate::work::json;
 
 /// Opens safetensors files that the caller chose, found below `root`.
@@ -77,14 +76,7 @@ impl Session {
         token: Option<String>,
     ) -> PyResult<Session> {
         let start = || {
-            let devices = devices.iter().map(|id| Device::parse(id)).collect::<Result<Vec<_>>>()?;
-            let loader = server::asked(Loader::builder(), server, token)?
-                .devices(devices.clone())
-                .engine(engine.parse::<EngineChoice>()?)
-                .direct(direct)
-                .verify(verify)
-                .threads(threads)
-                .pinned_bytes(pinned_bytes);
+            let (devices, loader) = builder(&devices, engine, direct, verify, threads, pinned_bytes, server, token)?;
             let session = Arc::new(loader.build()?.session(Arc::clone(&checkpoint.inner))?);
             Ok(Session { devices, inner: Mutex::new(Some(Inner { session, blocks: HashMap::new() })) })
         };
