@@ -3,8 +3,8 @@
 use std::any::Any;
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use sllm_core::{Cancel, Control, Progress};
@@ -118,7 +118,7 @@ pub(crate) struct Jobs {
     closed: watch::Sender<bool>,
     queued: AtomicUsize,
     next: AtomicU64,
-    running: Mutex<BTreeMap<u64, Running>>,
+    running: watch::Sender<BTreeMap<u64, Running>>,
     metrics: Metrics,
     pub(crate) done: AtomicU64,
     pub(crate) failed: AtomicU64,
@@ -131,7 +131,7 @@ impl Jobs {
             closed: watch::Sender::new(false),
             queued: AtomicUsize::new(0),
             next: AtomicU64::new(0),
-            running: Mutex::default(),
+            running: watch::Sender::default(),
             metrics,
             done: AtomicU64::new(0),
             failed: AtomicU64::new(0),
@@ -155,6 +155,10 @@ impl Jobs {
         };
         let _stop = StopOnDrop(&stop);
         let place = Place::take(self, job.clone());
+        // Whoever closes and then finds none running has seen the last one.
+        if self.is_closed() {
+            return Err(Why::ShuttingDown.status());
+        }
         let jobs = Arc::clone(self);
         let thread = tokio::task::spawn_blocking(move || {
             let started = Instant::now();
@@ -168,8 +172,8 @@ impl Jobs {
                 Ok(Err(error)) => Err(told(&job.stop, &error)),
                 Err(panic) => Err(Status::internal(format!("the load failed by a bug: {}", panic_text(&*panic)))),
             };
-            drop((place, permit));
             jobs.count(&job, started, result.as_ref().err());
+            drop((place, permit));
             result
         });
         thread.await.unwrap_or_else(|e| Err(Status::internal(format!("the load's thread is gone: {e}"))))
@@ -193,7 +197,7 @@ impl Jobs {
 
     /// Loads that run, oldest first.
     pub(crate) fn running(&self) -> Vec<Running> {
-        self.lock().values().cloned().collect()
+        self.running.borrow().values().cloned().collect()
     }
 
     /// Loads that wait for a place.
@@ -203,8 +207,8 @@ impl Jobs {
 
     /// Starts no load any more. Those that wait fail.
     pub(crate) fn close(&self) {
-        self.permits.close();
         self.closed.send_replace(true);
+        self.permits.close();
     }
 
     /// Waits until no load is started any more.
@@ -215,16 +219,18 @@ impl Jobs {
 
     /// Whether no load is started any more.
     pub(crate) fn is_closed(&self) -> bool {
-        self.permits.is_closed()
+        *self.closed.borrow()
+    }
+
+    /// Waits until no load runs.
+    pub(crate) async fn idle(&self) {
+        // The sender is ours.
+        let _ = self.running.subscribe().wait_for(BTreeMap::is_empty).await;
     }
 
     /// Stops all loads that run.
     pub(crate) fn stop_all(&self) {
         self.running().iter().for_each(|running| running.job.stop.stop(Why::ShuttingDown));
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Running>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -269,14 +275,15 @@ struct Place {
 impl Place {
     fn take(jobs: &Arc<Jobs>, job: Job) -> Place {
         let number = jobs.next.fetch_add(1, Ordering::Relaxed);
-        jobs.lock().insert(number, Running { job, since: Instant::now() });
+        let running = Running { job, since: Instant::now() };
+        jobs.running.send_modify(|all| _ = all.insert(number, running));
         Place { jobs: Arc::clone(jobs), number }
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.jobs.lock().remove(&self.number);
+        self.jobs.running.send_modify(|all| _ = all.remove(&self.number));
     }
 }
 
@@ -339,6 +346,34 @@ mod tests {
             assert!(first.await.unwrap().unwrap());
             jobs.close();
             let refused = jobs.run(job(&Stop::new()), |_| Ok(())).await;
+            assert_eq!(refused.unwrap_err().code(), Code::Unavailable);
+        });
+    }
+
+    #[test]
+    fn who_waits_for_the_last_load_waits_for_all_and_one_that_comes_then_is_refused() {
+        runtime().block_on(async {
+            let jobs = jobs(2);
+            let (hold, held) = mpsc::channel::<()>();
+            let load = tokio::spawn({
+                let jobs = Arc::clone(&jobs);
+                async move { jobs.run(job(&Stop::new()), move |_| Ok(held.recv().is_err())).await }
+            });
+            while jobs.running().is_empty() {
+                tokio::task::yield_now().await;
+            }
+            jobs.close();
+            let mut idle = std::pin::pin!(jobs.idle());
+            let waits = std::future::poll_fn(|cx| std::task::Poll::Ready(idle.as_mut().poll(cx).is_pending()));
+            assert!(waits.await, "a load runs");
+            drop(hold);
+            idle.await;
+            assert_eq!(jobs.done.load(Ordering::Relaxed), 1, "it is counted before it is over");
+            assert!(load.await.unwrap().unwrap());
+            // It had its place when the last one was seen to end.
+            let late = self::jobs(1);
+            late.closed.send_replace(true);
+            let refused = late.run(job(&Stop::new()), |_| Ok(())).await;
             assert_eq!(refused.unwrap_err().code(), Code::Unavailable);
         });
     }

@@ -28,7 +28,7 @@ use crate::token::Token;
 const TAKEN: usize = 64;
 /// How often the peer is asked whether it is still there, and how long it may take to say so.
 const KEEPALIVE: Duration = Duration::from_secs(20);
-/// How long sessions may take to end after their loads were stopped.
+/// How long what is left may take after the drain: loads to stop, and clients to hear how theirs ended.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 /// How often what is no longer wanted is let go.
 const SWEEP: Duration = Duration::from_secs(5);
@@ -82,7 +82,7 @@ impl Server {
     }
 
     /// Answers until `shutdown` is ready. Then no load begins any more, running ones may end within
-    /// [`Config::drain`], and the rest is stopped.
+    /// [`Config::drain`], whoever waits for them, and the rest is stopped.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<()> {
         let Server { store, listeners, metrics } = self;
         let (grpc, incoming) = mpsc::channel(TAKEN);
@@ -105,8 +105,9 @@ impl Server {
         tasks.spawn(sweep(Arc::clone(&store)));
         tasks.spawn(Arc::clone(&store).preload());
 
-        let (health, health_service) = tonic_health::server::health_reporter();
-        let names = [storage::storage_server::SERVICE_NAME, store_proto::store_server::SERVICE_NAME];
+        let (mut health, health_service) = tonic_health::server::health_reporter();
+        // The empty name stands for all.
+        let names = ["", storage::storage_server::SERVICE_NAME, store_proto::store_server::SERVICE_NAME];
         for name in names {
             health.set_service_status(name, ServingStatus::Serving).await;
         }
@@ -128,26 +129,37 @@ impl Server {
             let _ = stopped.wait_for(|stopped| *stopped).await;
         });
         tokio::pin!(serving);
+        let broken = |e| Error::Invalid(format!("the server ended: {e}"));
         tokio::select! {
-            ended = &mut serving => return ended.map_err(|e| Error::Invalid(format!("the server ended: {e}"))),
+            ended = &mut serving => return ended.map_err(broken),
             () = shutdown => {}
         }
 
         tracing::info!(loads = store.jobs.running().len(), "shutting down");
         store.jobs.close();
-        for name in names.into_iter().chain([""]) {
+        for name in names {
             health.set_service_status(name, ServingStatus::NotServing).await;
         }
         // Listeners go, and with them their sockets.
         tasks.shutdown().await;
-        drop(grpc);
-        let _ = stop.send(true);
-        if tokio::time::timeout(store.config.drain, &mut serving).await.is_err() {
+        // Who is connected is answered until the last load has ended: he may ask what became of it.
+        let drained = tokio::select! {
+            ended = &mut serving => return ended.map_err(broken),
+            drained = tokio::time::timeout(store.config.drain, store.jobs.idle()) => drained.is_ok(),
+        };
+        let until = tokio::time::Instant::now() + LAST_WORDS;
+        if !drained {
             tracing::warn!(loads = store.jobs.running().len(), "stopping the loads that are left");
             store.jobs.stop_all();
-            // Copies in flight end, then the sessions do.
-            let _ = tokio::time::timeout(LAST_WORDS, &mut serving).await;
+            let _ = tokio::time::timeout_at(until, store.jobs.idle()).await;
         }
+        // Who watches the health would do so for ever.
+        for name in names {
+            health.clear_service_status(name).await;
+        }
+        let _ = stop.send(true);
+        let _ = tokio::time::timeout_at(until, &mut serving).await;
+        drop(grpc);
         tracing::info!("shut down");
         Ok(())
     }

@@ -1,4 +1,5 @@
 //! A process with memory on a GPU of the test double: this test binary again.
+#![allow(dead_code, reason = "each test binary uses a part of it")]
 
 use std::path::Path;
 
