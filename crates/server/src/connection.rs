@@ -2,7 +2,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recv, recvmsg, send};
 use sllm_proto::{PASS_MEMORY, TICKET_LEN};
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, Ready};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::mpsc;
 use tonic::transport::server::Connected;
@@ -19,7 +19,10 @@ use tonic::transport::server::Connected;
 use crate::listen::Listener;
 use crate::memory::{Ticket, Tickets};
 
-/// How long a client may take to say the first word: one that says nothing keeps a descriptor.
+/// What a client of gRPC says first (RFC 9113, 3.4). Whoever has said all of it is asked from time to time whether he is
+/// still there; whoever has not would not be.
+const PREFACE: [u8; 24] = *b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// How long a client may take to say the first word: one that says less keeps a descriptor.
 pub(crate) const FIRST_WORD: Duration = Duration::from_secs(20);
 /// How long the passing of memory may take.
 const PASSING: Duration = Duration::from_secs(5);
@@ -35,6 +38,28 @@ pub(crate) struct Connection {
 enum Io {
     Unix(UnixStream),
     Tcp(TcpStream),
+}
+
+/// What a connection is for, by its first bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Word {
+    Grpc,
+    PassMemory,
+    /// Nothing that is known here.
+    Other,
+}
+
+impl Word {
+    /// `None` where more bytes must tell.
+    fn of(bytes: &[u8], peer: Peer) -> Option<Word> {
+        let words = [(&PREFACE[..], Word::Grpc), (&PASS_MEMORY[..], Word::PassMemory)];
+        // Descriptors come by Unix sockets only.
+        let mut words = words.into_iter().filter(|(_, word)| peer == Peer::Unix || *word == Word::Grpc);
+        match words.find(|(whole, _)| whole.iter().zip(bytes).all(|(known, said)| known == said)) {
+            Some((whole, word)) => (bytes.len() >= whole.len()).then_some(word),
+            None => Some(Word::Other),
+        }
+    }
 }
 
 /// Whence a request came.
@@ -83,7 +108,7 @@ impl Reception {
                 let listener = tokio::net::UnixListener::from_std(listener)?;
                 loop {
                     if let Some((stream, _)) = taken(listener.accept().await).await {
-                        tokio::spawn(self.clone().receive_unix(stream));
+                        tokio::spawn(self.clone().receive(Io::Unix(stream)));
                     }
                 }
             }
@@ -91,33 +116,27 @@ impl Reception {
                 let listener = tokio::net::TcpListener::from_std(listener)?;
                 loop {
                     if let Some((stream, _)) = taken(listener.accept().await).await {
-                        tokio::spawn(self.clone().receive_tcp(stream));
+                        let _ = stream.set_nodelay(true);
+                        tokio::spawn(self.clone().receive(Io::Tcp(stream)));
                     }
                 }
             }
         }
     }
 
-    /// Waits for the first word. What is said is for gRPC to hear.
-    async fn receive_tcp(self, stream: TcpStream) {
-        let _ = stream.set_nodelay(true);
-        // A client that says nothing, or goes, is of no interest.
-        if let Ok(Ok(1..)) = tokio::time::timeout(self.first_word, stream.peek(&mut [0])).await {
-            self.give(Io::Tcp(stream)).await;
+    /// Hears the first word, which says what the connection is for.
+    async fn receive(self, io: Io) {
+        // A client that says nothing, or nothing known, or goes, is of no interest.
+        let Ok(Ok(word)) = tokio::time::timeout(self.first_word, io.first_word()).await else { return };
+        match (word, io) {
+            (Word::Grpc, io) => self.give(io).await,
+            (Word::PassMemory, Io::Unix(stream)) => self.take_memory(&stream).await,
+            _ => {}
         }
     }
 
-    /// Hears the first word, which says what the connection is for.
-    async fn receive_unix(self, stream: UnixStream) {
-        let mut word = [0; PASS_MEMORY.len()];
-        let first = tokio::time::timeout(self.first_word, peek(&stream, &mut word)).await;
-        // A client that says nothing, or goes, is of no interest.
-        let Ok(Ok(len @ 1..)) = first else { return };
-        // gRPC begins with other bytes: the first one tells.
-        if !PASS_MEMORY.starts_with(&word[..len]) {
-            return self.give(Io::Unix(stream)).await;
-        }
-        let passed = tokio::time::timeout(PASSING, receive_memory(&stream)).await;
+    async fn take_memory(&self, stream: &UnixStream) {
+        let passed = tokio::time::timeout(PASSING, receive_memory(stream)).await;
         let taken = match passed {
             Ok(Ok((ticket, file))) => self.tickets.pass(ticket, &file),
             Ok(Err(reason)) => Err(reason),
@@ -129,7 +148,7 @@ impl Reception {
         let answer = taken.err().unwrap_or_else(|| "\0".into());
         // A client that does not wait for the answer does not get it.
         let sending = stream.async_io(Interest::WRITABLE, || {
-            Ok(send(&stream, answer.as_bytes(), SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?)
+            Ok(send(stream, answer.as_bytes(), SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?)
         });
         let _ = tokio::time::timeout(PASSING, sending).await;
     }
@@ -153,9 +172,45 @@ async fn taken<T>(accepted: io::Result<T>) -> Option<T> {
     }
 }
 
-/// Looks at the first bytes without taking them; 0 where the client is gone.
-async fn peek(stream: &UnixStream, word: &mut [u8]) -> io::Result<usize> {
-    stream.async_io(Interest::READABLE, || Ok(recv(stream, &mut *word, RecvFlags::PEEK | RecvFlags::DONTWAIT)?.0)).await
+impl Io {
+    fn peer(&self) -> Peer {
+        match self {
+            Io::Unix(_) => Peer::Unix,
+            Io::Tcp(_) => Peer::Tcp,
+        }
+    }
+
+    async fn readable(&self) -> io::Result<Ready> {
+        match self {
+            Io::Unix(stream) => stream.ready(Interest::READABLE).await,
+            Io::Tcp(stream) => stream.ready(Interest::READABLE).await,
+        }
+    }
+
+    /// Looks at the first bytes without taking them; `WouldBlock` where they are too few to tell.
+    fn peek(&self) -> io::Result<Word> {
+        let look = |fd: BorrowedFd<'_>| {
+            let mut bytes = [0; PREFACE.len()];
+            let (len, _) = recv(fd, &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT)?;
+            Word::of(&bytes[..len], self.peer()).ok_or(io::ErrorKind::WouldBlock.into())
+        };
+        match self {
+            Io::Unix(stream) => stream.try_io(Interest::READABLE, || look(stream.as_fd())),
+            Io::Tcp(stream) => stream.try_io(Interest::READABLE, || look(stream.as_fd())),
+        }
+    }
+
+    /// Waits until the first bytes tell what the connection is for.
+    async fn first_word(&self) -> io::Result<Word> {
+        loop {
+            let ready = self.readable().await?;
+            match self.peek() {
+                // The next bytes wake us, but none come after the end.
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock && !ready.is_read_closed() => {}
+                told => return told,
+            }
+        }
+    }
 }
 
 /// Receives what `PASS_MEMORY` begins: a ticket and a descriptor.
@@ -210,10 +265,7 @@ impl Connected for Connection {
     type ConnectInfo = Peer;
 
     fn connect_info(&self) -> Peer {
-        match self.io {
-            Io::Unix(_) => Peer::Unix,
-            Io::Tcp(_) => Peer::Tcp,
-        }
+        self.io.peer()
     }
 }
 
@@ -252,34 +304,77 @@ impl AsyncWrite for Connection {
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
+    use std::net::{Shutdown, SocketAddr};
 
     use super::*;
     use crate::listen::bind_tcp;
 
-    #[tokio::test]
-    async fn a_client_by_tcp_that_says_nothing_is_hung_up_on_and_one_that_speaks_is_heard() {
-        let (grpc, mut taken) = mpsc::channel(8);
-        let (tickets, clients) = (Arc::default(), Arc::default());
-        let first_word = Duration::from_millis(50);
+    const HOUR: Duration = Duration::from_secs(3600);
+    /// Far more than anything takes here that does not wait for ever.
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    /// A reception at a port, and whom it gives to gRPC.
+    fn reception(first_word: Duration) -> (SocketAddr, mpsc::Receiver<io::Result<Connection>>) {
+        let (grpc, taken) = mpsc::channel(8);
         let (tcp, address) = bind_tcp("127.0.0.1:0".parse().unwrap()).unwrap();
-        let listener = Listener::Tcp(tcp, address);
-        let accepting = tokio::spawn(Reception { grpc, tickets, clients, first_word }.accept(listener));
-        let hung_up = tokio::task::spawn_blocking(move || {
-            let mut silent = std::net::TcpStream::connect(address).unwrap();
-            silent.read(&mut [0]).map(|len| len == 0)
-        });
-        tokio::select! {
-            hung_up = hung_up => assert!(hung_up.unwrap().unwrap()),
-            _ = taken.recv() => panic!("it said nothing, and is served"),
+        let (tickets, clients) = (Arc::default(), Arc::default());
+        tokio::spawn(Reception { grpc, tickets, clients, first_word }.accept(Listener::Tcp(tcp, address)));
+        (address, taken)
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn who_does_not_say_the_whole_word_in_time_is_hung_up_on() {
+        let (address, taken) = reception(Duration::from_millis(50));
+        for said in [&b""[..], b"P", &PREFACE[..23]] {
+            let mut stream = std::net::TcpStream::connect(address).unwrap();
+            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            stream.write_all(said).unwrap();
+            // Where it was not read what was said, the system tells of that.
+            assert!(stream.read(&mut [0]).map_or_else(|e| e.kind() == io::ErrorKind::ConnectionReset, |len| len == 0));
         }
-        // Its word may come too late on a slow machine: then it tries again.
-        loop {
-            let mut speaking = std::net::TcpStream::connect(address).unwrap();
-            speaking.write_all(b"P").unwrap();
-            if tokio::time::timeout(first_word * 2, taken.recv()).await.is_ok() {
-                break;
+        assert!(taken.is_empty(), "who said too little is served");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn who_says_something_else_or_no_more_is_hung_up_on_at_once() {
+        let (address, taken) = reception(HOUR);
+        for said in [&b"GET / HTTP/1.1\r\n\r\n"[..], b"PRI * HTTP/1", &PASS_MEMORY, &PREFACE[..23]] {
+            let mut stream = std::net::TcpStream::connect(address).unwrap();
+            stream.set_read_timeout(Some(LIMIT)).unwrap();
+            stream.write_all(said).unwrap();
+            if said == &PREFACE[..23] {
+                stream.shutdown(Shutdown::Write).unwrap();
             }
+            assert!(stream.read(&mut [0]).map_or_else(|e| e.kind() == io::ErrorKind::ConnectionReset, |len| len == 0));
         }
-        accepting.abort();
+        assert!(taken.is_empty(), "who speaks no gRPC is served");
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn who_says_the_whole_word_is_heard_also_bit_by_bit() {
+        let (address, mut taken) = reception(HOUR);
+        for cut in [0, 1, 23] {
+            let mut stream = std::net::TcpStream::connect(address).unwrap();
+            stream.set_nodelay(true).unwrap();
+            stream.write_all(&PREFACE[..cut]).unwrap();
+            // It may look at the first part by itself, or at both.
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            stream.write_all(&PREFACE[cut..]).unwrap();
+            tokio::time::timeout(LIMIT, taken.recv()).await.expect("it is not heard").unwrap().unwrap();
+        }
+    }
+
+    #[test]
+    fn the_first_bytes_tell_by_which_door_they_came() {
+        for (said, unix, tcp) in [
+            (&b""[..], None, None),
+            (&PREFACE, Some(Word::Grpc), Some(Word::Grpc)),
+            (&PREFACE[..23], None, None),
+            (&PASS_MEMORY, Some(Word::PassMemory), Some(Word::Other)),
+            (&PASS_MEMORY[..7], None, Some(Word::Other)),
+            (b"sllm-mex", Some(Word::Other), Some(Word::Other)),
+        ] {
+            assert_eq!((Word::of(said, Peer::Unix), Word::of(said, Peer::Tcp)), (unix, tcp), "{said:?}");
+        }
     }
 }
