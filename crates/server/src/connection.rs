@@ -104,8 +104,10 @@ impl Reception {
     /// Takes connections as long as it is polled.
     pub(crate) async fn accept(self, listener: Listener) -> io::Result<()> {
         match listener {
-            Listener::Unix(listener, _file) => {
+            Listener::Unix(file, listener) => {
                 let listener = tokio::net::UnixListener::from_std(listener)?;
+                // Dropped before the listener, see there.
+                let _file = file;
                 loop {
                     if let Some((stream, _)) = taken(listener.accept().await).await {
                         tokio::spawn(self.clone().receive(Io::Unix(stream)));

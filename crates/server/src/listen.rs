@@ -35,11 +35,12 @@ pub fn default_socket() -> PathBuf {
 /// Sockets that listen.
 #[derive(Debug)]
 pub(crate) enum Listener {
-    Unix(UnixListener, SocketFile),
+    Unix(SocketFile, UnixListener),
     Tcp(TcpListener, SocketAddr),
 }
 
-/// A socket's place in the file system, removed when dropped unless somebody else took it.
+/// A socket's place in the file system, removed when dropped unless somebody else took it. It goes before its listener does:
+/// while that listens, no server takes the place over, and it cannot be another's that is removed.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
@@ -48,6 +49,8 @@ pub(crate) struct SocketFile {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
+        #[cfg(test)]
+        tests::removing(&self.path);
         if self.path.symlink_metadata().is_ok_and(|now| (now.dev(), now.ino()) == self.inode) {
             let _ = std::fs::remove_file(&self.path);
         }
@@ -84,7 +87,7 @@ impl Listener {
     /// Its address, with the port that it got.
     pub(crate) fn address(&self) -> Address {
         match self {
-            Listener::Unix(_, file) => Address::Unix(file.path.clone()),
+            Listener::Unix(file, _) => Address::Unix(file.path.clone()),
             Listener::Tcp(_, address) => (*address).into(),
         }
     }
@@ -154,7 +157,7 @@ pub(crate) fn bind_unix(path: &Path) -> Result<Option<Listener>> {
     let file = SocketFile { path: path.to_owned(), inode: (made.dev(), made.ino()) };
     std::fs::set_permissions(path, PermissionsExt::from_mode(SOCKET_MODE)).map_err(cannot("set the mode of", path))?;
     rustix::net::listen(&socket, 1024).map_err(fail)?;
-    Ok(Some(Listener::Unix(socket.into(), file)))
+    Ok(Some(Listener::Unix(file, socket.into())))
 }
 
 /// Two servers that start at once take turns at finding out whether a socket is in use. An error where it is never this
@@ -213,9 +216,37 @@ fn cannot(what: &'static str, on: impl Into<OsString>) -> impl FnOnce(io::Error)
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::os::unix::net::UnixStream;
+    use std::sync::Arc;
 
     use super::*;
+    use crate::connection::{FIRST_WORD, Reception};
+
+    thread_local! {
+        /// Whether somebody listened at the socket that was removed last by this thread.
+        static LISTENED: Cell<Option<bool>> = const { Cell::new(None) };
+    }
+
+    pub(super) fn removing(path: &Path) {
+        LISTENED.set(Some(UnixStream::connect(path).is_ok()));
+    }
+
+    #[tokio::test]
+    async fn a_socket_is_removed_while_it_listens() {
+        let dir = tempfile::tempdir().unwrap();
+        let bind = |name: &str| bind_unix(&dir.path().join(name)).unwrap().unwrap();
+        drop(bind("unused"));
+        assert_eq!(LISTENED.take(), Some(true));
+        let (grpc, _) = tokio::sync::mpsc::channel(1);
+        let (tickets, clients) = (Arc::default(), Arc::default());
+        let reception = Reception { grpc, tickets, clients, first_word: FIRST_WORD };
+        let accepting = tokio::spawn(reception.accept(bind("used")));
+        tokio::task::yield_now().await;
+        accepting.abort();
+        assert!(accepting.await.unwrap_err().is_cancelled());
+        assert_eq!(LISTENED.take(), Some(true));
+    }
 
     #[test]
     fn of_a_names_addresses_those_are_taken_that_are_here() {
