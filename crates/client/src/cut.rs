@@ -3,9 +3,9 @@
 use sllm_core::{PieceCopy, Segment};
 use sllm_proto::store as pb;
 
-/// Segments of one message at most. Each takes 90 bytes at most, so that a message has far fewer than
+/// Segments of one message at most. Each takes 90 bytes at most, so that a message has fewer than
 /// [`sllm_proto::MAX_MESSAGE_LEN`].
-pub(crate) const MESSAGE_SEGMENTS: usize = 250_000;
+pub(crate) const MESSAGE_SEGMENTS: usize = 80_000;
 /// Where a segment that follows nothing begins in staging memory.
 const ALIGN: u64 = 256;
 /// Rows of more bytes are cut where the memory ends, so that little of it stays empty.

@@ -8,7 +8,7 @@ use std::time::Duration;
 use sllm_core::{Error, Result};
 use sllm_proto::storage::storage_server::StorageServer;
 use sllm_proto::store::store_server::StoreServer;
-use sllm_proto::{Address, MAX_MESSAGE_LEN, storage, store as store_proto};
+use sllm_proto::{Address, MAX_MESSAGE_LEN, MAX_ORIGINAL_LEN, storage, store as store_proto};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
@@ -28,6 +28,8 @@ use crate::token::Token;
 const TAKEN: usize = 64;
 /// How often the peer is asked whether it is still there, and how long it may take to say so.
 const KEEPALIVE: Duration = Duration::from_secs(20);
+/// Requests of a connection that are answered at once; later ones wait. Each may have memory of the server.
+const STREAMS: u32 = 128;
 /// How long what is left may take after the drain: loads to stop, and clients to hear how theirs ended.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 /// How often what is no longer wanted is let go.
@@ -113,12 +115,13 @@ impl Server {
         }
         let check = Check(store.config.token.clone());
         let storage = StorageServer::new(StorageRpc(Arc::clone(&store)));
-        let storage = storage.max_decoding_message_size(MAX_MESSAGE_LEN).max_encoding_message_size(MAX_MESSAGE_LEN);
+        let storage = storage.max_decoding_message_size(MAX_ORIGINAL_LEN);
         let ours = StoreServer::new(StoreRpc(Arc::clone(&store)));
         let ours = ours.max_decoding_message_size(MAX_MESSAGE_LEN).max_encoding_message_size(MAX_MESSAGE_LEN);
         let router = tonic::transport::Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE))
+            .max_concurrent_streams(Some(STREAMS))
             // Who asks for health shows no token: probes cannot, and learn nothing.
             .add_service(health_service)
             .add_service(InterceptedService::new(storage, check.clone()))

@@ -246,7 +246,7 @@ async fn a_message_that_is_too_large_is_refused_and_one_of_200_000_segments_is_n
     let expected: Vec<u8> = source.chunks(40).take(200_000).flat_map(|row| &row[..39]).copied().collect();
     assert!(contents(&file)[..expected.len()] == expected);
 
-    // Some 80 bytes each.
+    // More than 60 bytes each.
     let huge = Segment {
         offset: u64::MAX,
         row_len: u64::MAX,
@@ -256,7 +256,7 @@ async fn a_message_that_is_too_large_is_refused_and_one_of_200_000_segments_is_n
         dst_pitch: u64::MAX,
         ..Default::default()
     };
-    loading.batch(vec![huge; 1_200_000]).await;
+    loading.batch(vec![huge; sllm_proto::MAX_MESSAGE_LEN / 60]).await;
     let error = loading.error().await;
     assert_eq!(error.code(), Code::OutOfRange, "{error}");
     load(&served, "plain").await.unwrap();

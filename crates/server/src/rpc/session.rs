@@ -5,12 +5,13 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use prost::Message;
 use sllm_core::{Block, LoadReport};
 use sllm_proto::PROCESS_LEN;
 use sllm_proto::store::load_event::Kind as Event;
 use sllm_proto::store::load_request::Kind as Asked;
-use sllm_proto::store::{Attach, Batch, CudaMemory, Done, LoadEvent, LoadRequest, Open, Opened, Progress, attach};
+use sllm_proto::store::{
+    Attach, Batch, CudaMemory, Done, File, LoadEvent, LoadRequest, Open, Opened, Progress, Segment, attach,
+};
 use tokio::sync::mpsc;
 use tonic::{Code, Status, Streaming};
 
@@ -24,8 +25,9 @@ use crate::metrics::Kind;
 use crate::models::InUse;
 use crate::store::Store;
 
-/// Bytes of messages that are read while a batch is moved: one behind them may be a cancel.
-const MAX_AHEAD: usize = sllm_proto::MAX_MESSAGE_LEN;
+/// Bytes of memory for messages that are read while a batch is moved: one behind them may be a cancel. The last one may
+/// pass it.
+const MAX_AHEAD: usize = 64 << 20;
 
 /// Blocks of a session at most.
 const MAX_BLOCKS: usize = 1 << 20;
@@ -123,9 +125,24 @@ struct Talk {
     ahead_len: usize,
 }
 
-/// Bytes that a message takes, about; empty ones take room too.
+/// Bytes of memory that a message takes, many times those that were sent.
 fn weight(message: Option<&LoadRequest>) -> usize {
-    size_of::<LoadRequest>() + message.map_or(0, Message::encoded_len)
+    let parts = match message.and_then(|message| message.kind.as_ref()) {
+        None | Some(Asked::Cancel(_)) => 0,
+        Some(Asked::Batch(batch)) => batch.segments.capacity() * size_of::<Segment>(),
+        Some(Asked::Open(open)) => {
+            let names = open.files.iter().map(|file| file.name.capacity());
+            open.model.capacity() + open.files.capacity() * size_of::<File>() + names.sum::<usize>()
+        }
+        Some(Asked::Attach(attach)) => match &attach.memory {
+            None => 0,
+            Some(attach::Memory::Ticket(ticket)) => ticket.capacity(),
+            Some(attach::Memory::Cuda(cuda)) => {
+                cuda.device.capacity() + cuda.handle.capacity() + cuda.process.capacity()
+            }
+        },
+    };
+    size_of::<LoadRequest>() + parts
 }
 
 fn cancelled() -> Status {
@@ -454,5 +471,30 @@ fn done(report: &LoadReport) -> Done {
         from_files: report.read_bytes.saturating_sub(report.cached_bytes),
         // A report of plain numbers and strings always has a JSON form.
         report: serde_json::to_string(report).unwrap_or_default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prost::Message;
+
+    use super::*;
+
+    #[test]
+    fn a_message_weighs_what_it_takes_in_memory() {
+        // A thousand parts of two bytes each, which say nothing.
+        let (segments, files) = (vec![Segment::default(); 1000], vec![File::default(); 1000]);
+        let batch = Asked::Batch(Batch { segments, timeout_ms: 0 });
+        let open = Asked::Open(Open { model: "m".repeat(100), files });
+        let attach = Asked::Attach(Attach { memory: Some(attach::Memory::Ticket(vec![1; 5000])), ..Attach::default() });
+        for (kind, least) in
+            [(batch, 1000 * size_of::<Segment>()), (open, 1000 * size_of::<File>() + 100), (attach, 5000)]
+        {
+            let sent = LoadRequest { kind: Some(kind) }.encode_to_vec();
+            let message = LoadRequest::decode(&sent[..]).unwrap();
+            let weight = weight(Some(&message));
+            // A list grows by doubling.
+            assert!((least..3 * least).contains(&weight), "{weight} for {least}, {} sent", sent.len());
+        }
     }
 }
