@@ -16,6 +16,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Tickets that wait at most.
 const MAX_WAITING: usize = 256;
 
+/// The file system of memory files with ordinary pages, as `fstatfs` tells it.
+const TMPFS: u64 = 0x0102_1994;
+
 /// The name that a client gives to memory that it passes.
 pub(crate) type Ticket = [u8; TICKET_LEN];
 
@@ -27,13 +30,22 @@ pub(crate) struct Mapping {
 }
 
 impl Mapping {
-    /// Maps a memory file. It must be sealed against shrinking: a page that is gone would kill whoever writes to it.
+    /// Maps a memory file. Its pages must be there and stay: one that is gone, or that cannot be had when it is first written
+    /// to, would kill this process, and one that is had then would be charged to it.
     pub(crate) fn new(file: &impl AsFd) -> Result<Mapping, String> {
         let seals = rustix::fs::fcntl_get_seals(file).map_err(|_| "the descriptor is not of a memory file (memfd)")?;
         if !seals.contains(SealFlags::SHRINK) {
             return Err("the memory file may shrink: seal it with F_SEAL_SHRINK".into());
         }
-        let len = rustix::fs::fstat(file).map_err(|e| format!("the memory file cannot be inspected: {e}"))?.st_size;
+        let strange = |e| format!("the memory file cannot be inspected: {}", io::Error::from(e));
+        if u64::try_from(rustix::fs::fstatfs(file).map_err(strange)?.f_type) != Ok(TMPFS) {
+            return Err("the memory file is of huge pages (MFD_HUGETLB): make it without".into());
+        }
+        let seen = rustix::fs::fstat(file).map_err(strange)?;
+        let len = seen.st_size;
+        if seen.st_blocks.saturating_mul(512) < len {
+            return Err("the memory file has holes: take all of its memory by fallocate".into());
+        }
         let bytes = usize::try_from(len).ok().filter(|&len| len > 0).ok_or("the memory file is empty")?;
         let (prot, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED);
         // SAFETY: a new mapping, at an address that the kernel chooses.
@@ -103,5 +115,41 @@ impl Tickets {
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Ticket, (Instant, Arc<Mapping>)>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create};
+
+    use super::*;
+
+    const LEN: u64 = 4 << 20;
+
+    fn sealed(flags: MemfdFlags, fill: impl FnOnce(&OwnedFd)) -> rustix::io::Result<OwnedFd> {
+        let file = memfd_create(c"test", flags | MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        ftruncate(&file, LEN)?;
+        fill(&file);
+        fcntl_add_seals(&file, SealFlags::SHRINK)?;
+        Ok(file)
+    }
+
+    #[test]
+    fn a_file_whose_pages_are_not_there_is_refused() {
+        let whole = |file: &OwnedFd| fallocate(file, FallocateFlags::empty(), 0, LEN).unwrap();
+        let punched = |file: &OwnedFd| {
+            whole(file);
+            fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 8192, 4096).unwrap();
+        };
+        assert_eq!(Mapping::new(&sealed(MemfdFlags::empty(), whole).unwrap()).unwrap().len(), LEN);
+        for fill in [&punched as &dyn Fn(&OwnedFd), &|_| ()] {
+            let reason = Mapping::new(&sealed(MemfdFlags::empty(), fill).unwrap()).unwrap_err();
+            assert!(reason.contains("holes"), "{reason}");
+        }
+        // Not every kernel has huge pages.
+        if let Ok(huge) = sealed(MemfdFlags::HUGETLB, |_| ()) {
+            let reason = Mapping::new(&huge).unwrap_err();
+            assert!(reason.contains("huge pages"), "{reason}");
+        }
     }
 }

@@ -4,11 +4,15 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::fs::{FallocateFlags, MemfdFlags, SealFlags, fallocate, fcntl_add_seals, ftruncate, memfd_create};
+use rustix::io::retry_on_intr;
 
 use super::{Block, Device, Memory};
 use crate::error::{Error, Result};
 use crate::pool::HostMemory;
+
+/// Bytes that are allocated at once: what was allocated is lost where a signal comes before all of it is.
+const STEP: u64 = 4 << 20;
 
 /// Memory of this process that others map too, by its descriptor. It can neither shrink nor grow, so that no process
 /// that maps it can be killed by a page that is gone. The last clone or block unmaps it here.
@@ -20,7 +24,8 @@ pub struct MemoryFile {
 }
 
 impl MemoryFile {
-    /// Makes and maps one of `len` bytes, all zero. Memory is used once it is written to.
+    /// Makes and maps one of `len` bytes, all zero. All of its memory is taken at once, so that it is charged to this process
+    /// and not to the one that writes first, which a page that cannot be had would kill. An error where there is none.
     pub fn new(len: u64) -> Result<MemoryFile> {
         let fail = |what| move |e: rustix::io::Errno| Error::io(what, Path::new("a memory file"))(e.into());
         let bytes = usize::try_from(len).ok().filter(|&bytes| bytes > 0);
@@ -28,6 +33,10 @@ impl MemoryFile {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = memfd_create(c"sllm-staging", flags).map_err(fail("make"))?;
         ftruncate(&file, len).map_err(fail("lengthen"))?;
+        for at in (0..len).step_by(usize::try_from(STEP).unwrap_or(bytes)) {
+            let step = || fallocate(&file, FallocateFlags::empty(), at, STEP.min(len - at));
+            retry_on_intr(step).map_err(fail("take memory for"))?;
+        }
         fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).map_err(fail("seal"))?;
         let memory = HostMemory::map_shared(&file, bytes).map_err(Error::io("map", Path::new("a memory file")))?;
         Ok(MemoryFile { file: Arc::new(file), memory: Arc::new(memory), len })
@@ -83,6 +92,18 @@ mod tests {
         let mut bytes = [0; 5];
         block.read(0, &mut bytes).unwrap();
         assert_eq!(&bytes, b"hello");
+    }
+
+    #[test]
+    fn its_memory_is_taken_when_it_is_made() {
+        for len in [1, 10_000, STEP, 2 * STEP + 1] {
+            let memory = MemoryFile::new(len).unwrap();
+            let seen = rustix::fs::fstat(memory.as_fd()).unwrap();
+            assert_eq!(u64::try_from(seen.st_size).unwrap(), len);
+            assert!(u64::try_from(seen.st_blocks).unwrap() * 512 >= len, "{len}");
+        }
+        let error = MemoryFile::new(1 << 63).unwrap_err();
+        assert!(error.chain().contains("memory file"), "{}", error.chain());
     }
 
     #[test]
