@@ -86,8 +86,7 @@ impl Tickets {
     /// Takes memory under a ticket.
     pub(crate) fn pass(&self, ticket: Ticket, file: &OwnedFd) -> Result<(), String> {
         let mapping = Arc::new(Mapping::new(file)?);
-        let mut waiting = self.lock();
-        waiting.retain(|_, (since, _)| since.elapsed() < PATIENCE);
+        let mut waiting = self.fresh();
         if waiting.len() >= MAX_WAITING {
             return Err(format!(
                 "{MAX_WAITING} memory files wait to be attached: attach some, or try again in a minute"
@@ -104,17 +103,19 @@ impl Tickets {
 
     /// Gives the memory of a ticket, once.
     pub(crate) fn take(&self, ticket: &Ticket) -> Option<Arc<Mapping>> {
-        let (since, mapping) = self.lock().remove(ticket)?;
-        (since.elapsed() < PATIENCE).then_some(mapping)
+        self.fresh().remove(ticket).map(|(_, mapping)| mapping)
     }
 
     /// Lets go of what waited too long.
     pub(crate) fn sweep(&self) {
-        self.lock().retain(|_, (since, _)| since.elapsed() < PATIENCE);
+        drop(self.fresh());
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<Ticket, (Instant, Arc<Mapping>)>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What waits, without what waited too long.
+    fn fresh(&self) -> MutexGuard<'_, HashMap<Ticket, (Instant, Arc<Mapping>)>> {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.retain(|_, (since, _)| since.elapsed() < PATIENCE);
+        waiting
     }
 }
 
@@ -151,5 +152,20 @@ mod tests {
             let reason = Mapping::new(&huge).unwrap_err();
             assert!(reason.contains("huge pages"), "{reason}");
         }
+    }
+
+    #[test]
+    fn a_ticket_that_waited_too_long_is_unknown_and_its_memory_is_let_go() {
+        let whole = |file: &OwnedFd| fallocate(file, FallocateFlags::empty(), 0, LEN).unwrap();
+        let file = sealed(MemfdFlags::empty(), whole).unwrap();
+        let tickets = Tickets::default();
+        for (ticket, age) in [(1, Duration::ZERO), (2, PATIENCE), (3, PATIENCE)] {
+            tickets.pass([ticket; TICKET_LEN], &file).unwrap();
+            tickets.waiting.lock().unwrap().get_mut(&[ticket; TICKET_LEN]).unwrap().0 -= age;
+        }
+        assert!(tickets.take(&[2; TICKET_LEN]).is_none());
+        assert_eq!(tickets.waiting.lock().unwrap().len(), 1);
+        assert_eq!(tickets.take(&[1; TICKET_LEN]).unwrap().len(), LEN);
+        assert!(tickets.take(&[1; TICKET_LEN]).is_none());
     }
 }
