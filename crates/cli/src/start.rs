@@ -13,7 +13,7 @@ pub(crate) fn run(args: &StartArgs) -> Result<Answer> {
     // A secret has no place in a command line, which all users of a machine can read.
     let token = std::env::var(TOKEN_VARIABLE).ok().filter(|token| !token.is_empty());
     let config = settings(args).or(file).resolve(token)?;
-    log_to_stderr(args.log_format)?;
+    let _log = log_to_stderr(args.log_format)?;
     if args.disk_size.is_some() {
         tracing::info!("--disk-size is not used: models stay where they are");
     }

@@ -31,7 +31,7 @@ mod token;
 
 pub use config::{Config, Quota, Settings, Size};
 pub use listen::default_socket;
-pub use log::{LogFormat, log_to_stderr};
+pub use log::{LogFormat, LogGuard, log_to_stderr};
 pub use serve::serve;
 pub use server::Server;
 pub use sllm_proto::{Address, TOKEN_VARIABLE};
