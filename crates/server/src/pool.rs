@@ -68,10 +68,16 @@ impl Pool {
         if let Some(cache) = self.made() {
             return Ok(cache);
         }
-        // Memory that one device's driver has pinned is pinned for all.
-        let device = if Device::cuda_count() > 0 { Some(Device::cuda(0)?) } else { None };
-        let cache = Cache::new(self.chunk_len, self.len, device.as_ref())?;
-        if device.is_some() {
+        // Memory that one device's driver has pinned is pinned for all. Where there is none, loads to the host need no
+        // pins, and the first load to a device pins by that one.
+        let device = first_device();
+        let pins_by = device.as_ref().ok().and_then(Option::as_ref);
+        let cache = Cache::new(self.chunk_len, self.len, pins_by)?;
+        if let Err(refusal) = &device {
+            cache.refuse(refusal.chain());
+            self.logged.tell(cache.usage().refusal);
+        }
+        if pins_by.is_some() {
             let (preparing, logged) = (cache.clone(), Arc::clone(&self.logged));
             let threads = std::thread::available_parallelism().map_or(1, usize::from).min(PREPARING);
             let work = move || {
@@ -126,6 +132,18 @@ impl Pool {
     pub(crate) fn evict(&self, checkpoint: &Checkpoint) -> u64 {
         self.made().map_or(0, |cache| cache.evict(checkpoint))
     }
+}
+
+/// The first GPU that can be opened; `None` where there is none. The error is that of the first one.
+fn first_device() -> Result<Option<Device>> {
+    let mut refusal = None;
+    for ordinal in 0..Device::cuda_count() {
+        match Device::cuda(ordinal) {
+            Ok(device) => return Ok(Some(device)),
+            Err(error) => drop(refusal.get_or_insert(error)),
+        }
+    }
+    refusal.map_or(Ok(None), Err)
 }
 
 #[cfg(test)]

@@ -113,7 +113,7 @@ impl Drop for CachedChunk {
 impl Cache {
     /// A cache of `len` bytes (rounded down) in chunks of `chunk_len` (a multiple of 4096 up to 1 GiB, and of the chunks
     /// of stores that are to be verified). Memory is touched and pinned when it is needed, or by [`Cache::prepare`];
-    /// `device` is the one by which it is pinned, for all.
+    /// `device` is the one by which it is pinned, for all. Without it, loads to a device that needs it pin what they copy.
     pub fn new(chunk_len: u64, len: u64, device: Option<&Device>) -> Result<Cache> {
         let too_large = || Error::Invalid(format!("a cache of {len} bytes does not fit the address space"));
         let chunk = usize::try_from(chunk_len).map_err(|_| too_large())?;
@@ -136,6 +136,11 @@ impl Cache {
     /// Touches and pins all of its memory, by so many threads. Loads can run meanwhile.
     pub fn prepare(&self, threads: usize) {
         self.shared.pool.prepare_all(threads);
+    }
+
+    /// Says why it was made without a device that pins, as its [`CacheUsage::refusal`] until a load has pinned.
+    pub fn refuse(&self, reason: String) {
+        self.shared.pool.refuse(reason);
     }
 
     /// Unpins all of its memory, and lets the device go by which that was pinned; what is resident stays. `false` where

@@ -18,8 +18,8 @@ pub struct CacheUsage {
     pub pinned: u64,
     /// Memory that the driver has pinned.
     pub page_locked: u64,
-    /// Why memory is not pinned, where the driver or a limit refused it: the last refusal, until memory was pinned again
-    /// after [`crate::Cache::unpin_memory`].
+    /// Why memory is not pinned, where the driver or a limit refused it, or there was no device for it
+    /// ([`crate::Cache::refuse`]): the last refusal, until memory was pinned after it.
     pub refusal: Option<String>,
     /// Chunks that loads wanted and found, or another load was reading.
     pub hits: u64,

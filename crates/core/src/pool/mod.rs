@@ -35,8 +35,6 @@ struct Shared {
     buffer_len: usize,
     buffers: usize,
     buffers_per_step: usize,
-    /// Whether memory is pinned at all.
-    pins: bool,
     state: Mutex<State>,
     /// Told when a step is ready, or its pin was changed.
     prepared: Condvar,
@@ -64,7 +62,7 @@ struct State {
     /// that has to be pinned keeps a reader from reading.
     preparers: usize,
     steps: Vec<Pin>,
-    /// The device that pins, for all contexts. None while nothing is pinned after the pool was unpinned.
+    /// The device that pins, for all contexts. None while nothing is pinned: no device was given, or the pool was unpinned.
     device: Option<Device>,
     /// Users that copy out of the memory: while there are some, nothing is unpinned.
     holds: usize,
@@ -77,8 +75,9 @@ struct State {
 impl BufferPool {
     /// A pool of `buffers` buffers of `buffer_len` bytes (a multiple of 4096), prepared `step_len` bytes at a time.
     ///
-    /// Nothing is touched or pinned yet. With a device that needs it, memory is pinned; where the driver or a limit
-    /// refuses, the buffers are plain memory and [`BufferPool::refusal`] says why.
+    /// Nothing is touched or pinned yet. With a device that needs it, memory is pinned when it is prepared; without one it
+    /// is plain memory, which the loads of a cache may pin later. Where the driver or a limit refuses, the buffers are
+    /// plain memory too, and [`BufferPool::refusal`] says why.
     pub fn new(buffer_len: usize, buffers: usize, step_len: usize, device: Option<&Device>) -> Result<BufferPool> {
         let page = PAGE_BYTES;
         if buffer_len == 0 || !buffer_len.is_multiple_of(page) || buffer_len > MAX_STEP {
@@ -91,14 +90,12 @@ impl BufferPool {
         let memory = HostMemory::map(len).map_err(Error::io("map memory for buffers", "anonymous memory".as_ref()))?;
         let buffers_per_step = (step_len.min(MAX_STEP) / buffer_len).max(1);
         let device = device.filter(|device| device.needs_pinning()).cloned();
-        let pins = device.is_some();
         let steps = vec![Pin::Plain; buffers.div_ceil(buffers_per_step)];
         let shared = Shared {
             memory,
             buffer_len,
             buffers,
             buffers_per_step,
-            pins,
             state: Mutex::new(State { steps, device, ..State::default() }),
             prepared: Condvar::new(),
             pinned: AtomicU64::new(0),
@@ -187,6 +184,11 @@ impl BufferPool {
         true
     }
 
+    /// Says why there is no device that pins, until one has pinned.
+    pub(crate) fn refuse(&self, reason: String) {
+        self.shared.lock().refused = Some(reason);
+    }
+
     /// Bytes of one buffer.
     pub fn buffer_len(&self) -> usize {
         self.shared.buffer_len
@@ -202,8 +204,8 @@ impl BufferPool {
         self.shared.pinned.load(Ordering::Relaxed)
     }
 
-    /// Why memory is not pinned, where the driver or a limit refused it: the last refusal, until it was unpinned and
-    /// pinned again.
+    /// Why memory is not pinned, where the driver or a limit refused it, or a device could not be opened: the last
+    /// refusal, until a pin after it succeeded.
     pub fn refusal(&self) -> Option<String> {
         self.shared.lock().refused.clone()
     }
@@ -315,11 +317,11 @@ pub(crate) struct Hold {
 }
 
 impl Hold {
-    /// Pins the step of a buffer of this pool again, if it was unpinned: by the device that pins the others, else by
-    /// this one. Where that was refused, memory stays as it is.
+    /// Pins the step of a buffer of this pool, if it is not: by the device that pins the others, else by this one.
+    /// Where that was refused, memory stays as it is.
     pub(crate) fn pin(&self, buffer: &HostBuffer, device: &Device) {
         let Home::Pool { shared, index } = &buffer.home else { return };
-        if !shared.pins || !Arc::ptr_eq(shared, &self.shared) {
+        if !device.needs_pinning() || !Arc::ptr_eq(shared, &self.shared) {
             return;
         }
         let step = index / shared.buffers_per_step;
@@ -396,7 +398,7 @@ impl HostBuffer {
     /// Whether its memory is pinned.
     pub(crate) fn is_pinned(&self) -> bool {
         let Home::Pool { shared, index } = &self.home else { return false };
-        shared.pins && shared.lock().steps.get(index / shared.buffers_per_step) == Some(&Pin::Pinned)
+        shared.lock().steps.get(index / shared.buffers_per_step) == Some(&Pin::Pinned)
     }
 
     /// Whether it is a part of a destination, which needs no copy once it is filled.
