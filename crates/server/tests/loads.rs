@@ -407,6 +407,22 @@ async fn models_larger_than_the_pool_stream_through_it_and_pinned_ones_stay() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn models_that_share_a_file_are_pinned_each_for_itself() {
+    let served = Served::start(fill, |_| ());
+    fs::create_dir(served.models().join("shared")).unwrap();
+    let file = |model: &str| served.models().join(model).join("model.safetensors");
+    fs::hard_link(file("plain"), file("shared")).unwrap();
+    let mut client = served.store().await;
+    for model in ["plain", "shared"] {
+        assert!(client.pin(PinRequest { model: model.into() }).await.unwrap().into_inner().pinned);
+    }
+    assert!(!client.unpin(UnpinRequest { model: "shared".into() }).await.unwrap().into_inner().pinned);
+    let list = client.list(ListRequest {}).await.unwrap().into_inner();
+    let pinned: Vec<_> = list.models.iter().map(|model| (model.name.as_str(), model.pinned)).collect();
+    assert_eq!(pinned, [("plain", true), ("shared", false)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_quota_holds_for_all_models_of_its_prefix() {
     let served = Served::start(
         |models| (0..3).for_each(|i| models::store(models, &format!("team/{i}"), i, 8 << 20)),

@@ -185,21 +185,24 @@ impl Cache {
         files.iter().map(|file| state.file_len(&file.stamp)).sum()
     }
 
-    /// Whether a checkpoint's chunks are kept.
+    /// Whether a checkpoint's chunks are kept for it; whether they are for others, which share its files, is another thing.
     pub fn is_pinned(&self, checkpoint: &Checkpoint) -> bool {
         let files = self.files(checkpoint);
         let state = self.lock();
-        files.iter().any(|file| state.is_pinned(&file.stamp))
+        files.iter().any(|file| state.is_pinned_by(&file.stamp, checkpoint.path()))
     }
 
-    /// Keeps a checkpoint's chunks, those that are there and those that come. An error where too little would be left for others.
+    /// Keeps a checkpoint's chunks, those that are there and those that come, instead of what was kept for another opening
+    /// of its path. An error where too little would be left for others; nothing is changed then.
     pub fn pin(&self, checkpoint: &Checkpoint) -> Result<()> {
-        let files = self.files(checkpoint);
+        let (files, pinner) = (self.files(checkpoint), checkpoint.path());
         let chunks = self.shared.pool.buffers();
         let left = (chunks / 8).clamp(1, 64);
         let mut state = self.lock();
-        let new = files.iter().filter(|file| !state.is_pinned(&file.stamp)).map(|file| file.chunks).sum::<usize>();
-        let pinned = state.pinned_chunks();
+        let by_others = state.chunks_pinned_by_others(pinner);
+        let new =
+            files.iter().filter(|file| !by_others.contains_key(&file.stamp)).map(|file| file.chunks).sum::<usize>();
+        let pinned = by_others.values().sum::<usize>();
         if pinned.saturating_add(new) > chunks - left {
             let len = |chunks: usize| chunks as u64 * self.chunk_len();
             return Err(Error::Invalid(format!(
@@ -211,15 +214,22 @@ impl Cache {
                 len(chunks)
             )));
         }
-        files.iter().for_each(|file| state.pin(file));
+        let before = state.pinned_by(pinner).into_iter().filter(|stamp| files.iter().all(|file| file.stamp != *stamp));
+        let dropped: Vec<_> = before.flat_map(|stamp| state.unpin(&stamp, pinner)).collect();
+        files.iter().for_each(|file| state.pin(file, pinner));
+        drop(state);
+        drop(dropped);
+        self.tell();
         Ok(())
     }
 
-    /// Lets a checkpoint's chunks be evicted again.
+    /// Lets a checkpoint's chunks be evicted again, by whatever opening of its path they were pinned, but for files that
+    /// are pinned for others too.
     pub fn unpin(&self, checkpoint: &Checkpoint) {
-        let files = self.files(checkpoint);
+        let pinner = checkpoint.path();
         let mut state = self.lock();
-        let dropped: Vec<_> = files.iter().flat_map(|file| state.unpin(&file.stamp)).collect();
+        let pinned = state.pinned_by(pinner);
+        let dropped: Vec<_> = pinned.iter().flat_map(|stamp| state.unpin(stamp, pinner)).collect();
         drop(state);
         drop(dropped);
         self.tell();

@@ -1,6 +1,7 @@
 //! What is where: for every file its chunks, and which chunk goes when room is needed. No I/O, no waiting.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,7 +34,8 @@ struct Entry {
     used: Instant,
     /// Loads that run.
     loads: usize,
-    pinned: bool,
+    /// Paths of the checkpoints that keep it: several may share a file.
+    pinners: BTreeSet<PathBuf>,
     group: Option<String>,
 }
 
@@ -48,7 +50,11 @@ struct Group {
 impl Entry {
     /// Chunks that count for its group.
     fn counted(&self) -> usize {
-        if self.pinned { 0 } else { self.present }
+        if self.is_pinned() { 0 } else { self.present }
+    }
+
+    fn is_pinned(&self) -> bool {
+        !self.pinners.is_empty()
     }
 }
 
@@ -93,7 +99,7 @@ impl State {
             len: 0,
             used: Instant::now(),
             loads: 0,
-            pinned: false,
+            pinners: BTreeSet::new(),
             group: None,
         });
         if entry.slots.len() < file.chunks {
@@ -127,7 +133,7 @@ impl State {
     }
 
     fn forget_if_empty(&mut self, stamp: &Stamp) {
-        let is_idle = |entry: &Entry| entry.present == 0 && entry.loads == 0 && !entry.pinned;
+        let is_idle = |entry: &Entry| entry.present == 0 && entry.loads == 0 && !entry.is_pinned();
         if self.files.get(stamp).is_some_and(is_idle) {
             self.files.remove(stamp);
         }
@@ -174,7 +180,7 @@ impl State {
     /// one does not stay; what went is returned, to be dropped by the caller.
     pub(super) fn put(&mut self, file: &FileRef, place: usize, chunk: &Arc<Chunk>) -> Vec<Arc<Chunk>> {
         let entry = self.entry(file);
-        let group = entry.group.clone().filter(|_| !entry.pinned);
+        let group = entry.group.clone().filter(|_| !entry.is_pinned());
         let mut dropped = Vec::new();
         if let Some(name) = &group
             && !self.shrink(name, 1, &mut dropped)
@@ -205,7 +211,7 @@ impl State {
     pub(super) fn evict(&mut self, mine: &[FileRef], group: Option<&str>) -> Option<Arc<Chunk>> {
         let is_mine = |stamp: &Stamp| mine.iter().any(|file| file.stamp == *stamp);
         let in_group = |entry: &Entry| group.is_none() || entry.group.as_deref() == group;
-        let open = |entry: &Entry| entry.present > 0 && !entry.pinned && in_group(entry);
+        let open = |entry: &Entry| entry.present > 0 && !entry.is_pinned() && in_group(entry);
         let mut victims: Vec<(u8, Instant, usize, Stamp)> = Vec::new();
         for (stamp, entry) in self.files.iter().filter(|(_, entry)| open(entry)) {
             let class = match (is_mine(stamp), entry.loads) {
@@ -248,7 +254,7 @@ impl State {
         entry.len -= len;
         self.present -= 1;
         self.len -= len;
-        let counts = entry.group.as_ref().filter(|_| !entry.pinned);
+        let counts = entry.group.as_ref().filter(|_| !entry.is_pinned());
         if let Some(group) = counts.and_then(|name| self.groups.get_mut(name)) {
             group.present = group.present.saturating_sub(1);
         }
@@ -280,8 +286,8 @@ impl State {
     /// Files that nobody loads and that are not pinned, used last before so long.
     pub(super) fn idle(&self, idle: Duration) -> Vec<Stamp> {
         let now = Instant::now();
-        let is_idle =
-            |e: &Entry| e.present > 0 && e.loads == 0 && !e.pinned && now.saturating_duration_since(e.used) >= idle;
+        let unused = |e: &Entry| e.present > 0 && e.loads == 0 && !e.is_pinned();
+        let is_idle = |e: &Entry| unused(e) && now.saturating_duration_since(e.used) >= idle;
         self.files.iter().filter(|(_, entry)| is_idle(entry)).map(|(stamp, _)| *stamp).collect()
     }
 
@@ -295,34 +301,45 @@ impl State {
         self.files.get(stamp).map_or(0, |entry| entry.len)
     }
 
-    pub(super) fn is_pinned(&self, stamp: &Stamp) -> bool {
-        self.files.get(stamp).is_some_and(|entry| entry.pinned)
+    /// Whether the checkpoint of this path keeps a file.
+    pub(super) fn is_pinned_by(&self, stamp: &Stamp, pinner: &Path) -> bool {
+        self.files.get(stamp).is_some_and(|entry| entry.pinners.contains(pinner))
     }
 
-    /// Chunks, present or not, of the files that are pinned.
-    pub(super) fn pinned_chunks(&self) -> usize {
-        self.files.values().filter(|entry| entry.pinned).map(|entry| entry.slots.len()).sum()
+    /// The files that the checkpoint of this path keeps.
+    pub(super) fn pinned_by(&self, pinner: &Path) -> Vec<Stamp> {
+        let kept = self.files.iter().filter(|(_, entry)| entry.pinners.contains(pinner));
+        kept.map(|(stamp, _)| *stamp).collect()
+    }
+
+    /// Chunks, present or not, of the files that others than the checkpoint of this path keep.
+    pub(super) fn chunks_pinned_by_others(&self, pinner: &Path) -> HashMap<Stamp, usize> {
+        let by_others = |entry: &Entry| entry.pinners.iter().any(|other| other != pinner);
+        let kept = self.files.iter().filter(|(_, entry)| by_others(entry));
+        kept.map(|(stamp, entry)| (*stamp, entry.slots.len())).collect()
     }
 
     /// Bytes present of the files that are pinned.
     pub(super) fn pinned_len(&self) -> u64 {
-        self.files.values().filter(|entry| entry.pinned).map(|entry| entry.len).sum()
+        self.files.values().filter(|entry| entry.is_pinned()).map(|entry| entry.len).sum()
     }
 
-    pub(super) fn pin(&mut self, file: &FileRef) {
+    pub(super) fn pin(&mut self, file: &FileRef, pinner: &Path) {
         let entry = self.entry(file);
         let (counted, group) = (entry.counted(), entry.group.clone());
-        entry.pinned = true;
+        entry.pinners.insert(pinner.to_owned());
         if let Some(group) = group.and_then(|name| self.groups.get_mut(&name)) {
             group.present = group.present.saturating_sub(counted);
         }
     }
 
-    /// Lets a file be evicted again. Gives what its group's limit does not allow now.
-    pub(super) fn unpin(&mut self, stamp: &Stamp) -> Vec<Arc<Chunk>> {
+    /// Lets a file be evicted again, if no other checkpoint keeps it. Gives what its group's limit does not allow now.
+    pub(super) fn unpin(&mut self, stamp: &Stamp, pinner: &Path) -> Vec<Arc<Chunk>> {
         let mut dropped = Vec::new();
-        if let Some(entry) = self.files.get_mut(stamp).filter(|entry| entry.pinned) {
-            entry.pinned = false;
+        if let Some(entry) = self.files.get_mut(stamp)
+            && entry.pinners.remove(pinner)
+            && !entry.is_pinned()
+        {
             let (counted, name) = (entry.counted(), entry.group.clone());
             if let Some(name) = name {
                 self.groups.entry(name.clone()).or_default().present += counted;
@@ -363,7 +380,7 @@ impl State {
             assert!(!entry.slots[entry.end.min(entry.slots.len())..].iter().any(present));
             sum += count;
             if let Some(name) = &entry.group {
-                *groups.entry(name).or_default() += if entry.pinned { 0 } else { count };
+                *groups.entry(name).or_default() += if entry.is_pinned() { 0 } else { count };
             }
         }
         assert_eq!(sum, self.present);

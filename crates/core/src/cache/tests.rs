@@ -141,6 +141,49 @@ fn pinned_models_do_not_count_for_their_groups_limit() {
 }
 
 #[test]
+fn a_file_that_two_checkpoints_share_stays_while_either_pins_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model(dir.path(), "a", 4 * CHUNK - 200, 1);
+    let linked = dir.path().join("b.safetensors");
+    fs::hard_link(&path, &linked).unwrap();
+    let (a, b) = (Checkpoint::open(&path).unwrap(), Checkpoint::open(&linked).unwrap());
+    let cache = cache(12);
+    let limited = cache.limited("team/", CHUNK);
+    let is_pinned = || (cache.is_pinned(&a), cache.is_pinned(&b));
+    cache.pin(&a).unwrap();
+    assert_eq!(is_pinned(), (true, false));
+    load_whole(&loader(&limited), &b);
+    cache.pin(&b).unwrap();
+    cache.unpin(&b);
+    assert_eq!((is_pinned(), cache.usage().occupied), ((true, false), 4 * CHUNK));
+    cache.unpin(&b);
+    assert_eq!((cache.evict_idle(Duration::ZERO), cache.usage().pinned), (0, a.files()[0].len()));
+    cache.lock().check();
+    cache.unpin(&a);
+    cache.lock().check();
+    assert_eq!((is_pinned(), cache.usage().occupied, cache.usage().pinned), ((false, false), CHUNK, 0));
+}
+
+#[test]
+fn what_is_pinned_of_a_path_is_what_was_pinned_last() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = model(dir.path(), "a", 6 * CHUNK - 200, 1);
+    let old = Checkpoint::open(&path).unwrap();
+    let cache = cache(10);
+    cache.pin(&old).unwrap();
+    // Both at once would not have the room.
+    fs::remove_file(&path).unwrap();
+    let new = Checkpoint::open(model(dir.path(), "a", 8 * CHUNK - 200, 2)).unwrap();
+    cache.pin(&new).unwrap();
+    assert_eq!((cache.is_pinned(&old), cache.is_pinned(&new)), (false, true));
+    load_whole(&loader(&cache), &new);
+    cache.unpin(&old);
+    assert!(!cache.is_pinned(&new), "whatever opening says so");
+    cache.clear();
+    assert!(cache.lock().stamps().is_empty());
+}
+
+#[test]
 fn a_load_that_fails_leaves_nothing_of_its_file_and_its_group() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = Checkpoint::open(model(dir.path(), "a", 8 * CHUNK, 1)).unwrap();
