@@ -30,13 +30,27 @@ pub(crate) struct Model {
     pub(crate) checkpoint: Checkpoint,
     /// Bytes of its files.
     pub(crate) len: u64,
-    registered: AtomicBool,
+    /// Shared with what comes in its place.
+    registered: Arc<AtomicBool>,
     loads: AtomicU32,
     used: Mutex<Instant>,
     pub(crate) preloads: Preloads,
 }
 
 impl Model {
+    /// One that was opened in the place of another one of its name, if there was one.
+    fn new(name: String, checkpoint: Checkpoint, before: Option<&Model>) -> Model {
+        Model {
+            name,
+            len: checkpoint.files().iter().map(|file| file.len()).sum(),
+            registered: before.map_or_else(Arc::default, |before| Arc::clone(&before.registered)),
+            loads: AtomicU32::new(0),
+            used: Mutex::new(Instant::now()),
+            preloads: Preloads::default(),
+            checkpoint,
+        }
+    }
+
     pub(crate) fn is_registered(&self) -> bool {
         self.registered.load(Ordering::Relaxed)
     }
@@ -53,18 +67,6 @@ impl Model {
     /// Time since a load of it began or ended.
     pub(crate) fn idle(&self) -> Duration {
         self.used.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
-    }
-
-    /// Whether two are of the same files, unchanged.
-    fn has_files_of(&self, other: &Model) -> bool {
-        let files = |model: &Model| -> Vec<_> {
-            let file = |file: &sllm_core::DataFile| {
-                let times = (file.modified(), file.status_changed());
-                (file.name().to_owned(), file.len(), times, file.inode())
-            };
-            model.checkpoint.files().iter().map(file).collect()
-        };
-        files(self) == files(other)
     }
 
     fn touch(&self) {
@@ -99,13 +101,6 @@ impl Drop for InUse {
     }
 }
 
-/// What stays of a model whose files have changed.
-#[derive(Debug, Clone, Copy, Default)]
-struct Stale {
-    registered: bool,
-    pinned: bool,
-}
-
 /// All models by name. Everything here may block, on file systems.
 #[derive(Debug)]
 pub(crate) struct Models {
@@ -123,35 +118,21 @@ impl Models {
     /// The model of this name, opened if it was not, and anew if its files have changed.
     pub(crate) fn open(&self, name: &str) -> Result<Arc<Model>, Status> {
         let (name, path) = self.find(name)?;
-        let known = self.known(&name);
-        let stale = match known {
-            Some(known) if known.checkpoint.is_current() => return Ok(known),
-            stale => stale.map(|stale| self.drop_stale(&stale)),
-        };
+        if let Some(known) = self.known(&name).filter(|known| known.checkpoint.is_current()) {
+            return Ok(known);
+        }
+        // What is known stays until its files can be opened: they may just be being replaced.
         let checkpoint = Checkpoint::open(&path).map_err(|e| fault::status(&e))?;
         self.check_inside(&checkpoint)?;
-        let Stale { registered, pinned } = stale.unwrap_or_default();
-        let model = Arc::new(Model {
-            len: checkpoint.files().iter().map(|file| file.len()).sum(),
-            name,
-            checkpoint,
-            registered: AtomicBool::new(registered),
-            loads: AtomicU32::new(0),
-            used: Mutex::new(Instant::now()),
-            preloads: Preloads::default(),
-        });
-        if let Some(cache) = self.pool.made().filter(|_| pinned)
-            && let Err(error) = cache.pin(&model.checkpoint)
-        {
-            tracing::warn!(model = %model.name, error = %error.chain(), "the changed model is not pinned any more");
-        }
         let mut open = self.lock();
+        let before = open.get(&name).cloned();
         // Of several that open it at once the first one's stays.
-        if let Some(now) = open.get(&model.name).filter(|now| now.has_files_of(&model)) {
-            if registered {
-                now.register();
-            }
-            return Ok(Arc::clone(now));
+        if let Some(same) = before.as_ref().filter(|before| before.checkpoint.has_files_of(&checkpoint)) {
+            return Ok(Arc::clone(same));
+        }
+        let model = Arc::new(Model::new(name, checkpoint, before.as_deref()));
+        if let Some(before) = before {
+            self.replace(&before, &model);
         }
         open.insert(model.name.clone(), Arc::clone(&model));
         Ok(model)
@@ -207,19 +188,14 @@ impl Models {
         }
     }
 
-    /// Forgets a model whose files have changed, and what is resident of them.
-    fn drop_stale(&self, old: &Arc<Model>) -> Stale {
-        tracing::warn!(model = %old.name, "the files have changed: what was resident of them is dropped");
-        let stale = Stale { registered: old.is_registered(), pinned: self.pool.is_pinned(&old.checkpoint) };
-        if let Some(cache) = self.pool.made() {
-            cache.unpin(&old.checkpoint);
-            cache.evict(&old.checkpoint);
+    /// Gives a model what the pool has of the one before it, but for files that have changed.
+    fn replace(&self, before: &Model, model: &Model) {
+        tracing::warn!(model = %model.name, "files have changed: what was resident of them is dropped");
+        if let Some(cache) = self.pool.made()
+            && let Err(error) = cache.replace(&before.checkpoint, &model.checkpoint)
+        {
+            tracing::warn!(model = %model.name, error = %error.chain(), "the changed model is not pinned any more");
         }
-        let mut open = self.lock();
-        if open.get(&old.name).is_some_and(|now| Arc::ptr_eq(now, old)) {
-            open.remove(&old.name);
-        }
-        stale
     }
 
     /// Name and path of what is asked for: inside the storage path, whatever links lead to it.

@@ -19,7 +19,7 @@ use std::time::Duration;
 use state::{FileRef, Found, State};
 pub use usage::CacheUsage;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, DataFile};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::plan::Piece;
@@ -233,6 +233,28 @@ impl Cache {
         drop(state);
         drop(dropped);
         self.tell();
+    }
+
+    /// Puts another opening of a path in the place of one: a pin goes over, and what is resident stays, but for files that
+    /// only the old one has, or has with other checksums. An error where there is no room for the pin, which is gone then.
+    pub fn replace(&self, old: &Checkpoint, new: &Checkpoint) -> Result<()> {
+        let pinned = if self.is_pinned(old) { self.pin(new) } else { Ok(()) };
+        if pinned.is_err() {
+            self.unpin(old);
+        }
+        let gone = |state: &State, (at, file): (usize, &DataFile)| {
+            let stamp = file.stamp();
+            match new.files().iter().position(|file| file.stamp() == stamp) {
+                // It was compared with what it is not to be any more.
+                Some(place) => new.sums_of(place) != old.sums_of(at),
+                None => !state.is_pinned(&stamp),
+            }
+        };
+        self.remove(|state| {
+            let files = old.files().iter().enumerate().filter(|file| gone(state, *file));
+            files.map(|(_, file)| file.stamp()).collect()
+        });
+        pinned
     }
 
     /// Drops what is resident of a checkpoint, pinned or not; gives the bytes. Memory that a copy reads is free after it.

@@ -280,6 +280,21 @@ impl Checkpoint {
         self.files.iter().all(DataFile::is_current)
     }
 
+    /// Whether both have the same files, unchanged, and the same checksums of them.
+    pub fn has_files_of(&self, other: &Checkpoint) -> bool {
+        let same = |(at, file): (usize, &DataFile)| {
+            other.files.get(at).is_some_and(|theirs| theirs.name() == file.name() && theirs.stamp() == file.stamp())
+                && self.sums_of(at) == other.sums_of(at)
+        };
+        self.files.len() == other.files.len() && self.files.iter().enumerate().all(same)
+    }
+
+    /// Bytes of a chunk and the checksums of a file's chunks, where it has some.
+    pub(crate) fn sums_of(&self, file: usize) -> Option<(u64, &[u64])> {
+        let sums = self.sums.as_ref()?;
+        Some((sums.chunk_len, sums.files.get(file)?))
+    }
+
     /// Its tensors, by file and offset.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
