@@ -46,7 +46,9 @@ impl Model {
             registered: before.map_or_else(Arc::default, |before| Arc::clone(&before.registered)),
             loads: AtomicU32::new(0),
             used: Mutex::new(Instant::now()),
-            preloads: Preloads::default(),
+            preloads: before
+                .filter(|before| before.checkpoint.has_files_of(&checkpoint))
+                .map_or_else(Preloads::default, |before| before.preloads.clone()),
             checkpoint,
         }
     }
@@ -118,8 +120,9 @@ impl Models {
     /// The model of this name, opened if it was not, and anew if its files have changed.
     pub(crate) fn open(&self, name: &str) -> Result<Arc<Model>, Status> {
         let (name, path) = self.find(name)?;
-        if let Some(known) = self.known(&name).filter(|known| known.checkpoint.is_current()) {
-            return Ok(known);
+        let known = self.known(&name);
+        if let Some(known) = known.as_ref().filter(|known| known.checkpoint.is_current()) {
+            return Ok(Arc::clone(known));
         }
         // What is known stays until its files can be opened: they may just be being replaced.
         let checkpoint = Checkpoint::open(&path).map_err(|e| fault::status(&e))?;
@@ -127,8 +130,10 @@ impl Models {
         let mut open = self.lock();
         let before = open.get(&name).cloned();
         // Of several that open it at once the first one's stays.
-        if let Some(same) = before.as_ref().filter(|before| before.checkpoint.has_files_of(&checkpoint)) {
-            return Ok(Arc::clone(same));
+        let is_new = |before: &&Arc<Model>| known.as_ref().is_none_or(|known| !Arc::ptr_eq(known, before));
+        let same = |before: &&Arc<Model>| before.checkpoint.has_files_of(&checkpoint);
+        if let Some(first) = before.as_ref().filter(is_new).filter(same) {
+            return Ok(Arc::clone(first));
         }
         let model = Arc::new(Model::new(name, checkpoint, before.as_deref()));
         if let Some(before) = before {
@@ -190,7 +195,9 @@ impl Models {
 
     /// Gives a model what the pool has of the one before it, but for files that have changed.
     fn replace(&self, before: &Model, model: &Model) {
-        tracing::warn!(model = %model.name, "files have changed: what was resident of them is dropped");
+        if !model.checkpoint.has_files_of(&before.checkpoint) {
+            tracing::warn!(model = %model.name, "files have changed: what was resident of them is dropped");
+        }
         if let Some(cache) = self.pool.made()
             && let Err(error) = cache.replace(&before.checkpoint, &model.checkpoint)
         {

@@ -94,9 +94,9 @@ pub(crate) enum Want {
     Keep,
 }
 
-/// A model's preloads.
-#[derive(Debug, Default)]
-pub(crate) struct Preloads(Mutex<Option<Preload>>);
+/// A model's preloads. Clones are the same ones.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Preloads(Arc<Mutex<Option<Preload>>>);
 
 impl Preloads {
     /// The one that runs, or the last one.

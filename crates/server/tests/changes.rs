@@ -3,10 +3,12 @@
 mod common;
 
 use std::fs;
+use std::path::Path;
 
 use common::session::{Loading, load, open_message};
 use common::{Served, models};
-use sllm_proto::storage::RegisterModelRequest;
+use serde_json::json;
+use sllm_proto::storage::{ConfirmModelRequest, DeviceType, LoadModelRequest, RegisterModelRequest};
 use sllm_proto::store::{ListRequest, Model, Open, PinRequest};
 use tonic::{Code, Status};
 
@@ -27,7 +29,7 @@ async fn load_and_compare(served: &Served, name: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pin_and_a_registration_outlive_files_that_cannot_be_opened() {
-    let fill = |models: &std::path::Path| models::safetensors(models, "a", 1, LEN);
+    let fill = |models: &Path| models::safetensors(models, "a", 1, LEN);
     let served = Served::start(fill, |config| config.registration_required = true);
     let register = RegisterModelRequest { model_path: "a".into() };
     served.storage().await.register_model(register).await.unwrap();
@@ -53,4 +55,72 @@ async fn a_pin_and_a_registration_outlive_files_that_cannot_be_opened() {
     load_and_compare(&served, "a").await;
     let now = listed(&served, "a").await;
     assert_eq!((now.pinned, now.resident), (true, now.len));
+}
+
+/// A safetensors file of one tensor of its own.
+fn shard(model: &Path, name: &str, tensor: &str, seed: u64) {
+    let header = json!({ tensor: {"dtype": "U8", "shape": [LEN], "data_offsets": [0, LEN]} });
+    fs::create_dir_all(model).unwrap();
+    fs::write(model.join(name), test_support::safetensors(header.to_string(), &models::noise(seed, LEN))).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_gains_and_loses_files_is_opened_anew_and_what_stayed_is_not_read_again() {
+    let fill = |models: &Path| shard(&models.join("m"), "model-1.safetensors", "one", 1);
+    let served = Served::start(fill, |_| ());
+    let dir = served.models().join("m");
+    // Half of a download, which somebody asks for.
+    load_and_compare(&served, "m").await;
+    served.store().await.pin(PinRequest { model: "m".into() }).await.unwrap();
+    let half = listed(&served, "m").await.len;
+
+    shard(&dir, "model-2.safetensors", "two", 2);
+    let whole = models::bytes(&dir);
+    let (bytes, done) = load(&served, "m").await.unwrap();
+    assert!(bytes == whole);
+    assert_eq!((done.from_pool, done.from_files), (half, half), "one of two files of one length was there");
+    let now = listed(&served, "m").await;
+    assert_eq!((now.pinned, now.resident, now.len), (true, 2 * half, 2 * half));
+
+    // What changes no data file drops nothing.
+    fs::write(dir.join("README.md"), "words").unwrap();
+    let map = json!({ "one": "model-1.safetensors", "two": "model-2.safetensors" });
+    fs::write(dir.join("model.safetensors.index.json"), json!({ "weight_map": map }).to_string()).unwrap();
+    let (bytes, done) = load(&served, "m").await.unwrap();
+    assert!(bytes == whole);
+    assert_eq!(done.from_files, 0);
+
+    for name in ["model.safetensors.index.json", "model-1.safetensors"] {
+        fs::remove_file(dir.join(name)).unwrap();
+    }
+    let (bytes, done) = load(&served, "m").await.unwrap();
+    assert!(bytes == models::bytes(&dir));
+    assert_eq!(done.from_files, 0);
+    let now = listed(&served, "m").await;
+    assert_eq!((now.pinned, now.resident, now.len), (true, half, half));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_preload_is_confirmed_though_the_directory_changed_and_not_after_its_files_did() {
+    let fill = |models: &Path| shard(&models.join("m"), "model-1.safetensors", "one", 1);
+    let served = Served::start(fill, |_| ());
+    let dir = served.models().join("m");
+    let (model_path, target_device_type) = ("m".to_owned(), DeviceType::Cpu.into());
+    let (chunks, handles, replica_uuid) = Default::default();
+    let request = LoadModelRequest { model_path, replica_uuid, chunks, handles, target_device_type };
+    served.storage().await.load_model_async(request).await.unwrap();
+    let confirm = async || {
+        let (model_path, replica_uuid) = ("m".into(), String::new());
+        let request = ConfirmModelRequest { model_path, replica_uuid, target_device_type };
+        served.storage().await.confirm_model(request).await
+    };
+    let map = json!({ "one": "model-1.safetensors" });
+    fs::write(dir.join("model.safetensors.index.json"), json!({ "weight_map": map }).to_string()).unwrap();
+    open(&served, open_message("m", &dir)).await.unwrap();
+    confirm().await.unwrap();
+    // Another file, whatever the clock says: the server has the first one open.
+    fs::remove_file(dir.join("model-1.safetensors")).unwrap();
+    shard(&dir, "model-1.safetensors", "one", 2);
+    open(&served, open_message("m", &dir)).await.unwrap();
+    assert_eq!(confirm().await.unwrap_err().code(), Code::NotFound);
 }

@@ -184,6 +184,46 @@ fn what_is_pinned_of_a_path_is_what_was_pinned_last() {
 }
 
 #[test]
+fn what_comes_in_the_place_of_a_checkpoint_has_its_pin_and_the_chunks_of_the_same_files_and_checksums() {
+    let dir = tempfile::tempdir().unwrap();
+    let stores = [1, 2].map(|seed| {
+        let source = Checkpoint::open(model(dir.path(), "source", 9 << 20, seed)).unwrap();
+        let store = dir.path().join(format!("store-{seed}"));
+        convert(&source, &store, &ConvertOptions::new()).unwrap();
+        store
+    });
+    // The first one's file with the second one's checksums.
+    let mixed = dir.path().join("mixed");
+    fs::create_dir(&mixed).unwrap();
+    fs::hard_link(stores[0].join("tensor.data_0"), mixed.join("tensor.data_0")).unwrap();
+    for name in ["manifest.json", "tensor_index.json"] {
+        fs::copy(stores[1].join(name), mixed.join(name)).unwrap();
+    }
+    let open = |path: &PathBuf| Checkpoint::open(path).unwrap();
+    let (first, again, other, mixed) = (open(&stores[0]), open(&stores[0]), open(&stores[1]), open(&mixed));
+    let cache = Cache::new(4 << 20, 64 << 20, None).unwrap();
+    let verifying = Loader::builder().cache(cache.clone()).verify(true).build().unwrap();
+    let len = verifying.fill_cache(&first).unwrap().read_bytes;
+    cache.pin(&first).unwrap();
+    cache.replace(&first, &again).unwrap();
+    assert_eq!((cache.is_pinned(&again), cache.resident_len(&again)), (true, len));
+    cache.replace(&again, &mixed).unwrap();
+    assert_eq!((cache.is_pinned(&mixed), cache.resident_len(&mixed)), (true, 0), "they were compared with others");
+    assert!(matches!(verifying.fill_cache(&mixed), Err(Error::Corrupt(_))));
+    // What others pin stays for them.
+    cache.unpin(&again);
+    cache.unpin(&mixed);
+    cache.pin(&first).unwrap();
+    verifying.fill_cache(&first).unwrap();
+    cache.replace(&mixed, &other).unwrap();
+    assert_eq!((cache.resident_len(&first), cache.is_pinned(&other)), (len, false));
+    // There is no room for what is too large: it is not pinned, and the old one is no more.
+    let large = Checkpoint::open(model(dir.path(), "large", 80 << 20, 3)).unwrap();
+    assert!(cache.replace(&first, &large).is_err());
+    assert_eq!((cache.is_pinned(&first), cache.is_pinned(&large), cache.usage().resident), (false, false, 0));
+}
+
+#[test]
 fn a_load_that_fails_leaves_nothing_of_its_file_and_its_group() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = Checkpoint::open(model(dir.path(), "a", 8 * CHUNK, 1)).unwrap();

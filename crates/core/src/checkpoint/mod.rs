@@ -3,6 +3,7 @@
 //! Four layouts give one type: our store ([`Layout::Store`]), Hugging Face safetensors (one file, several with an
 //! index, or a snapshot of the Hugging Face cache), and the original ServerlessLLM directory.
 
+mod contents;
 mod data_file;
 mod hub;
 mod original;
@@ -14,6 +15,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use contents::Contents;
 use serde_json::Value;
 
 pub use data_file::DataFile;
@@ -168,6 +170,8 @@ pub struct Checkpoint {
     sums: Option<ChunkSums>,
     identity: Option<String>,
     origin: Origin,
+    /// What its directory had; `None` where the caller chose the files.
+    contents: Option<Contents>,
 }
 
 /// What a layout's module found, before the checks that all layouts share.
@@ -197,6 +201,13 @@ impl Checkpoint {
     }
 
     fn open_dir(dir: &Path) -> Result<Checkpoint> {
+        // Before it is opened: what comes meanwhile is seen as a change later.
+        let contents = Contents::of(dir);
+        let checkpoint = Checkpoint::open_layout(dir)?;
+        Ok(Checkpoint { contents: Some(contents), ..checkpoint })
+    }
+
+    fn open_layout(dir: &Path) -> Result<Checkpoint> {
         use crate::format::{manifest, original as original_format};
         let has = |name: &str| is_there(&dir.join(name));
         if has(manifest::MANIFEST_NAME)? && has(original_format::INDEX_NAME)? {
@@ -257,7 +268,7 @@ impl Checkpoint {
             last = Some(tensor);
         }
         let Parts { root, layout, files, tensors, sums, identity, origin, .. } = parts;
-        Ok(Checkpoint { root, layout, files, tensors, by_name, sums, identity, origin })
+        Ok(Checkpoint { root, layout, files, tensors, by_name, sums, identity, origin, contents: None })
     }
 
     /// The directory (or the one file) that was opened.
@@ -275,9 +286,10 @@ impl Checkpoint {
         &self.files
     }
 
-    /// Whether its files' paths still lead to the files that were opened, unchanged.
+    /// Whether its files' paths still lead to the files that were opened, unchanged, and its directory tells of no others.
     pub fn is_current(&self) -> bool {
         self.files.iter().all(DataFile::is_current)
+            && self.contents.as_ref().is_none_or(|contents| *contents == Contents::of(&self.root))
     }
 
     /// Whether both have the same files, unchanged, and the same checksums of them.
