@@ -43,9 +43,9 @@ impl Devices {
         }
         // Two that open it at once share the context, which is the device's primary one.
         let device = Device::cuda_by_uuid(uuid).map_err(|e| match &e {
-            Error::Device(DeviceError::NoSuchUuid { .. } | DeviceError::NoDriver) => {
-                refused(Code::NotFound, format!("the server has no GPU {}: {}", format_uuid(uuid), e.chain()))
-            }
+            Error::Device(
+                DeviceError::NoSuchUuid { .. } | DeviceError::NoSuchDevice { .. } | DeviceError::NoDriver,
+            ) => refused(Code::NotFound, format!("the server has no GPU {}: {}", format_uuid(uuid), e.chain())),
             _ => fault::status(&e),
         })?;
         tracing::info!(device = %device.id(), uuid = %format_uuid(uuid), "opened");

@@ -134,10 +134,10 @@ impl Pool {
     }
 }
 
-/// The first GPU that can be opened; `None` where there is none. The error is that of the first one.
+/// The first GPU that can be opened; `None` where there is none. The error is that of the first one, or the driver's.
 fn first_device() -> Result<Option<Device>> {
     let mut refusal = None;
-    for ordinal in 0..Device::cuda_count() {
+    for ordinal in 0..Device::try_cuda_count()? {
         match Device::cuda(ordinal) {
             Ok(device) => return Ok(Some(device)),
             Err(error) => drop(refusal.get_or_insert(error)),

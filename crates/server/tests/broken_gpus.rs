@@ -6,13 +6,9 @@ mod gpu;
 
 use std::time::Duration;
 
-use common::session::{Loading, all_of, load, open_message};
 use common::{Served, models};
 use cuda::Driver;
-use gpu::Owner;
-use sllm_proto::store::load_request::Kind as Asked;
-use sllm_proto::store::{Attach, Pool, StatusRequest, attach};
-use tonic::Status;
+use gpu::{load_to_gpu, load_to_host, pool};
 
 const LEN: usize = 9_000_123;
 const OUT_OF_MEMORY: u32 = 2;
@@ -28,28 +24,6 @@ fn fill(models: &std::path::Path) {
     models::safetensors(models, "m", 1, LEN);
 }
 
-async fn pool(served: &Served) -> Pool {
-    served.store().await.status(StatusRequest {}).await.unwrap().into_inner().pool.unwrap()
-}
-
-async fn load_to_host(served: &Served) {
-    assert!(load(served, "m").await.unwrap().0 == models::bytes(&served.models().join("m")));
-}
-
-/// Loads into another process's memory on a GPU, and compares every byte.
-async fn load_to_gpu(served: &Served, device: usize) -> Result<(), Status> {
-    let path = served.models().join("m");
-    let (open, source) = (open_message("m", &path), models::bytes(&path));
-    let mut owner = Owner::start(device, source.len() as u64);
-    let (mut loading, opened) = Loading::open(&mut served.store().await, open.clone()).await?;
-    let memory = Some(attach::Memory::Cuda(owner.told()));
-    loading.ask(Asked::Attach(Attach { len: opened.total, offset: 0, memory })).await;
-    loading.batch(all_of(&open)).await;
-    loading.done().await?;
-    assert!(owner.bytes(served.dir.path()) == source);
-    Ok(())
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn where_no_gpu_can_be_opened_the_host_is_loaded_to_and_a_later_load_to_a_gpu_pins() {
     let driver = Driver::load();
@@ -58,19 +32,19 @@ async fn where_no_gpu_can_be_opened_the_host_is_loaded_to_and_a_later_load_to_a_
         driver.fail("cuDevicePrimaryCtxRetain", nth, OUT_OF_MEMORY);
     }
     let served = Served::start(fill, |_| ());
-    load_to_host(&served).await;
+    load_to_host(&served, "m").await;
     let now = pool(&served).await;
     assert!(now.page_locked == 0 && now.refusal.contains("cuda:0: cannot retain its primary context"), "{now:?}");
-    load_to_gpu(&served, 1).await.unwrap_err();
-    load_to_host(&served).await;
+    load_to_gpu(&served, "m", 1).await.unwrap_err();
+    load_to_host(&served, "m").await;
 
     driver.reset();
     driver.set_devices(2);
-    load_to_gpu(&served, 1).await.unwrap();
+    load_to_gpu(&served, "m", 1).await.unwrap();
     let now = pool(&served).await;
     assert!(now.page_locked >= now.resident && now.refusal.is_empty(), "{now:?}");
     assert_eq!(driver.pageable_copies(), 0, "something was copied out of unpinned memory");
-    load_to_gpu(&served, 0).await.unwrap();
+    load_to_gpu(&served, "m", 0).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -79,7 +53,7 @@ async fn a_gpu_that_cannot_be_opened_leaves_the_pool_to_the_next_one() {
     driver.set_devices(2);
     driver.fail("cuDevicePrimaryCtxRetain", 1, OUT_OF_MEMORY);
     let served = Served::start(fill, |_| ());
-    load_to_host(&served).await;
+    load_to_host(&served, "m").await;
     let mut now = pool(&served).await;
     while now.page_locked < now.capacity {
         assert_eq!(now.refusal, "");

@@ -144,9 +144,17 @@ impl Device {
         Ok(Device::new(cuda::Cuda::open(ordinal)?))
     }
 
-    /// Number of CUDA devices; 0 without a driver.
+    /// Number of CUDA devices; 0 without a driver, and where it fails.
     pub fn cuda_count() -> usize {
         cuda::count().unwrap_or(0)
+    }
+
+    /// Number of CUDA devices; 0 without a driver. An error where there is a driver that fails, as one that is not ready yet.
+    pub fn try_cuda_count() -> Result<usize> {
+        match cuda::count() {
+            Err(DeviceError::NoDriver | DeviceError::NoSuchDevice { .. }) => Ok(0),
+            count => Ok(count?),
+        }
     }
 
     /// `host` or `cpu`, `cuda`, `cuda:1`, or `auto`: the first CUDA device if there is one, else the host.

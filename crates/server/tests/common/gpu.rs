@@ -6,8 +6,13 @@ use std::path::Path;
 use cuda::Driver;
 use cudarc::driver::{result, sys};
 use sllm_core::{Block, Device, format_uuid};
-use sllm_proto::store::CudaMemory;
+use sllm_proto::store::load_request::Kind as Asked;
+use sllm_proto::store::{Attach, CudaMemory, Pool, StatusRequest, attach};
 use test_support::{Other, hex, unhex};
+use tonic::Status;
+
+use crate::common::session::{Loading, all_of, load, open_message};
+use crate::common::{Served, models};
 
 /// Set in the processes that tests start: the device's ordinal and the bytes of its memory.
 const OWNER: &str = "SLLM_TEST_OWNER";
@@ -65,6 +70,30 @@ impl Owner {
     pub(crate) fn kill(&mut self) {
         self.process.kill();
     }
+}
+
+/// What the server tells of its pool.
+pub(crate) async fn pool(served: &Served) -> Pool {
+    served.store().await.status(StatusRequest {}).await.unwrap().into_inner().pool.unwrap()
+}
+
+/// Loads into host memory, and compares every byte.
+pub(crate) async fn load_to_host(served: &Served, name: &str) {
+    assert!(load(served, name).await.unwrap().0 == models::bytes(&served.models().join(name)));
+}
+
+/// Loads into another process's memory on a GPU, and compares every byte.
+pub(crate) async fn load_to_gpu(served: &Served, name: &str, device: usize) -> Result<(), Status> {
+    let path = served.models().join(name);
+    let (open, source) = (open_message(name, &path), models::bytes(&path));
+    let mut owner = Owner::start(device, source.len() as u64);
+    let (mut loading, opened) = Loading::open(&mut served.store().await, open.clone()).await?;
+    let memory = Some(attach::Memory::Cuda(owner.told()));
+    loading.ask(Asked::Attach(Attach { len: opened.total, offset: 0, memory })).await;
+    loading.batch(all_of(&open)).await;
+    loading.done().await?;
+    assert!(owner.bytes(served.dir.path()) == source);
+    Ok(())
 }
 
 /// What an owner fills its memory with.

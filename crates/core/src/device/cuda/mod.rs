@@ -18,26 +18,32 @@ const REGISTER_READ_ONLY: c_uint = 0x08;
 /// cuIpcOpenMemHandle: the only flag there is.
 const IPC_LAZY_ENABLE_PEER_ACCESS: c_uint = 0x01;
 
-/// Whether the driver is there and initialised, asked once: cudarc panics where it is absent.
+/// Whether the driver is there and initialised. A library that is absent stays so for the process (cudarc panics where it
+/// is called then); an error is not kept, since a driver that is not ready when a machine starts is so later.
 fn driver() -> Result<(), DeviceError> {
-    static DRIVER: OnceLock<Result<u32, DeviceError>> = OnceLock::new();
-    let start = || {
-        // SAFETY: loads the driver's library, whose initialisers are the system's own.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(DeviceError::NoDriver);
-        }
-        // SAFETY: the library is there; 0 is the only value that the argument may have.
-        match unsafe { sys::cuInit(0) } {
-            sys::CUresult::CUDA_SUCCESS => Ok(std::process::id()),
-            sys::CUresult::CUDA_ERROR_NO_DEVICE => Err(DeviceError::NoSuchDevice { ordinal: 0, count: 0 }),
-            code => Err(driver_error("cuda", "initialise the driver", code)),
+    static PRESENT: OnceLock<bool> = OnceLock::new();
+    /// The process that initialised it.
+    static READY: OnceLock<u32> = OnceLock::new();
+    let here = std::process::id();
+    let by = match READY.get() {
+        Some(by) => by,
+        None => {
+            // SAFETY: loads the driver's library, whose initialisers are the system's own.
+            if !*PRESENT.get_or_init(|| unsafe { sys::is_culib_present() }) {
+                return Err(DeviceError::NoDriver);
+            }
+            // SAFETY: the library is there; 0 is the only value that the argument may have. Any thread may call it, and
+            // again.
+            match unsafe { sys::cuInit(0) } {
+                sys::CUresult::CUDA_SUCCESS => READY.get_or_init(|| here),
+                sys::CUresult::CUDA_ERROR_NO_DEVICE => {
+                    return Err(DeviceError::NoSuchDevice { ordinal: 0, count: 0 });
+                }
+                code => return Err(driver_error("cuda", "initialise the driver", code)),
+            }
         }
     };
-    match DRIVER.get_or_init(start) {
-        Ok(pid) if *pid == std::process::id() => Ok(()),
-        Ok(_) => Err(DeviceError::Forked { device: "cuda".into() }),
-        Err(e) => Err(e.clone()),
-    }
+    if *by == here { Ok(()) } else { Err(DeviceError::Forked { device: "cuda".into() }) }
 }
 
 /// Number of visible devices.
