@@ -124,9 +124,13 @@ impl Models {
         if let Some(known) = known.as_ref().filter(|known| known.checkpoint.is_current()) {
             return Ok(Arc::clone(known));
         }
-        // What is known stays until its files can be opened: they may just be being replaced.
-        let checkpoint = Checkpoint::open(&path).map_err(|e| fault::status(&e))?;
-        self.check_inside(&checkpoint)?;
+        // What is known stays until its files can be opened: they may just be being replaced. The bytes of the old ones are
+        // of no use.
+        let checkpoint = self.open_inside(&path).inspect_err(|_| {
+            if let (Some(known), Some(cache)) = (&known, self.pool.made()) {
+                cache.evict_changed(&known.checkpoint);
+            }
+        })?;
         let mut open = self.lock();
         let before = open.get(&name).cloned();
         // Of several that open it at once the first one's stays.
@@ -136,10 +140,16 @@ impl Models {
             return Ok(Arc::clone(first));
         }
         let model = Arc::new(Model::new(name, checkpoint, before.as_deref()));
-        if let Some(before) = before {
-            self.replace(&before, &model);
-        }
+        let cache = before.as_ref().zip(self.pool.made());
+        let replaced = cache.map_or(Ok(()), |(before, cache)| cache.replace(&before.checkpoint, &model.checkpoint));
         open.insert(model.name.clone(), Arc::clone(&model));
+        drop(open);
+        if before.is_some_and(|before| !before.checkpoint.has_files_of(&model.checkpoint)) {
+            tracing::warn!(model = %model.name, "files have changed: what was resident of them is dropped");
+        }
+        if let Err(error) = replaced {
+            tracing::warn!(model = %model.name, error = %error.chain(), "the changed model is not pinned any more");
+        }
         Ok(model)
     }
 
@@ -193,18 +203,6 @@ impl Models {
         }
     }
 
-    /// Gives a model what the pool has of the one before it, but for files that have changed.
-    fn replace(&self, before: &Model, model: &Model) {
-        if !model.checkpoint.has_files_of(&before.checkpoint) {
-            tracing::warn!(model = %model.name, "files have changed: what was resident of them is dropped");
-        }
-        if let Some(cache) = self.pool.made()
-            && let Err(error) = cache.replace(&before.checkpoint, &model.checkpoint)
-        {
-            tracing::warn!(model = %model.name, error = %error.chain(), "the changed model is not pinned any more");
-        }
-    }
-
     /// Name and path of what is asked for: inside the storage path, whatever links lead to it.
     fn find(&self, asked: &str) -> Result<(String, PathBuf), Status> {
         if asked.is_empty() {
@@ -232,8 +230,9 @@ impl Models {
         Ok((if name.is_empty() { ".".to_owned() } else { name.to_owned() }, path.clone()))
     }
 
-    /// Whether the files that were opened lie inside the storage path, whatever their names were when they were.
-    fn check_inside(&self, checkpoint: &Checkpoint) -> Result<(), Status> {
+    /// Opens a checkpoint whose files lie inside the storage path, whatever their names were when they were opened.
+    fn open_inside(&self, path: &Path) -> Result<Checkpoint, Status> {
+        let checkpoint = Checkpoint::open(path).map_err(|e| fault::status(&e))?;
         for file in checkpoint.files() {
             let link = format!("/proc/self/fd/{}", file.as_fd().as_raw_fd());
             let real = std::fs::read_link(&link);
@@ -242,7 +241,7 @@ impl Models {
                 return Err(invalid(format!("{} leads out of the storage path", file.path().display())));
             }
         }
-        Ok(())
+        Ok(checkpoint)
     }
 
     fn known(&self, name: &str) -> Option<Arc<Model>> {

@@ -42,6 +42,8 @@ async fn a_pin_and_a_registration_outlive_files_that_cannot_be_opened() {
     for _ in 0..2 {
         assert_eq!(open(&served, before.clone()).await.unwrap_err().code(), Code::InvalidArgument);
     }
+    let now = listed(&served, "a").await;
+    assert_eq!((now.pinned, now.resident), (true, 0), "what was read of the old file is of no use");
     fs::remove_file(&file).unwrap();
     assert_eq!(open(&served, before.clone()).await.unwrap_err().code(), Code::NotFound);
     // A link out of the storage path, as somebody may make by mistake.

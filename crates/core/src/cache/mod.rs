@@ -242,19 +242,32 @@ impl Cache {
         if pinned.is_err() {
             self.unpin(old);
         }
-        let gone = |state: &State, (at, file): (usize, &DataFile)| {
-            let stamp = file.stamp();
-            match new.files().iter().position(|file| file.stamp() == stamp) {
-                // It was compared with what it is not to be any more.
-                Some(place) => new.sums_of(place) != old.sums_of(at),
-                None => !state.is_pinned(&stamp),
-            }
-        };
-        self.remove(|state| {
-            let files = old.files().iter().enumerate().filter(|file| gone(state, *file));
-            files.map(|(_, file)| file.stamp()).collect()
-        });
+        let place = |file: &DataFile| new.files().iter().position(|theirs| theirs.stamp() == file.stamp());
+        // They were compared with what they are not to be any more.
+        let differ = old
+            .files()
+            .iter()
+            .enumerate()
+            .filter(|(at, file)| place(file).is_some_and(|place| new.sums_of(place) != old.sums_of(*at)));
+        let differ: Vec<_> = differ.map(|(_, file)| file.stamp()).collect();
+        self.remove(|_| differ);
+        self.evict_files(old, |file| place(file).is_none());
         pinned
+    }
+
+    /// Drops what is resident of a checkpoint's files that have changed on the disk since; gives the bytes. A pin stays.
+    pub fn evict_changed(&self, checkpoint: &Checkpoint) -> u64 {
+        self.evict_files(checkpoint, |file| !file.is_current())
+    }
+
+    /// Drops some of a checkpoint's files, but for those that others pin; gives the bytes.
+    fn evict_files(&self, checkpoint: &Checkpoint, which: impl Fn(&DataFile) -> bool) -> u64 {
+        let mut stamps: Vec<_> = checkpoint.files().iter().filter(|file| which(file)).map(DataFile::stamp).collect();
+        self.remove(|state| {
+            let by_others = state.chunks_pinned_by_others(checkpoint.path());
+            stamps.retain(|stamp| !by_others.contains_key(stamp));
+            stamps
+        })
     }
 
     /// Drops what is resident of a checkpoint, pinned or not; gives the bytes. Memory that a copy reads is free after it.

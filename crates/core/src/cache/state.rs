@@ -301,11 +301,6 @@ impl State {
         self.files.get(stamp).map_or(0, |entry| entry.len)
     }
 
-    /// Whether any checkpoint keeps a file.
-    pub(super) fn is_pinned(&self, stamp: &Stamp) -> bool {
-        self.files.get(stamp).is_some_and(Entry::is_pinned)
-    }
-
     /// Whether the checkpoint of this path keeps a file.
     pub(super) fn is_pinned_by(&self, stamp: &Stamp, pinner: &Path) -> bool {
         self.files.get(stamp).is_some_and(|entry| entry.pinners.contains(pinner))
