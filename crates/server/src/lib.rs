@@ -7,6 +7,7 @@
 //! Nothing that may block runs on an asynchronous thread, and no lock is held while something is waited for.
 #![deny(unsafe_code)]
 
+mod background;
 mod config;
 mod connection;
 mod devices;

@@ -6,19 +6,16 @@ use sllm_core::{LoadReport, Progress};
 use tokio::sync::watch;
 use tonic::Status;
 
+use crate::background::Background;
 use crate::jobs::{Job, Stop, Why};
 use crate::metrics::Kind;
 use crate::models::{InUse, Model};
 use crate::store::Store;
 
-/// How a preload ended, once it has.
-type Outcome = Option<Result<(), Status>>;
-
 /// A preload that runs, or the last one that ran.
 #[derive(Debug, Clone)]
 pub(crate) struct Preload {
-    stop: Stop,
-    outcome: watch::Receiver<Outcome>,
+    load: Background,
     progress: Arc<watch::Sender<Progress>>,
     wanted: Arc<Mutex<Wanted>>,
 }
@@ -42,18 +39,13 @@ impl Preload {
 
     /// Waits for its end.
     pub(crate) async fn ended(&self) -> Result<(), Status> {
-        let mut outcome = self.outcome.clone();
-        match outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone()) {
-            Ok(Some(result)) => result,
-            // Its task is gone, with the server.
-            _ => Err(Why::ShuttingDown.status()),
-        }
+        self.load.ended().await
     }
 
     /// Stops it, whoever wants it; nobody joins it any more.
     pub(crate) fn stop(&self, why: Why) {
         self.wanted().abandoned = true;
-        self.stop.stop(why);
+        self.load.stop(why);
     }
 
     /// A client that listened is gone; the last one stops it, unless it is wanted by others.
@@ -62,7 +54,7 @@ impl Preload {
         wanted.listeners = wanted.listeners.saturating_sub(1);
         if wanted.listeners == 0 && !wanted.kept {
             wanted.abandoned = true;
-            self.stop.stop(Why::ClientGone);
+            self.load.stop(Why::ClientGone);
         }
     }
 
@@ -74,10 +66,6 @@ impl Preload {
             Want::Keep => wanted.kept = true,
         }
         !wanted.abandoned
-    }
-
-    fn is_running(&self) -> bool {
-        self.outcome.borrow().is_none() && self.outcome.has_changed().is_ok()
     }
 
     fn wanted(&self) -> MutexGuard<'_, Wanted> {
@@ -105,7 +93,7 @@ impl Preloads {
     }
 
     pub(crate) fn is_running(&self) -> bool {
-        self.lock().as_ref().is_some_and(Preload::is_running)
+        self.lock().as_ref().is_some_and(|last| last.load.is_running())
     }
 
     /// Forgets this one, if it is the last one.
@@ -124,21 +112,19 @@ impl Preloads {
 /// Starts to read a model into the pool, or joins whoever does.
 pub(crate) fn start(store: &Arc<Store>, model: &Arc<Model>, want: Want) -> Preload {
     let mut last = model.preloads.lock();
-    if let Some(running) = last.as_ref().filter(|preload| preload.is_running() && preload.join(want)) {
+    if let Some(running) = last.as_ref().filter(|preload| preload.load.is_running() && preload.join(want)) {
         return running.clone();
     }
     let stop = Stop::new();
     let job = Job::new(&model.name, "pool".into(), Kind::Pool, stop.clone());
-    let (told, outcome) = watch::channel(None);
-    let preload = Preload { stop, outcome, progress: Arc::clone(&job.progress), wanted: Arc::default() };
+    let (ending, load) = Background::new(stop);
+    let preload = Preload { load, progress: Arc::clone(&job.progress), wanted: Arc::default() };
     preload.join(want);
     *last = Some(preload.clone());
     drop(last);
     let (store, model) = (Arc::clone(store), Arc::clone(model));
     tokio::spawn(async move {
-        let result = fill(&store, &model, job).await;
-        // Whoever asked for it may be gone; the model keeps the outcome.
-        told.send_replace(Some(result.map(drop)));
+        ending.tell(fill(&store, &model, job).await.map(drop));
     });
     preload
 }
@@ -161,18 +147,18 @@ mod tests {
     #[test]
     fn a_preload_goes_on_while_anybody_wants_it() {
         let preload = || {
-            let (told, outcome) = watch::channel(None);
+            let (ending, load) = Background::new(Stop::new());
             let progress = Arc::new(watch::Sender::new(Progress { done: 0, total: 0 }));
-            (told, Preload { stop: Stop::new(), outcome, progress, wanted: Arc::default() })
+            (ending, Preload { load, progress, wanted: Arc::default() })
         };
-        let (_told, listened) = preload();
+        let (_ending, listened) = preload();
         assert!(listened.join(Want::Listen) && listened.join(Want::Listen));
         listened.leave();
         assert!(listened.join(Want::Listen), "the first one left, and another listens");
         listened.leave();
         listened.leave();
         assert!(!listened.join(Want::Keep), "the last one stopped it");
-        let (_told, kept) = preload();
+        let (_ending, kept) = preload();
         assert!(kept.join(Want::Listen) && kept.join(Want::Keep));
         kept.leave();
         assert!(kept.join(Want::Listen), "whoever does not listen still wants it");

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
 use tonic::{Code, Status};
 
+use crate::background::{Background, Ending};
 use crate::fault::{invalid, refused};
 use crate::jobs::{Stop, Why};
 
@@ -17,24 +17,14 @@ const MAX_REPLICAS: usize = 4096;
 /// Bytes of a replica's name at most.
 const MAX_NAME: usize = 256;
 
-/// How a replica's load ended, once it has.
-pub(crate) type Outcome = Option<Result<(), Status>>;
-
 /// A model's name and a replica's.
 type Key = (String, String);
 
 #[derive(Debug)]
 struct Replica {
-    stop: Stop,
-    outcome: watch::Receiver<Outcome>,
+    load: Background,
     /// When it was last seen to run.
     since: Instant,
-}
-
-impl Replica {
-    fn is_running(&self) -> bool {
-        self.outcome.borrow().is_none() && self.outcome.has_changed().is_ok()
-    }
 }
 
 /// All replicas that are remembered.
@@ -42,12 +32,12 @@ impl Replica {
 pub(crate) struct Replicas(Mutex<HashMap<Key, Replica>>);
 
 impl Replicas {
-    /// Remembers a replica whose load begins; the sender is told of its end.
-    pub(crate) fn begin(&self, model: &str, replica: &str, stop: Stop) -> Result<watch::Sender<Outcome>, Status> {
-        let (told, outcome) = watch::channel(None);
+    /// Remembers a replica whose load begins; gives what is told of its end.
+    pub(crate) fn begin(&self, model: &str, replica: &str, stop: Stop) -> Result<Ending, Status> {
+        let (ending, load) = Background::new(stop);
         let mut all = self.lock();
         let key = (model.to_owned(), replica.to_owned());
-        if all.get(&key).is_some_and(Replica::is_running) {
+        if all.get(&key).is_some_and(|replica| replica.load.is_running()) {
             return Err(refused(
                 Code::AlreadyExists,
                 format!("replica {replica:?} of {model} is being loaded already"),
@@ -55,41 +45,37 @@ impl Replicas {
         }
         if all.len() >= MAX_REPLICAS {
             let oldest =
-                all.iter().filter(|(_, replica)| !replica.is_running()).min_by_key(|(_, replica)| replica.since);
+                all.iter().filter(|(_, replica)| !replica.load.is_running()).min_by_key(|(_, replica)| replica.since);
             let oldest = oldest.map(|(key, _)| key.clone());
             match oldest {
                 Some(oldest) => drop(all.remove(&oldest)),
                 None => return Err(Status::resource_exhausted("too many replicas are being loaded: try again later")),
             }
         }
-        all.insert(key, Replica { stop, outcome, since: Instant::now() });
-        Ok(told)
+        all.insert(key, Replica { load, since: Instant::now() });
+        Ok(ending)
     }
 
     /// Waits for the end of a replica's load.
     pub(crate) async fn ended(&self, model: &str, replica: &str) -> Result<(), Status> {
         let missing = || refused(Code::NotFound, format!("no load of a replica {replica:?} of {model} was asked for"));
-        let outcome = self.lock().get(&(model.to_owned(), replica.to_owned())).map(|found| found.outcome.clone());
-        let mut outcome = outcome.ok_or_else(missing)?;
-        match outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone()) {
-            Ok(Some(result)) => result,
-            _ => Err(Why::ShuttingDown.status()),
-        }
+        let load = self.lock().get(&(model.to_owned(), replica.to_owned())).map(|found| found.load.clone());
+        load.ok_or_else(missing)?.ended().await
     }
 
     /// Stops a replica's load, waits for its end and forgets it. `false` where there is none.
     pub(crate) async fn release(&self, model: &str, replica: &str) -> bool {
         let Some(found) = self.lock().remove(&(model.to_owned(), replica.to_owned())) else { return false };
-        found.stop.stop(Why::Unloaded);
-        let mut outcome = found.outcome;
-        let _ = outcome.wait_for(Option::is_some).await;
+        found.load.stop(Why::Unloaded);
+        // How it ended was for those who asked for it.
+        let _ = found.load.ended().await;
         true
     }
 
     /// Forgets loads that ended long ago.
     pub(crate) fn sweep(&self) {
         self.lock().retain(|_, replica| {
-            if replica.is_running() {
+            if replica.load.is_running() {
                 replica.since = Instant::now();
             }
             replica.since.elapsed() < REMEMBERED
@@ -122,7 +108,7 @@ mod tests {
             (1..MAX_REPLICAS).map(|i| replicas.begin("m", &i.to_string(), Stop::new()).unwrap()).collect();
         assert_eq!(replicas.begin("m", "more", Stop::new()).unwrap_err().code(), Code::ResourceExhausted);
         assert_eq!(replicas.begin("m", "first", Stop::new()).unwrap_err().code(), Code::AlreadyExists);
-        begun.iter().for_each(|told| drop(told.send_replace(Some(Ok(())))));
+        begun.into_iter().for_each(|ending| ending.tell(Ok(())));
         let more = replicas.begin("m", "more", Stop::new()).unwrap();
         assert_eq!(replicas.lock().len(), MAX_REPLICAS);
         assert!(replicas.lock().contains_key(&("m".into(), "first".into())));
@@ -133,8 +119,7 @@ mod tests {
     async fn the_end_of_a_load_is_told_to_all_who_ask_and_an_unknown_replica_at_once() {
         let replicas = Replicas::default();
         assert_eq!(replicas.ended("m", "r").await.unwrap_err().code(), Code::NotFound);
-        let told = replicas.begin("m", "r", Stop::new()).unwrap();
-        told.send_replace(Some(Err(Status::data_loss("rot"))));
+        replicas.begin("m", "r", Stop::new()).unwrap().tell(Err(Status::data_loss("rot")));
         for _ in 0..2 {
             assert_eq!(replicas.ended("m", "r").await.unwrap_err().code(), Code::DataLoss);
         }

@@ -157,7 +157,7 @@ async fn load_to_gpus(
     let planned = blocking(move || plan(&shared, &opened, &chunks, &handles)).await??;
 
     let stop = Stop::new();
-    let told = store.replicas.begin(&model.name, replica, stop.clone())?;
+    let ending = store.replicas.begin(&model.name, replica, stop.clone())?;
     let devices = segments::devices(&planned.blocks);
     let job = Job::new(&model.name, segments::names(&devices), Kind::Cuda, stop);
     let (store, model) = (Arc::clone(store), InUse::new(model));
@@ -172,7 +172,7 @@ async fn load_to_gpus(
             shared.tell(&model, &report);
             Ok(())
         });
-        told.send_replace(Some(run.await));
+        ending.tell(run.await);
     });
     Ok(())
 }
