@@ -31,14 +31,10 @@ impl Dir {
         command
     }
 
-    /// Starts a server, and waits until it can be connected to.
+    /// Starts a server, and waits until it can be connected to by its socket.
     fn start(&self, command: &mut Command) -> Server {
-        let child = command.spawn().unwrap();
-        let mut server = Server(Some(child));
-        while UnixStream::connect(self.path("s")).is_err() {
-            assert!(server.0.as_mut().unwrap().try_wait().unwrap().is_none(), "it ended");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        let mut server = Server(Some(command.spawn().unwrap()));
+        server.wait_for(|| UnixStream::connect(self.path("s")).is_ok());
         server
     }
 }
@@ -47,6 +43,19 @@ impl Dir {
 struct Server(Option<Child>);
 
 impl Server {
+    /// Waits while it runs.
+    fn wait_for(&mut self, done: impl Fn() -> bool) {
+        while !done() {
+            assert!(self.0.as_mut().unwrap().try_wait().unwrap().is_none(), "it ended");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Waits until it can be connected to by a port: a server listens at one address after the other.
+    fn wait_for_port(&mut self, port: u16) {
+        self.wait_for(|| TcpStream::connect(("127.0.0.1", port)).is_ok());
+    }
+
     fn signal(&self, signal: &str) {
         let pid = self.0.as_ref().unwrap().id().to_string();
         assert!(Command::new("kill").args(["-s", signal, &pid]).status().unwrap().success());
@@ -127,10 +136,7 @@ fn a_second_server_at_another_port_leaves_the_default_socket_to_the_first() {
         command.args(["start", "--port", &port.to_string()]).env_remove("SLLM_STORE_TOKEN");
         command.env("STORAGE_PATH", dir.path("models")).env("XDG_RUNTIME_DIR", dir.0.path());
         let mut server = Server(Some(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()));
-        while TcpStream::connect(("127.0.0.1", port)).is_err() {
-            assert!(server.0.as_mut().unwrap().try_wait().unwrap().is_none(), "it ended");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        server.wait_for_port(port);
         server
     };
     let first = start(port());
@@ -274,8 +280,9 @@ fn flags_of_the_original_are_taken_and_go_before_the_file() {
     command.args(["--host", "127.0.0.1", "--port", &port.to_string(), "--registration-required", "False"]);
     command.args(["--mem-pool-size", "32MB", "--chunk-size", "8MB", "--num-thread", "4", "--disk-size", "128GB"]);
     command.arg("--config").arg(dir.path("c.toml"));
-    let server = dir.start(&mut command);
-    TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let mut server = dir.start(&mut command);
+    server.wait_for_port(port);
+    server.wait_for_port(scrape);
     let capacity = format!("sllm_pool_bytes{{state=\"capacity\"}} {}", 32 << 20);
     assert!(metrics(scrape).contains(&capacity));
     server.signal("TERM");
