@@ -161,7 +161,7 @@ def scripted(number):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse invariant checks")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
 @pytest.mark.parametrize("way", NUMBERS)
 @pytest.mark.parametrize("inference", [False, True])
 def test_numbers_that_are_tensors_in_lists_have_arrived(inference: bool, way: str, tmp_path: Path) -> None:
