@@ -301,6 +301,19 @@ mod tests {
         Job::new("m", "host".into(), Kind::Host, stop.clone())
     }
 
+    /// A load that runs until what comes with it is dropped.
+    async fn running_load(jobs: &Arc<Jobs>) -> (mpsc::Sender<()>, tokio::task::JoinHandle<Result<bool, Status>>) {
+        let (hold, held) = mpsc::channel();
+        let load = tokio::spawn({
+            let jobs = Arc::clone(jobs);
+            async move { jobs.run(job(&Stop::new()), move |_| Ok(held.recv().is_err())).await }
+        });
+        while jobs.running().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        (hold, load)
+    }
+
     fn runtime() -> tokio::runtime::Runtime {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
     }
@@ -323,14 +336,7 @@ mod tests {
     fn no_more_loads_run_at_once_than_were_allowed_and_waiting_ones_can_be_stopped() {
         runtime().block_on(async {
             let jobs = jobs(1);
-            let (hold, held) = mpsc::channel::<()>();
-            let first = tokio::spawn({
-                let jobs = Arc::clone(&jobs);
-                async move { jobs.run(job(&Stop::new()), move |_| Ok(held.recv().is_err())).await }
-            });
-            while jobs.running().is_empty() {
-                tokio::task::yield_now().await;
-            }
+            let (hold, first) = running_load(&jobs).await;
             let stop = Stop::new();
             let waiting = tokio::spawn({
                 let (jobs, stop) = (Arc::clone(&jobs), stop.clone());
@@ -354,14 +360,7 @@ mod tests {
     fn who_waits_for_the_last_load_waits_for_all_and_one_that_comes_then_is_refused() {
         runtime().block_on(async {
             let jobs = jobs(2);
-            let (hold, held) = mpsc::channel::<()>();
-            let load = tokio::spawn({
-                let jobs = Arc::clone(&jobs);
-                async move { jobs.run(job(&Stop::new()), move |_| Ok(held.recv().is_err())).await }
-            });
-            while jobs.running().is_empty() {
-                tokio::task::yield_now().await;
-            }
+            let (hold, load) = running_load(&jobs).await;
             jobs.close();
             let mut idle = std::pin::pin!(jobs.idle());
             let waits = std::future::poll_fn(|cx| std::task::Poll::Ready(idle.as_mut().poll(cx).is_pending()));

@@ -6,6 +6,8 @@ use std::path::Path;
 use super::Stamp;
 use crate::format::{hf_index, manifest, original};
 
+/// How names of safetensors files end.
+pub(super) const SAFETENSORS: &[u8] = b".safetensors";
 /// How names of data files begin in stores and in the original's layout.
 const DATA_PREFIX: &[u8] = b"tensor.data_";
 
@@ -23,16 +25,17 @@ impl Contents {
     pub(super) fn of(dir: &Path) -> Contents {
         let stamp = |name| std::fs::metadata(dir.join(name)).ok().map(|metadata| Stamp::of(&metadata));
         let telling = [manifest::MANIFEST_NAME, hf_index::INDEX_NAME, original::INDEX_NAME].map(stamp);
-        Contents { telling, data: data_names(dir).ok() }
+        let may_be_data = |name: &[u8]| name.ends_with(SAFETENSORS) || name.starts_with(DATA_PREFIX);
+        Contents { telling, data: names_in(dir, may_be_data).ok() }
     }
 }
 
-fn data_names(dir: &Path) -> std::io::Result<Vec<OsString>> {
+/// Those names in a directory that are wanted, sorted.
+pub(super) fn names_in(dir: &Path, is_wanted: impl Fn(&[u8]) -> bool) -> std::io::Result<Vec<OsString>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(dir)? {
         let name = entry?.file_name();
-        let bytes = name.as_encoded_bytes();
-        if bytes.ends_with(b".safetensors") || bytes.starts_with(DATA_PREFIX) {
+        if is_wanted(name.as_encoded_bytes()) {
             names.push(name);
         }
     }

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use super::contents::{SAFETENSORS, names_in};
 use super::store::read_small;
 use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, TensorInfo, hub, is_there};
 use crate::error::{Error, FormatError, Result};
@@ -19,18 +20,12 @@ const SINGLE_NAME: &str = "model.safetensors";
 const PARSED_BY_ONE: u64 = 512 << 10;
 
 /// Names of a directory's safetensors files, sorted; only `model.safetensors` where there is one.
-fn names_in(dir: &Path) -> Result<Vec<String>> {
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(Error::io("list", dir))? {
-        let name = entry.map_err(Error::io("list", dir))?.file_name();
-        if !name.as_encoded_bytes().ends_with(b".safetensors") {
-            continue;
-        }
-        // Left out, its tensors would be missing and nobody be told.
-        let not_utf8 = |name| FormatError::new(&dir.join(name), "the name of a weight file must be UTF-8: rename it");
-        names.push(name.into_string().map_err(not_utf8)?);
-    }
-    names.sort_unstable();
+fn file_names(dir: &Path) -> Result<Vec<String>> {
+    let found = names_in(dir, |name| name.ends_with(SAFETENSORS)).map_err(Error::io("list", dir))?;
+    // Left out, its tensors would be missing and nobody be told.
+    let not_utf8 = |name| FormatError::new(&dir.join(name), "the name of a weight file must be UTF-8: rename it");
+    let names = found.into_iter().map(|name| name.into_string().map_err(not_utf8));
+    let mut names = names.collect::<Result<Vec<String>, _>>()?;
     if names.iter().any(|name| name == SINGLE_NAME) {
         names = vec![SINGLE_NAME.to_owned()];
     }
@@ -58,7 +53,7 @@ pub(super) fn open_dir(dir: &Path) -> Result<Option<Checkpoint>> {
     if is_there(&index_path)? {
         return open_indexed(dir, &index_path).map(Some);
     }
-    let names = names_in(dir)?;
+    let names = file_names(dir)?;
     if names.is_empty() {
         return Ok(None);
     }
