@@ -21,7 +21,7 @@ from loaders import LOADERS
 from results import Results
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-READY = ("ready_s", "weights_s", "model_s")
+READY = ("ready_s", "after_first_line_s", "weights_s", "model_s")
 
 
 def run(name: str, rate: float, *, state: str = "warm", number: int = 0, **more: Any) -> dict[str, Any]:
@@ -194,6 +194,6 @@ def test_starts_that_failed_are_no_part_of_the_medians_and_are_told() -> None:
     def cells(*rows: dict[str, Any]) -> list[str]:
         return [cell.strip() for cell in ready.table(list(rows)).splitlines()[-1].split("|")[3:-1]]
 
-    assert cells(row(2.0, ["a"]), row(None, None), row(4.0, ["a"])) == ["2 of 3", "3.00", "3.00", "3.00", "equal"]
-    assert cells(row(2.0, ["a"]), row(4.0, ["b"])) == ["2", "3.00", "3.00", "3.00", "DIFFER"]
-    assert cells(row(None, None)) == ["0 of 1", "-", "-", "-", "none"]
+    assert cells(row(2.0, ["a"]), row(None, None), row(4.0, ["a"])) == ["2 of 3", *["3.00"] * 4, "equal"]
+    assert cells(row(2.0, ["a"]), row(4.0, ["b"])) == ["2", *["3.00"] * 4, "DIFFER"]
+    assert cells(row(None, None)) == ["0 of 1", *["-"] * 4, "none"]

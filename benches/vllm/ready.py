@@ -4,8 +4,9 @@
 
 STATE is `warm` (the files are in the page cache) or `cold` (the page cache was dropped; needs root). FORMAT is a load
 format, such as `auto` or `serverless_llm`; `FORMAT,{"key": ...}` gives it an extra config. For each start it writes the
-seconds until the server answers, those of the loader's own line and of vLLM's model loading, the first tokens, and the
-loader's line; then the medians as Markdown. All starts get the same flags; caches of compiled code stay from start to
+seconds until the server answers, those of them after its first line (what comes before are imports, in which no loader
+has been called yet), those of the loader's own line and of vLLM's model loading, the first tokens, and the loader's
+line; then the medians as Markdown. All starts get the same flags; caches of compiled code stay from start to
 start. make_model.py makes a MODEL.
 """
 
@@ -52,16 +53,20 @@ def ask(path: str, body: dict[str, Any] | None = None) -> Any:
         return json.load(answer)
 
 
-def wait_ready(server: subprocess.Popen[bytes], limit: float) -> float | None:
-    """Seconds until the server answers, or None."""
+def wait_ready(server: subprocess.Popen[bytes], log: Path, limit: float) -> tuple[float | None, float | None]:
+    """Seconds until the server answers, or None, and those of them after its first line."""
     start = time.perf_counter()
-    while time.perf_counter() - start < limit and server.poll() is None:
+    first = None
+    while (now := time.perf_counter() - start) < limit and server.poll() is None:
+        if first is None and log.stat().st_size > 0:
+            first = now
         try:
             ask("/v1/models")
-            return time.perf_counter() - start
+            ready = time.perf_counter() - start
+            return ready, None if first is None else ready - first
         except OSError:
             time.sleep(0.05)
-    return None
+    return None, None
 
 
 def number(pattern: str, log: str) -> float | None:
@@ -79,7 +84,7 @@ def start(model: Path, state: str, form: str, flags: list[str], log: Path, limit
     command = [*SERVE, str(model), *place, *flags, *more]
     with open(log, "wb") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-        ready = wait_ready(server, limit)
+        ready, after_first_line = wait_ready(server, log, limit)
         tokens = None
         if ready is not None:
             body = {"model": "m", "prompt": [1, 2, 3, 4], "max_tokens": 32, "temperature": 0, "logprobs": 0}
@@ -98,6 +103,7 @@ def start(model: Path, state: str, form: str, flags: list[str], log: Path, limit
         "format": form,
         "flags": " ".join(flags),
         "ready_s": ready,
+        "after_first_line_s": after_first_line,
         "weights_s": number(r"Loading weights took ([0-9.]+)", text),
         "model_s": number(r"Model loading took .*? and ([0-9.]+)", text),
         "model_gib": number(r"Model loading took ([0-9.]+)", text),
@@ -109,8 +115,8 @@ def start(model: Path, state: str, form: str, flags: list[str], log: Path, limit
 def table(rows: list[dict[str, Any]]) -> str:
     """Medians by state and format of the starts that came to an answer."""
     lines = [
-        "| state | load format | starts | ready s | weights s | model loading s | tokens |",
-        "|---|---|---|---|---|---|---|",
+        "| state | load format | starts | ready s | after the first line s | weights s | model loading s | tokens |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     first = next((row["tokens"] for row in rows if row["tokens"]), None)
     for key in dict.fromkeys((row["state"], row["format"]) for row in rows):
@@ -118,12 +124,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         mine = [row for row in tried if row["ready_s"] is not None]
 
         def median(name: str, mine: list[dict[str, Any]] = mine) -> str:
-            values = [row[name] for row in mine if row[name] is not None]
+            values = [row[name] for row in mine if row.get(name) is not None]
             return f"{statistics.median(values):.2f}" if values else "-"
 
         starts = str(len(mine)) if len(mine) == len(tried) else f"{len(mine)} of {len(tried)}"
         same = "none" if not mine else "equal" if all(row["tokens"] == first for row in mine) else "DIFFER"
-        cells = (*key, starts, median("ready_s"), median("weights_s"), median("model_s"), same)
+        medians = [median(name) for name in ("ready_s", "after_first_line_s", "weights_s", "model_s")]
+        cells = (*key, starts, *medians, same)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
