@@ -326,7 +326,7 @@ impl Loader {
         let chunks = chunks.map(|chunk_len| Chunks::new(chunk_len, piece_len, plan.pieces()));
         let verify = sums.is_some();
         let pinning = devices.iter().find(|device| device.needs_pinning());
-        let outbox = Outbox::new(streams, Arc::clone(&blocks));
+        let outbox = Outbox::new(streams, Arc::clone(&blocks), outbox::most(piece_len));
         let shared =
             Shared { checkpoint, plan: &plan, chunks, verify, buffers, outbox, pinning, blocks, meter, outcome };
         let queues: Vec<Queue<'_>> = shares.iter().map(|share| Queue::new(&share.pieces)).collect();

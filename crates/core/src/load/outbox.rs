@@ -15,6 +15,14 @@ use crate::read::Filled;
 pub const MAX_BATCH: usize = 8;
 /// Batches that keep a device busy: one is copied while the next is there already.
 pub const BUSY: usize = 2;
+/// A piece of so many bytes or more is issued at once: the rest after it is a hundredth of its copy, and holding it back
+/// costs more where loads are short, as the batches of a store server's clients are (`docs/benchmarks.md`).
+const ALONE_LEN: u64 = 16 << 20;
+
+/// Pieces of so many bytes that are issued together at most.
+pub(super) fn most(piece_len: u64) -> usize {
+    if piece_len < ALONE_LEN { MAX_BATCH } else { 1 }
+}
 
 /// Pieces of a batch at most where a load is to so many devices, `most` for one. Their batches together may hold back as
 /// many buffers as those of one may: neighbours in a file often go to one device, and with more of them held back for
@@ -65,14 +73,14 @@ pub(super) struct Receipt<'a> {
 }
 
 impl<'a> Outbox<'a> {
-    /// An outbox by these streams, one a device, to the blocks.
-    pub(super) fn new(streams: &'a [Stream], blocks: Arc<[Block]>) -> Self {
+    /// An outbox by these streams, one a device, to the blocks, for batches of `most` pieces where there is one device.
+    pub(super) fn new(streams: &'a [Stream], blocks: Arc<[Block]>, most: usize) -> Self {
         // A block of no stream is an error of whoever issues copies to it.
         let line_of: Vec<usize> = blocks.iter().map(|block| device::stream_of(streams, block).unwrap_or(0)).collect();
         let is_host = |place: usize| streams[place].device().is_host();
         let devices = (0..streams.len()).filter(|place| line_of.contains(place) && !is_host(*place)).count();
-        let most = |place| if is_host(place) { 1 } else { batch_len(MAX_BATCH, devices) };
-        let lines = (0..streams.len()).map(|place| Line { most: most(place), batches: Mutex::default() }).collect();
+        let of_line = |place| if is_host(place) { 1 } else { batch_len(most, devices) };
+        let lines = (0..streams.len()).map(|place| Line { most: of_line(place), batches: Mutex::default() }).collect();
         Outbox { streams, blocks, lines, line_of }
     }
 
@@ -187,6 +195,7 @@ mod tests {
 
     use super::*;
     use crate::device::Device;
+    use crate::load::PIECE_LEN;
     use crate::pool::BufferPool;
 
     const LEN: u64 = 4096;
@@ -199,13 +208,14 @@ mod tests {
     /// Sends pieces of these copies by an outbox to cuda:0 (block 0), cuda:1 (block 1) and the host (block 2).
     fn with_outbox<'a>(
         streams: &'a mut Vec<Stream>,
+        most: usize,
         test: impl FnOnce(&Outbox<'a>, &dyn Fn(&'a [PieceCopy]) -> Receipt<'a>),
     ) {
         let devices = [Device::cuda(0).unwrap(), Device::cuda(1).unwrap(), Device::host()];
         *streams = devices.iter().map(|device| device.stream().unwrap()).collect();
         let blocks: Arc<[Block]> = devices.iter().map(|device| Block::alloc(device, LEN).unwrap()).collect();
         let pool = BufferPool::new(4096, 32, 1 << 20, Some(&devices[0])).unwrap();
-        let outbox = Outbox::new(streams, blocks);
+        let outbox = Outbox::new(streams, blocks, most);
         test(&outbox, &|copies| outbox.send(Filled::Buffer(pool.try_acquire().unwrap()), copies).unwrap());
     }
 
@@ -219,7 +229,7 @@ mod tests {
         driver.set_devices(2);
         driver.set_delay(Duration::from_secs(2));
         let (first, second, mut streams) = ([copy(0)], [copy(1)], Vec::new());
-        with_outbox(&mut streams, |outbox, send| {
+        with_outbox(&mut streams, MAX_BATCH, |outbox, send| {
             let busy: Vec<_> = (0..5).map(|_| send(&first)).collect();
             assert_eq!(busy.iter().filter(|piece| is_issued(piece)).count(), BUSY, "what a device has to do");
             let idle: Vec<_> = (0..3).map(|_| send(&second)).collect();
@@ -233,6 +243,20 @@ mod tests {
     }
 
     #[test]
+    fn a_long_piece_is_issued_at_once() {
+        assert_eq!([1, PIECE_LEN, ALONE_LEN - 1, ALONE_LEN, u64::MAX].map(most), [8, 8, 8, 1, 1]);
+        let driver = Driver::load();
+        driver.set_devices(2);
+        driver.set_delay(Duration::from_secs(2));
+        let (first, mut streams) = ([copy(0)], Vec::new());
+        with_outbox(&mut streams, most(ALONE_LEN), |_, send| {
+            let pieces: Vec<_> = (0..5).map(|_| send(&first)).collect();
+            assert!(pieces.iter().all(is_issued));
+            assert_eq!((driver.count("cuMemcpyBatchAsync"), driver.count("cuMemcpyHtoDAsync")), (0, 5));
+        });
+    }
+
+    #[test]
     fn batches_of_several_devices_hold_back_no_more_than_those_of_one() {
         assert_eq!([0, 1, 2, 3, 4, 8, 64].map(|devices| batch_len(MAX_BATCH, devices)), [8, 8, 4, 2, 2, 2, 2]);
         assert_eq!([1, 8].map(|devices| batch_len(1, devices)), [1, 1], "one is one");
@@ -240,7 +264,7 @@ mod tests {
         driver.set_devices(2);
         driver.set_delay(Duration::from_secs(2));
         let (first, mut streams) = ([copy(0)], Vec::new());
-        with_outbox(&mut streams, |_, send| {
+        with_outbox(&mut streams, MAX_BATCH, |_, send| {
             let pieces: Vec<_> = (0..7).map(|_| send(&first)).collect();
             assert_eq!(pieces.iter().filter(|piece| is_issued(piece)).count(), BUSY + 4);
             assert_eq!(driver.count("cuMemcpyBatchAsync"), 1);
@@ -252,7 +276,7 @@ mod tests {
         let driver = Driver::load();
         driver.set_devices(2);
         let (first, second, mut streams) = ([copy(0)], [copy(1)], Vec::new());
-        with_outbox(&mut streams, |outbox, send| {
+        with_outbox(&mut streams, MAX_BATCH, |outbox, send| {
             driver.set_delay(Duration::from_secs(3));
             let busy: Vec<_> = (0..3).map(|_| send(&first)).collect();
             driver.set_delay(Duration::from_millis(500));
@@ -271,7 +295,7 @@ mod tests {
         driver.set_delay(Duration::from_secs(2));
         let (first, both) = ([copy(0)], [copy(0), copy(1)]);
         let (host, last_to_host, mut streams) = ([copy(2)], [copy(0), copy(2)], Vec::new());
-        with_outbox(&mut streams, |outbox, send| {
+        with_outbox(&mut streams, MAX_BATCH, |outbox, send| {
             let alone = [send(&first), send(&first)];
             let together = [send(&both), send(&first)];
             assert!(alone.iter().all(is_issued) && !together.iter().any(is_issued));
