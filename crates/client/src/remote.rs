@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use sllm_core::{Block, Checkpoint, Control, Remote, RemoteReport, Segment};
-use sllm_proto::store as pb;
+use sllm_proto::{nanoseconds, store as pb};
 
 use crate::client::{ClientOptions, LONGEST, StoreClient};
 use crate::error::Result;
@@ -219,7 +219,9 @@ impl StoreRemote {
                 inode,
             }
         };
-        Ok(pb::Open { model, files: checkpoint.files().iter().map(file).collect() })
+        let files = checkpoint.files();
+        let status_changed_ns = files.iter().map(|file| nanoseconds(file.status_changed())).collect();
+        Ok(pb::Open { model, files: files.iter().map(file).collect(), status_changed_ns })
     }
 
     /// Keeps a stream for a moment.

@@ -215,6 +215,39 @@ fn files_that_changed_since_the_client_opened_them_are_not_loaded() {
 }
 
 #[test]
+fn a_file_that_was_written_over_and_given_its_old_time_is_not_loaded_for_who_opened_it_before() {
+    use std::os::unix::fs::MetadataExt;
+
+    let old = model(5000);
+    let file = old.path.join("model.safetensors");
+    let was = file.metadata().unwrap();
+    let mut bytes = old.bytes.clone();
+    bytes[4500] ^= 2;
+    let now = loop {
+        // The system's clock of files may stand still for some milliseconds.
+        let open = std::fs::File::options().write(true).open(&file).unwrap();
+        std::io::Write::write_all(&mut &open, &bytes).unwrap();
+        open.set_modified(was.modified().unwrap()).unwrap();
+        let now = file.metadata().unwrap();
+        if (now.ctime(), now.ctime_nsec()) != (was.ctime(), was.ctime_nsec()) {
+            break now;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    };
+    let known = |of: &std::fs::Metadata| (of.dev(), of.ino(), of.len(), of.mtime(), of.mtime_nsec());
+    assert_eq!(known(&now), known(&was));
+    let served = Served::start(old.dir.path(), |_| {});
+    let segment = [Segment::contiguous(0, 4000, 1000, 0, 0)];
+    let (block, _) = host_block(1000);
+    let error = served.remote().fill(&old.checkpoint, &segment, &[block], &Control::new()).unwrap_err();
+    assert!(matches!(error, Error::Refused { refusal: Refusal::OtherFiles, .. }), "{error}");
+    assert!(error.to_string().contains("not as the client opened it"), "{error}");
+    let (block, to) = host_block(1000);
+    served.remote().fill(&Checkpoint::open(&old.path).unwrap(), &segment, &[block], &Control::new()).unwrap();
+    assert!(bytes_of(&to) == bytes[4000..5000]);
+}
+
+#[test]
 fn a_cancelled_load_has_ended_at_the_server_when_it_returns() {
     let model = model(60_000_000);
     let served = Served::start(model.dir.path(), |config| (config.pool_len, config.chunk_len) = (16 << 20, 4 << 20));

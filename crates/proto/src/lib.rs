@@ -50,6 +50,12 @@ pub const TICKET_LEN: usize = 16;
 /// Bytes by which a client's process is told from all others, beside the number of an allocation of its.
 pub const PROCESS_LEN: usize = 16;
 
+/// A time of seconds and nanoseconds as nanoseconds, as [`store::Open`] has times of status. What passes 64 bits wraps,
+/// at both ends alike.
+pub fn nanoseconds((seconds, nanoseconds): (i64, i64)) -> i64 {
+    seconds.wrapping_mul(1_000_000_000).wrapping_add(nanoseconds)
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::HashMap;

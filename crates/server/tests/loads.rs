@@ -8,6 +8,7 @@ use std::time::Duration;
 use common::session::{Loading, all_of, contents, load, open_message, ticket};
 use common::{Served, memory, models};
 use rustix::fs::SealFlags;
+use sllm_proto::storage::LoadModelRequest;
 use sllm_proto::store::load_event::Kind as Event;
 use sllm_proto::store::load_request::Kind as Asked;
 use sllm_proto::store::{
@@ -114,7 +115,7 @@ async fn a_path_that_leaves_the_storage_path_is_refused() {
         ("plain/model.safetensors/x", Code::NotFound),
         ("team", Code::NotFound),
     ] {
-        let open = Open { model: name.into(), files: Vec::new() };
+        let open = Open { model: name.into(), ..Default::default() };
         let error = Loading::open(&mut served.store().await, open).await.err().unwrap();
         assert_eq!(error.code(), code, "{name:?}: {error}");
         assert!(!error.message().is_empty());
@@ -137,6 +138,7 @@ async fn files_that_differ_from_the_clients_are_refused() {
         change(&|file| file.modified_ns ^= 1),
         change(&|file| file.inode ^= 1),
         change(&|file| file.name = "other.safetensors".into()),
+        Open { status_changed_ns: vec![good.status_changed_ns[0] - 1], ..good.clone() },
     ] {
         let error = Loading::open(&mut served.store().await, wrong).await.err().unwrap();
         assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
@@ -144,7 +146,9 @@ async fn files_that_differ_from_the_clients_are_refused() {
     // One file system that is mounted twice, and a client that does not know its files so well.
     let mounted = change(&|file| (file.device, file.inode) = (file.device ^ 1, file.inode ^ 1));
     let unknown = change(&|file| (file.device, file.inode) = (0, 0));
-    for right in [good.clone(), mounted, unknown] {
+    // As clients were before they told the time of status.
+    let older = Open { status_changed_ns: Vec::new(), ..good.clone() };
+    for right in [good.clone(), mounted, unknown, older] {
         Loading::open(&mut served.store().await, right).await.unwrap();
     }
 }
@@ -259,7 +263,14 @@ async fn a_message_that_is_too_large_is_refused_and_one_of_200_000_segments_is_n
     loading.batch(vec![huge; sllm_proto::MAX_MESSAGE_LEN / 60]).await;
     let error = loading.error().await;
     assert_eq!(error.code(), Code::OutOfRange, "{error}");
+    let limit = format!("the limit is: {} bytes", sllm_proto::MAX_MESSAGE_LEN);
+    assert!(error.message().contains(&limit), "{error}");
     load(&served, "plain").await.unwrap();
+    // The original's service says the same.
+    let request = LoadModelRequest { model_path: "m".repeat(sllm_proto::MAX_ORIGINAL_LEN), ..Default::default() };
+    let error = served.storage().await.load_model_async(request).await.unwrap_err();
+    assert_eq!(error.code(), Code::OutOfRange, "{error}");
+    assert!(error.message().contains(&format!("the limit is: {} bytes", sllm_proto::MAX_ORIGINAL_LEN)), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use sllm_core::{Block, LoadReport};
-use sllm_proto::PROCESS_LEN;
 use sllm_proto::store::load_event::Kind as Event;
 use sllm_proto::store::load_request::Kind as Asked;
 use sllm_proto::store::{
     Attach, Batch, CudaMemory, Done, File, LoadEvent, LoadRequest, Open, Opened, Progress, Segment, attach,
 };
+use sllm_proto::{PROCESS_LEN, nanoseconds};
 use tokio::sync::mpsc;
 use tonic::{Code, Status, Streaming};
 
@@ -132,7 +132,8 @@ fn weight(message: Option<&LoadRequest>) -> usize {
         Some(Asked::Batch(batch)) => batch.segments.capacity() * size_of::<Segment>(),
         Some(Asked::Open(open)) => {
             let names = open.files.iter().map(|file| file.name.capacity());
-            open.model.capacity() + open.files.capacity() * size_of::<File>() + names.sum::<usize>()
+            let times = open.status_changed_ns.capacity() * size_of::<i64>();
+            open.model.capacity() + open.files.capacity() * size_of::<File>() + names.sum::<usize>() + times
         }
         Some(Asked::Attach(attach)) => match &attach.memory {
             None => 0,
@@ -205,7 +206,7 @@ async fn open_model(store: &Arc<Store>, open: Open) -> Result<(InUse, Vec<usize>
     let ours = model.checkpoint.files();
     let by_name: HashMap<&str, usize> = ours.iter().enumerate().map(|(at, file)| (file.name(), at)).collect();
     let mut places = Vec::with_capacity(open.files.len());
-    for theirs in &open.files {
+    for (place, theirs) in open.files.iter().enumerate() {
         let name = &theirs.name;
         let Some(&at) = by_name.get(name.as_str()) else {
             return Err(differs(format!("the server has no data file {name:?}")));
@@ -225,6 +226,14 @@ async fn open_model(store: &Arc<Store>, open: Open) -> Result<(InUse, Vec<usize>
                 "the server's {name} is another file than the client's ({inode} and {} of one device): by one path they \
                  see two directories",
                 theirs.inode
+            )));
+        }
+        // Bytes that were written over, and the time of change set back.
+        let changed = nanoseconds(ours[at].status_changed());
+        if let Some(seen) = open.status_changed_ns.get(place).filter(|&&seen| seen != changed) {
+            return Err(differs(format!(
+                "the server's {name} is not as the client opened it: its status was changed {changed} ns after 1970, that \
+                 of the client's {seen}"
             )));
         }
         places.push(at);
@@ -485,7 +494,7 @@ mod tests {
         // A thousand parts of two bytes each, which say nothing.
         let (segments, files) = (vec![Segment::default(); 1000], vec![File::default(); 1000]);
         let batch = Asked::Batch(Batch { segments, timeout_ms: 0 });
-        let open = Asked::Open(Open { model: "m".repeat(100), files });
+        let open = Asked::Open(Open { model: "m".repeat(100), files, status_changed_ns: Vec::new() });
         let attach = Asked::Attach(Attach { memory: Some(attach::Memory::Ticket(vec![1; 5000])), ..Attach::default() });
         for (kind, least) in
             [(batch, 1000 * size_of::<Segment>()), (open, 1000 * size_of::<File>() + 100), (attach, 5000)]

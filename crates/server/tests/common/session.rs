@@ -28,7 +28,8 @@ pub(crate) fn open_message(name: &str, path: &Path) -> Open {
         device: file.inode().0,
         inode: file.inode().1,
     });
-    Open { model: name.into(), files: files.collect() }
+    let times = checkpoint.files().iter().map(|file| sllm_proto::nanoseconds(file.status_changed()));
+    Open { model: name.into(), files: files.collect(), status_changed_ns: times.collect() }
 }
 
 /// One segment for each file, which puts them one after the other into block 0.
