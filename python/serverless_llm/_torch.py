@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from . import _native
 from ._arrays import TORCH_NAMES, Placed
 from .errors import DeviceError, DeviceMemoryError, InvalidError
 
@@ -18,6 +20,10 @@ def device_id(device: Any) -> str:
     """The native name of a device: `cpu`, or `cuda:N`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        # A torch that could not use a device has no need of a driver.
+        failure = _native.driver_failure() if device == "cpu" and torch.version.cuda is not None else None
+        if failure is not None:
+            warnings.warn(f"{failure}; device='auto' takes the host's memory", RuntimeWarning, stacklevel=3)
     elif device == "host":
         device = "cpu"
     elif isinstance(device, int) and not isinstance(device, bool):

@@ -158,6 +158,12 @@ pub(crate) fn fill(
     Ok((json(py, &report)?, report.to_string()))
 }
 
+/// What a CUDA driver that is there and fails says; None where there is none, or no device, or all is well.
+#[pyfunction]
+pub(crate) fn driver_failure(py: Python<'_>) -> Option<String> {
+    py.detach(Device::try_cuda_count).err().map(|e| e.chain())
+}
+
 /// The peak of a device's link in GB/s, and the day on which it was measured; None for the host. It is measured where it
 /// is not known, or where `seen`, what a load reached, is more.
 #[pyfunction]

@@ -111,10 +111,10 @@ def opened(path: Path) -> Any:
     return _native.open_files(path, files) if files else _native.open(path)
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def python(code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs code in a fresh interpreter, with warnings as errors; it must succeed."""
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
+        [sys.executable, "-W", "error", "-c", code, *arguments],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,

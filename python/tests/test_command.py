@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,21 @@ def test_it_says_what_went_wrong(tmp_path: Path) -> None:
     run = subprocess.run([COMMAND, "inspect", tmp_path / "absent"], capture_output=True, text=True)
     assert run.returncode != 0
     assert "absent" in run.stderr and not run.stdout
+
+
+def test_nothing_that_it_opens_becomes_a_standard_stream_that_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    command = [COMMAND, "start", "--storage-path", tmp_path, "--listen", path]
+    with subprocess.Popen(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]) as server:
+        try:
+            deadline = time.monotonic() + 60
+            while not path.exists() and server.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert sllm.StoreClient(str(path)).health()
+            assert [os.readlink(f"/proc/{server.pid}/fd/{number}") for number in range(3)] == ["/dev/null"] * 3
+        finally:
+            server.terminate()
+    assert server.returncode == 0
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

@@ -161,6 +161,27 @@ assert '"cuda:1"' in report
     python(code, **fake_cuda, FAKE_CUDA_DEVICES="2")
 
 
+def test_auto_says_why_a_driver_that_is_there_is_not_used(store: Path, fake_cuda: dict[str, str]) -> None:
+    code = f"""
+import sys, warnings, torch, serverless_llm as sllm
+
+def told(cuda):
+    torch.version.cuda, torch.cuda.is_available = cuda, lambda: False
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        loaded = sllm.load({str(store)!r}, device="auto", tensors="large")
+        assert loaded.report.devices == ["host"]
+    return [(str(warning.message), warning.filename) for warning in seen]
+
+if sys.argv[1:] == ["fails"]:
+    said = "cuda: cannot initialise the driver: CUDA_ERROR_SYSTEM_NOT_READY (802); device='auto' takes the host's memory"
+    assert told("12.8") == [(said, "<string>")]
+assert told("12.8") == told(None) == []
+"""
+    python(code, "fails", **fake_cuda, FAKE_CUDA_FAIL="cuInit:1:802")
+    python(code, **fake_cuda, FAKE_CUDA_DEVICES="0")
+
+
 def test_a_lost_device_is_a_device_error(store: Path, fake_cuda: dict[str, str]) -> None:
     code = f"""{CUDA}
 try:

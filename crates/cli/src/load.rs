@@ -35,7 +35,7 @@ struct Median {
 pub(crate) fn run(args: &LoadArgs, session: &Session) -> Result<Answer, Fault> {
     let checkpoint = args.revision.open(&args.path)?;
     let filter = args.tensors.resolve()?;
-    let device = Device::parse(&args.device)?;
+    let (device, failed) = if args.device == "auto" { Device::auto()? } else { (Device::parse(&args.device)?, None) };
     let mut builder = builder(args, device.clone())?;
     if let Some(address) = &args.server {
         builder = builder.remote(Box::new(remote(address, args.token_file.as_deref(), args.pinned)?));
@@ -47,6 +47,9 @@ pub(crate) fn run(args: &LoadArgs, session: &Session) -> Result<Answer, Fault> {
         // What was loaded goes before the next run, which finds the same free memory.
         let report = loader.load_filtered(&checkpoint, &filter)?.report().clone();
         runs.push(Run { gb_per_s: report.gb_per_s(), report });
+    }
+    if let (Some(run), Some(error)) = (runs.first_mut(), failed) {
+        run.report.notes.push(format!("{}; --device auto takes the host's memory", error.chain()));
     }
     add_link(&device, &mut runs);
     let median = Median {

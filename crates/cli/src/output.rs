@@ -173,25 +173,25 @@ pub(crate) fn finish(result: Result<Answer, Fault>, json: bool) -> u8 {
         Err(fault) => (if json { error_line(&fault) } else { String::new() }, Some(fault)),
     };
     let written = write(&body);
+    // What the command found goes before that it could not be written.
+    exit(fault.or(written.err()))
+}
+
+/// Tells a fault, and gives the exit code.
+fn exit(fault: Option<Fault>) -> u8 {
     if let Some(fault) = &fault {
         fault.tell();
     }
-    match (fault, written) {
-        (Some(fault), _) => fault.kind.exit_code(),
-        (None, Ok(())) => 0,
-        (None, Err(error)) => {
-            let kind = if error.kind() == io::ErrorKind::StorageFull { ErrorKind::NoSpace } else { ErrorKind::Io };
-            Fault { causes: vec![error.to_string()], ..Fault::new(kind, "cannot write to standard output".into()) }
-                .tell();
-            exit_code(kind)
-        }
-    }
+    fault.map_or(0, |fault| fault.kind.exit_code())
 }
 
 /// Tells a wrong argument, or the help that was asked for, and gives the exit code.
 pub(crate) fn tell_usage(error: &clap::Error, json: bool) -> u8 {
-    let _ = error.print();
-    if json && error.use_stderr() {
+    let printed = error.print();
+    if !error.use_stderr() {
+        return exit(written(printed.and_then(|()| io::stdout().flush())).err());
+    }
+    if json {
         let message = usage_message(&error.render().to_string());
         let _ = write(&error_line(&Fault::new(ErrorKind::Invalid, message)));
     }
@@ -211,13 +211,20 @@ fn error_line(fault: &Fault) -> String {
     serde_json::to_string(&OnlyError { error: fault.object() }).unwrap_or_default() + "\n"
 }
 
-/// Writes to standard output. A reader that has seen enough (`| head`) is no error.
-fn write(body: &str) -> io::Result<()> {
+/// Writes to standard output.
+fn write(body: &str) -> Result<(), Fault> {
     let mut out = io::stdout().lock();
-    match out.write_all(body.as_bytes()).and_then(|()| out.flush()) {
-        Err(e) if e.kind() == io::ErrorKind::BrokenPipe => Ok(()),
-        result => result,
-    }
+    written(out.write_all(body.as_bytes()).and_then(|()| out.flush()))
+}
+
+/// What became of a write to standard output. A reader that has seen enough (`| head`) is no error.
+pub(crate) fn written(result: io::Result<()>) -> Result<(), Fault> {
+    let error = match result {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => error,
+        _ => return Ok(()),
+    };
+    let kind = if error.kind() == io::ErrorKind::StorageFull { ErrorKind::NoSpace } else { ErrorKind::Io };
+    Err(Fault { causes: vec![error.to_string()], ..Fault::new(kind, "cannot write to standard output".into()) })
 }
 
 /// Text from a file, for a terminal: control characters are escaped.

@@ -280,11 +280,26 @@ fn a_revision_is_looked_up_in_the_cache() {
 fn a_full_standard_output_is_8() {
     let Ok(full) = fs::OpenOptions::new().write(true).open("/dev/full") else { return };
     let fixture = model();
-    let output = Command::new(sllm([""; 0]).get_program()).arg("inspect").arg(&fixture.model).stdout(full).output();
-    let output = output.unwrap();
-    assert_eq!(output.status.code(), Some(8));
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert!(stderr.contains("cannot write to standard output\n  caused by: "), "{stderr}");
+    let inspect = ["inspect", fixture.model.to_str().unwrap()];
+    for args in [&inspect[..], &["--help"], &["load", "--help"], &["--version"], &["completions", "bash"]] {
+        let mut command = Command::new(sllm([""; 0]).get_program());
+        let output = command.args(args).stdout(full.try_clone().unwrap()).output().unwrap();
+        assert_eq!(output.status.code(), Some(8), "{args:?}");
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(stderr.contains("cannot write to standard output\n  caused by: "), "{args:?}: {stderr}");
+    }
+}
+
+#[test]
+fn a_reader_that_has_seen_enough_is_no_error() {
+    let fixture = model();
+    let inspect = ["inspect", fixture.model.to_str().unwrap()];
+    for args in [&inspect[..], &["--help"], &["completions", "zsh"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let output = Command::new(sllm([""; 0]).get_program()).args(args).stdout(writer).output().unwrap();
+        assert_eq!((output.status.code(), output.stderr.as_slice()), (Some(0), &b""[..]), "{args:?}");
+    }
 }
 
 #[test]

@@ -181,3 +181,14 @@ fn a_watched_status_is_shown_until_ctrl_c() {
     assert!(Command::new("kill").args(["-s", "INT", &pid]).status().unwrap().success());
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }
+
+#[test]
+fn a_watched_status_that_cannot_be_written_is_8() {
+    let Ok(full) = std::fs::OpenOptions::new().write(true).open("/dev/full") else { return };
+    let fixture = model();
+    let server = Server::start(fixture.dir.path());
+    let mut command = Command::new(assert_cmd::cargo::cargo_bin("sllm-store"));
+    let output = command.args(["status", "--watch", "--address", &server.1]).stdout(full).output().unwrap();
+    assert_eq!(output.status.code(), Some(8));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("cannot write to standard output"), "{output:?}");
+}

@@ -164,6 +164,36 @@ fn load_to_a_card_is_set_beside_its_link_whose_peak_is_remembered() {
 }
 
 #[test]
+fn load_says_once_why_a_driver_that_is_there_was_not_used() {
+    let fixture = model();
+    let store = fixture.store();
+    let load = |options: &[&str], environment: &[(&str, &str)]| {
+        let mut command = sllm(["load".as_ref(), store.as_os_str()]);
+        let output = command
+            .args(options)
+            .env("LD_LIBRARY_PATH", cuda::Driver::find().parent().unwrap())
+            .env("XDG_CACHE_HOME", fixture.path("cache"))
+            .envs(environment.iter().copied())
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let fails = [("FAKE_CUDA_FAIL", "cuInit:1:802")];
+    let text = load(&["--repeat", "2"], &fails);
+    let note =
+        "cuda: cannot initialise the driver: CUDA_ERROR_SYSTEM_NOT_READY (802); --device auto takes the host's memory";
+    assert!(text.contains(" to host\n") && text.matches(note).count() == 1, "{text}");
+    let json: serde_json::Value = serde_json::from_str(&load(&["--json"], &fails)).unwrap();
+    assert!(json["runs"][0]["notes"].as_array().unwrap().contains(&note.into()), "{json}");
+    // It is no news that there is no device, or that the host was asked for.
+    for quiet in [load(&[], &[("FAKE_CUDA_DEVICES", "0")]), load(&["--device", "host"], &fails)] {
+        assert!(quiet.contains(" to host\n") && !quiet.contains("driver"), "{quiet}");
+    }
+    assert!(load(&[], &[]).contains(" to cuda:0"));
+}
+
+#[test]
 fn load_repeats_and_tells_the_median() {
     let fixture = model();
     let store = fixture.store();

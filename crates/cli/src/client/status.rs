@@ -8,7 +8,7 @@ use sllm_client::{Job, Model, Status, StoreClient};
 
 use super::list::{duration, text as models_text};
 use super::{StatusArgs, table};
-use crate::output::{Answer, Fault, Session, printable};
+use crate::output::{Answer, Fault, Session, printable, written};
 use crate::size::{count, human};
 
 /// How often a watched status is shown.
@@ -28,7 +28,7 @@ struct Told<'a> {
 pub(super) fn run(args: &StatusArgs, session: &Session) -> Result<Answer, Fault> {
     let client = args.server.connect()?;
     if args.watch {
-        watch(&client, session);
+        watch(&client, session)?;
         return Ok(Answer { body: String::new(), fault: None });
     }
     let (status, models) = (client.status()?, client.list()?);
@@ -37,7 +37,7 @@ pub(super) fn run(args: &StatusArgs, session: &Session) -> Result<Answer, Fault>
 }
 
 /// Shows the status until Ctrl-C; a server that goes may come again.
-fn watch(client: &StoreClient, session: &Session) {
+fn watch(client: &StoreClient, session: &Session) -> Result<(), Fault> {
     let mut out = std::io::stdout();
     let clear = if out.is_terminal() { CLEAR } else { "" };
     while !session.is_cancelled() {
@@ -45,9 +45,9 @@ fn watch(client: &StoreClient, session: &Session) {
             Ok((status, models)) => text(&client.address().to_string(), &status, &models),
             Err(error) => printable(&error.chain()) + "\n",
         };
-        // Who closes standard output has seen enough.
-        if write!(out, "{clear}{shown}").and_then(|()| out.flush()).is_err() {
-            return;
+        let result = write!(out, "{clear}{shown}").and_then(|()| out.flush());
+        if result.is_err() {
+            return written(result);
         }
         let mut left = EVERY;
         while !left.is_zero() && !session.is_cancelled() {
@@ -56,6 +56,7 @@ fn watch(client: &StoreClient, session: &Session) {
             left -= nap;
         }
     }
+    Ok(())
 }
 
 fn text(address: &str, status: &Status, models: &[Model]) -> String {

@@ -157,18 +157,22 @@ impl Device {
         }
     }
 
-    /// `host` or `cpu`, `cuda`, `cuda:1`, or `auto`: the first CUDA device if there is one, else the host.
+    /// The first CUDA device if there is one, else the host; and the error of a driver that is there and fails, for which
+    /// it is the host.
+    pub fn auto() -> Result<(Device, Option<Error>)> {
+        match Device::try_cuda_count() {
+            Ok(0) => Ok((Device::host(), None)),
+            Ok(_) => Ok((Device::cuda(0)?, None)),
+            Err(error) => Ok((Device::host(), Some(error))),
+        }
+    }
+
+    /// `host` or `cpu`, `cuda`, `cuda:1`, or `auto`: see [`Device::auto`], which also tells of a driver that fails.
     pub fn parse(name: &str) -> Result<Device> {
         match name {
             "host" | "cpu" => Ok(Device::host()),
             "cuda" => Device::cuda(0),
-            "auto" => {
-                if Device::cuda_count() > 0 {
-                    Device::cuda(0)
-                } else {
-                    Ok(Device::host())
-                }
-            }
+            "auto" => Ok(Device::auto()?.0),
             _ => {
                 let ordinal = name.strip_prefix("cuda:").and_then(|ordinal| ordinal.parse().ok());
                 let wrong = || Error::Invalid(format!("{name:?} is not a device: give host, cuda, cuda:N or auto"));
