@@ -217,9 +217,7 @@ impl Cache {
         let before = state.pinned_by(pinner).into_iter().filter(|stamp| files.iter().all(|file| file.stamp != *stamp));
         let dropped: Vec<_> = before.flat_map(|stamp| state.unpin(&stamp, pinner)).collect();
         files.iter().for_each(|file| state.pin(file, pinner));
-        drop(state);
-        drop(dropped);
-        self.tell();
+        self.let_go(state, dropped);
         Ok(())
     }
 
@@ -230,9 +228,7 @@ impl Cache {
         let mut state = self.lock();
         let pinned = state.pinned_by(pinner);
         let dropped: Vec<_> = pinned.iter().flat_map(|stamp| state.unpin(stamp, pinner)).collect();
-        drop(state);
-        drop(dropped);
-        self.tell();
+        self.let_go(state, dropped);
     }
 
     /// Puts another opening of a path in the place of one: a pin goes over, and what is resident stays, but for files that
@@ -301,9 +297,7 @@ impl Cache {
         let stamps = which(&state);
         let dropped: Vec<_> = stamps.iter().flat_map(|stamp| state.remove(stamp)).collect();
         let freed = before - state.len;
-        drop(state);
-        drop(dropped);
-        self.tell();
+        self.let_go(state, dropped);
         freed
     }
 
@@ -317,6 +311,13 @@ impl Cache {
     fn lock(&self) -> MutexGuard<'_, State> {
         // No code panics while it holds the lock.
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Unlocks, then frees what was dropped, and wakes loads that wait for room.
+    fn let_go(&self, state: MutexGuard<'_, State>, dropped: Vec<Arc<Chunk>>) {
+        drop(state);
+        drop(dropped);
+        self.tell();
     }
 
     /// Wakes loads that wait.
@@ -336,9 +337,7 @@ impl Cache {
             files.iter().for_each(|file| state.limit(file, &group.name, group.limit));
             state.shrink(&group.name, 0, &mut dropped);
         }
-        drop(state);
-        drop(dropped);
-        self.tell();
+        self.let_go(state, dropped);
         Use { cache: self.clone(), files, claims: Mutex::default(), hold: self.shared.pool.hold() }
     }
 }
@@ -500,9 +499,7 @@ impl Drop for Use {
             state.unclaim(&self.files[file], chunk);
         }
         let dropped = state.end(&self.files);
-        drop(state);
-        drop(dropped);
-        self.cache.tell();
+        self.cache.let_go(state, dropped);
     }
 }
 
