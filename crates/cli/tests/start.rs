@@ -97,7 +97,7 @@ fn metrics(port: u16) -> String {
 fn a_signal_ends_it_well_and_its_socket_is_gone() {
     for signal in ["TERM", "INT"] {
         let dir = Dir::new();
-        let server = dir.start(dir.command().args(["--log-format", "json"]));
+        let server = dir.start(dir.command().args(["--log-format", "json", "--metrics-listen", "127.0.0.1:0"]));
         server.signal(signal);
         let output = server.end();
         assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -108,7 +108,10 @@ fn a_signal_ends_it_well_and_its_socket_is_gone() {
             .filter(|l| !l.is_empty())
             .map(|l| serde_json::from_slice(l).unwrap())
             .collect();
-        assert!(lines.iter().any(|line| line["message"] == "listening"), "{lines:?}");
+        let listening = lines.iter().find(|line| line["message"] == "listening").unwrap();
+        assert_eq!(listening["addresses"], format!("unix:{}", dir.path("s").display()));
+        let metrics: std::net::SocketAddr = listening["metrics"].as_str().unwrap().parse().unwrap();
+        assert_ne!(metrics.port(), 0);
     }
 }
 

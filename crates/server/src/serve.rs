@@ -42,8 +42,10 @@ pub fn serve(config: Config) -> Result<()> {
                 "the pool may take more memory than is free here, or in this control group: lower --mem-pool-size"
             );
         }
-        let addresses = server.addresses();
-        tracing::info!(addresses = %addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "), "listening");
+        let addresses = server.addresses().iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        // Its port may have been any that is free.
+        let metrics = server.metrics_address().map(tracing::field::display);
+        tracing::info!(%addresses, metrics, "listening");
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let run = server.run(async move {
             let _ = stopped.await;
