@@ -8,6 +8,7 @@ from typing import Any
 
 from . import _arrays, _native
 from ._native import Checkpoint
+from .errors import InvalidError
 from .reports import ConvertReport, ExportReport, PrefetchReport, VerifyReport
 
 Path = str | os.PathLike[str]
@@ -17,7 +18,11 @@ Progress = Callable[[int, int], object]
 
 def opened(source: Source, revision: str | None = None) -> Checkpoint:
     """The checkpoint itself, or the one at this path."""
-    return source if isinstance(source, Checkpoint) else _native.open(source, revision=revision)
+    if not isinstance(source, Checkpoint):
+        return _native.open(source, revision=revision)
+    if revision is not None:
+        raise InvalidError(f"{source.path} is open already: a revision goes with a repository id")
+    return source
 
 
 def convert(

@@ -137,6 +137,8 @@ def test_a_revision_goes_with_a_repository_only(store: Path) -> None:
         sllm.open(store, revision="v2")
     with pytest.raises(sllm.InvalidError, match="has no revisions"):
         sllm.load(store, device="cpu", framework="numpy", revision="v2")
+    with pytest.raises(sllm.InvalidError, match="is open already"):
+        sllm.load(sllm.open(store), device="cpu", framework="numpy", revision="v2")
 
 
 def test_a_path_that_is_not_utf8_has_a_report(safetensors_file: Path, tmp_path: Path) -> None:

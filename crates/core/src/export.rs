@@ -16,6 +16,9 @@ use crate::error::{Error, FormatError, Result};
 use crate::format::hf_index::{INDEX_NAME, is_plain_relative};
 use crate::format::safetensors::{LENGTH_FIELD, MAX_HEADER_LEN};
 
+/// What stands for a file's metadata among the names of its tensors.
+const METADATA: &str = "__metadata__";
+
 /// What an export did.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[non_exhaustive]
@@ -47,7 +50,7 @@ pub struct ExportReport {
 /// [`convert`](crate::convert()), `dir` appears as a whole, and an interrupted export goes on.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a tensor with strides, which safetensors cannot hold; [`Error::Exists`]; otherwise as
+/// [`Error::Invalid`] for a tensor with strides, or of the name `__metadata__`, which safetensors cannot hold; [`Error::Exists`]; otherwise as
 /// [`convert`](crate::convert()).
 pub fn export(store: &Checkpoint, dir: &Path, options: &WorkOptions) -> Result<ExportReport> {
     let start = Instant::now();
@@ -104,6 +107,11 @@ fn plan_shards(store: &Checkpoint) -> Result<Vec<Shard<'_>>> {
                 format!("tensor {:?} has strides, which safetensors cannot hold: it is not exported", tensor.name);
             return Err(Error::Invalid(reason));
         }
+        if tensor.name == METADATA {
+            let reason =
+                format!("tensor {METADATA:?} has the name that safetensors keeps for other uses: it is not exported");
+            return Err(Error::Invalid(reason));
+        }
         tensors[tensor.shard].push(tensor);
     }
     let mut shards = Vec::with_capacity(tensors.len());
@@ -133,7 +141,7 @@ fn header(metadata: Option<&BTreeMap<String, String>>, tensors: &[&TensorInfo]) 
         json.push_str(&format!("{comma}{}:{value}", Value::from(name)));
     };
     if let Some(metadata) = metadata {
-        field("__metadata__", json!(metadata));
+        field(METADATA, json!(metadata));
     }
     let mut end = 0;
     for tensor in tensors {
