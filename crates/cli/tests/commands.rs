@@ -164,6 +164,22 @@ fn load_to_a_card_is_set_beside_its_link_whose_peak_is_remembered() {
 }
 
 #[test]
+fn bash_completes_options_and_values_of_subcommands() {
+    let script = run("completions", &[], &["bash"]).stdout;
+    let complete = r#"
+        words() { COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _sllm__store sllm-store "${@: -1}" "${@: -2:1}"; echo "${COMPREPLY[@]}"; }
+        words sllm-store ver
+        words sllm-store load --dir
+        words sllm-store load --engine ""
+        words sllm-store evict --al
+        words sllm-store completions f
+    "#;
+    let output = std::process::Command::new("bash").args(["-c", &format!("{script}\n{complete}")]).output().unwrap();
+    let completed = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(completed, "verify\n--direct\nauto uring pread mapped\n--all\nfish\n", "{:?}", output.stderr);
+}
+
+#[test]
 fn load_says_once_why_a_driver_that_is_there_was_not_used() {
     let fixture = model();
     let store = fixture.store();
