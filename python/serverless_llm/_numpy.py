@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from . import _native
 from ._arrays import TORCH_NAMES, Placed
-from .errors import DeviceError, InvalidError
+from .errors import DeviceMemoryError, InvalidError
 
 try:
     import ml_dtypes
@@ -42,10 +43,11 @@ def device_id(device: Any) -> str:
 
 def allocate(device: str, nbytes: int) -> tuple[Any, int]:
     """A block of bytes, its first at the start of a page, and its address."""
+    _native.check_room(nbytes)
     try:
         room: Any = np.empty(nbytes + _PAGE, np.uint8)
     except MemoryError as e:
-        raise DeviceError(f"{device}: {nbytes} bytes of memory cannot be had: {e}") from e
+        raise DeviceMemoryError(f"{device}: {nbytes} bytes of memory cannot be had: {e}") from e
     start = -room.ctypes.data % _PAGE
     block = room[start : start + nbytes]
     return block, room.ctypes.data + start

@@ -49,13 +49,16 @@ def device_id(device: Any) -> str:
 def allocate(device: str, nbytes: int) -> tuple[Any, int]:
     """A block of bytes, as many as elements of any type need, and its address. What was queued on memory that the allocator hands out again is waited for."""
     on_host = device == "cpu"
+    if on_host:
+        _native.check_room(nbytes)
     length = -(-nbytes // _LONGEST) * _LONGEST
     try:
         block = torch.empty(length + (_PAGE if on_host else 0), dtype=torch.uint8, device=device)
     except torch.cuda.OutOfMemoryError as e:
         raise DeviceMemoryError(f"{device}: {nbytes} bytes are needed: {e}") from e
     except RuntimeError as e:
-        raise DeviceError(f"{device}: cannot allocate {nbytes} bytes: {e}") from e
+        kind = DeviceMemoryError if on_host else DeviceError
+        raise kind(f"{device}: cannot allocate {nbytes} bytes: {e}") from e
     if on_host:
         block = block.narrow(0, -block.data_ptr() % _PAGE, length)
     else:

@@ -23,7 +23,7 @@ mod _native {
     #[pymodule_export]
     use crate::checkpoint::{Checkpoint, TensorInfo, open};
     #[pymodule_export]
-    use crate::load::{Placement, driver_failure, fill, link_peak, select};
+    use crate::load::{Placement, check_room, driver_failure, fill, link_peak, select};
     #[pymodule_export]
     use crate::server::StoreClient;
     #[pymodule_export]

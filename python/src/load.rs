@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
-use sllm_core::{Block, Device, EngineChoice, Filter, Loader, LoaderBuilder};
+use sllm_core::{Block, Device, DeviceError, EngineChoice, Filter, Loader, LoaderBuilder, free_memory};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::raise;
@@ -156,6 +156,18 @@ pub(crate) fn fill(
     })?;
     report.add_alloc(alloc_s);
     Ok((json(py, &report)?, report.to_string()))
+}
+
+/// Raises where the system, or the limit of the control group, leaves fewer bytes of the host's memory: who takes more is
+/// killed when it is filled.
+#[pyfunction]
+pub(crate) fn check_room(py: Python<'_>, nbytes: u64) -> PyResult<()> {
+    match free_memory().filter(|&free| nbytes > free) {
+        Some(free) => {
+            Err(raise(py, &DeviceError::OutOfMemory { device: Device::host().id(), need: nbytes, free }.into()))
+        }
+        None => Ok(()),
+    }
 }
 
 /// What a CUDA driver that is there and fails says; None where there is none, or no device, or all is well.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from inspect import ismodule
@@ -91,6 +92,21 @@ def test_the_cause_is_in_the_message(tmp_path: Path) -> None:
     loop.symlink_to(loop)
     with pytest.raises(sllm.ReadWriteError, match="cannot open: .*symbolic links"):
         sllm.open(loop)
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_what_does_not_fit_the_memory_of_the_host_is_refused_before_it_is_read(tmp_path: Path, framework: str) -> None:
+    pytest.importorskip(framework)
+    size = 1 << 43  # a hole
+    header = json.dumps({"t": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + size)
+    message = rf"^host: {size} bytes are needed and \d+ are free"
+    with pytest.raises(sllm.DeviceMemoryError, match=message):
+        sllm.load(path, device="cpu", framework=framework)
+    with pytest.raises(MemoryError, match=message):
+        list(sllm.iter_tensors(path, device="cpu", framework=framework))
 
 
 @pytest.mark.parametrize(
