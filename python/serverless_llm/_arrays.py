@@ -40,7 +40,14 @@ def host_array(name: str, tensor: Any) -> HostArray:
         dtype = str(host.dtype)
         if dtype == "torch.float4_e2m1fn_x2":  # an element of torch's holds two
             shape = shape[:-1] + [2 * shape[-1]] if shape else [2]
-        return HostArray(dtype, shape, host.data_ptr(), host.nbytes, host)
+        try:
+            address = host.data_ptr()
+        except RuntimeError:  # as of tensors under a transform
+            address = 0
+        if host.nbytes and not address:
+            kind = type(tensor).__name__
+            raise InvalidError(f"tensor {name!r}: {kind} has no memory of its own: give the tensors that it is made of")
+        return HostArray(dtype, shape, address, host.nbytes, host)
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(tensor, (numpy.ndarray, numpy.generic)):
         shape = list(tensor.shape)

@@ -272,8 +272,24 @@ def test_ml_dtypes_are_used_where_they_are(store: Path, tmp_path: Path) -> None:
     assert all(again[name].dtype == SHAPES[name][0] for name in kept)
 
 
+class Wrapper(torch.Tensor):
+    """A tensor that is made of others."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        wrapper = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        wrapper.inner = inner
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = operation(*[arg.inner if isinstance(arg, cls) else arg for arg in args], **(kwargs or {}))
+        return cls(result) if isinstance(result, torch.Tensor) else result
+
+
 def test_torch_tensors_that_cannot_be_stored(tmp_path: Path) -> None:
     for tensor, why in [
+        (Wrapper(torch.ones(3)), "'t': Wrapper has no memory of its own"),
         (torch.empty(2, device="meta"), "a meta tensor"),
         (torch.eye(3).to_sparse(), "of layout torch.sparse_coo"),
         (torch.zeros(2, dtype=torch.complex128), "torch.complex128 cannot be stored"),
