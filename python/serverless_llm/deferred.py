@@ -72,7 +72,6 @@ class _Mapping:
             except OSError as e:
                 path = os.path.join(checkpoint.path, checkpoint.files[number][0])
                 raise ReadWriteError(f"{path}: cannot be mapped: {e}") from e
-        self._times = [os.fstat(fd).st_mtime_ns for fd in self._descriptors]
         # First and last address, and number, of each file.
         self.ranges: list[tuple[int, int, int]] = []
         for number, mapped in enumerate(self._maps):
@@ -88,8 +87,8 @@ class _Mapping:
             raise ReadWriteError(f"{path}: ends at byte {size}, before byte {end}: it was cut after it was opened")
 
     def check_unwritten(self) -> None:
-        """Raises where a file was written to since. Sessions look at what they move themselves."""
-        for fd, time_ns, (name, size) in zip(self._descriptors, self._times, self.checkpoint.files):
+        """Raises where a file was written to since it was opened. Sessions look at what they move themselves."""
+        for fd, time_ns, (name, size) in zip(self._descriptors, self.checkpoint.modified, self.checkpoint.files):
             now = os.fstat(fd)
             if (now.st_mtime_ns, now.st_size) != (time_ns, size):
                 path = os.path.join(self.checkpoint.path, name)

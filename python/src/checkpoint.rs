@@ -81,6 +81,13 @@ impl Checkpoint {
         self.inner.files().iter().map(|file| file.as_fd().as_raw_fd()).collect()
     }
 
+    /// Last change of each data file when it was opened, in nanoseconds since 1970.
+    #[getter]
+    fn modified(&self) -> Vec<i128> {
+        let nanoseconds = |(seconds, rest): (i64, i64)| i128::from(seconds) * 1_000_000_000 + i128::from(rest);
+        self.inner.files().iter().map(|file| nanoseconds(file.modified())).collect()
+    }
+
     /// The tensors, each at its place in a file, which is told by its number in `files`.
     #[getter]
     fn placed<'py>(&self, py: Python<'py>) -> PyResult<Vec<Placed<'_, 'py>>> {

@@ -324,6 +324,18 @@ def test_a_file_that_is_written_to_meanwhile_is_an_error(use: str, tmp_path: Pat
         mode.finish()
 
 
+def test_a_file_that_is_written_to_between_opening_and_mapping_is_an_error(tmp_path: Path) -> None:
+    sllm.save_dict({"t": torch.ones(100_000)}, tmp_path / "store")
+    data = tmp_path / "store" / "tensor.data_0"
+    with session() as mode, pytest.raises(sllm.FormatError, match=r"tensor\.data_0.*was changed while it was read"):
+        checkpoint = _native.open(tmp_path / "store")
+        with open(data, "r+b") as file:
+            file.write(bytes(1000))
+        os.utime(data, ns=(0, 0))  # a clock may be as coarse as this test is fast
+        torch.zeros(100_000).add_(dict(mode.tensors(checkpoint))["t"])
+        mode.finish()
+
+
 def test_an_operation_on_what_a_file_lost_is_an_error_and_no_crash(tmp_path: Path) -> None:
     sllm.save_dict({"t": torch.ones(100_000), "u": torch.ones(100_000)}, tmp_path / "store")
     with session() as mode:
