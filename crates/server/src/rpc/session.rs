@@ -233,7 +233,7 @@ async fn open_model(store: &Arc<Store>, open: Open) -> Result<(InUse, Vec<usize>
         if let Some(seen) = open.status_changed_ns.get(place).filter(|&&seen| seen != changed) {
             return Err(differs(format!(
                 "the server's {name} is not as the client opened it: its status was changed {changed} ns after 1970, that \
-                 of the client's {seen}"
+                 of the client's {seen}. It was written to, or got other rights or names: open it again"
             )));
         }
         places.push(at);
