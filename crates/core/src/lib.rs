@@ -52,6 +52,7 @@ mod plan;
 mod pool;
 mod prefetch;
 mod read;
+mod releases;
 mod size;
 mod small_file;
 mod threads;

@@ -81,6 +81,14 @@ impl Staging {
     }
 }
 
+impl Drop for Staging {
+    fn drop(&mut self) {
+        if let Some(pool) = self.pool.take() {
+            pool.release();
+        }
+    }
+}
+
 /// Lanes, and buffers of each, of a share that wants so many but may have only `buffers` in all. None of them is 0.
 fn divide(buffers: usize, lanes: usize, per_lane: usize) -> (usize, usize) {
     // Lanes beyond those of one device are worth less than a lane's second buffer.

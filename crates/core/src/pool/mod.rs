@@ -19,6 +19,7 @@ pub(crate) use memory::{HostMemory, ask_for_huge_pages};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::format::PAGE_BYTES;
+use crate::releases;
 
 /// The most that is pinned in one go, in bytes; some drivers refuse registrations of 2 GiB.
 const MAX_STEP: usize = 1 << 30;
@@ -184,6 +185,14 @@ impl BufferPool {
         true
     }
 
+    /// Gives a ring's memory back: in the background where it is pinned, but not that of several rings at once, so that
+    /// loads that follow each other leave one behind at most.
+    pub(crate) fn release(self) {
+        if self.pinned_len() > 0 {
+            releases::release(self, 1);
+        }
+    }
+
     /// Says why there is no device that pins, until one has pinned.
     pub(crate) fn refuse(&self, reason: String) {
         self.shared.lock().refused = Some(reason);
@@ -257,7 +266,8 @@ impl Shared {
     fn pin(&self, step: usize, device: &Device) {
         let (_, offset, len) = self.step(step);
         // SAFETY: the range is mapped until the pool is dropped, which unpins it first.
-        match unsafe { device.pin(self.memory.ptr().add(offset).as_ptr(), len, false) } {
+        let pin = || unsafe { device.pin(self.memory.ptr().add(offset).as_ptr(), len, false) };
+        match releases::pin_beside(pin) {
             Ok(()) => {
                 self.pinned.fetch_add(len as u64, Ordering::Relaxed);
                 // A pin that began before another was refused is no news of what came after.

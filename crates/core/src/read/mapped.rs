@@ -11,11 +11,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
-use super::{Filled, Queue, ReadEngine, Sink, releases};
+use super::{Filled, Queue, ReadEngine, Sink};
 use crate::checkpoint::DataFile;
 use crate::device::{Device, DeviceError};
 use crate::error::{Error, Result};
 use crate::plan::Piece;
+use crate::releases;
 
 /// Bytes of one window; a multiple of every piece length that is a power of two up to it.
 pub const WINDOW: u64 = 128 << 20;
@@ -51,12 +52,7 @@ impl Window {
         if device.needs_pinning() {
             // SAFETY: the window stays mapped until it is dropped, which unpins it first.
             let pin = || unsafe { device.pin(window.ptr, bytes.next_multiple_of(4096), true) };
-            // What an earlier load had may be on its way out; a system that has no such registrations stays as it is.
-            pin().or_else(|refusal| match refusal {
-                DeviceError::Driver { ref name, .. } if name == "CUDA_ERROR_NOT_SUPPORTED" => Err(refusal),
-                _ if releases::settle() => pin(),
-                _ => Err(refusal),
-            })?;
+            releases::pin_beside(pin)?;
             window.registered = Some(device.clone());
         } else {
             // SAFETY: the range is the mapping just made; the advice changes no contents.
@@ -120,7 +116,7 @@ impl Drop for Mapped {
     fn drop(&mut self) {
         let windows = std::mem::take(self.windows.get_mut().unwrap_or_else(PoisonError::into_inner));
         if self.device.needs_pinning() && !windows.is_empty() {
-            releases::release(windows);
+            releases::release(windows, usize::MAX);
         }
     }
 }

@@ -11,7 +11,6 @@ pub(crate) mod choose;
 pub(crate) mod depth;
 mod mapped;
 mod pread;
-mod releases;
 pub(crate) mod residency;
 mod transfer;
 mod uring;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use sllm_core::{Checkpoint, Control, Device, DeviceError, Dtype, EngineChoice, Error, ErrorKind, LinkPeak, Loader};
 
 use super::common::{Made, write_safetensors, write_sharded};
-use super::{assert_nothing_left, assert_nothing_left_by, driver, model};
+use super::{assert_nothing_left, driver, model};
 
 #[test]
 fn pieces_of_a_device_wait_for_no_other_device() {
@@ -27,7 +27,7 @@ fn pieces_of_a_device_wait_for_no_other_device() {
     loaded.unwrap_err();
     assert_eq!((driver.get("copies_h2d"), driver.count("cuMemcpyBatchAsync")), (3, 0));
     assert!((6 << 20..=7 << 20).contains(&driver.bytes_h2d()), "{} bytes", driver.bytes_h2d());
-    assert_nothing_left_by(EngineChoice::Mapped, &driver);
+    assert_nothing_left(&driver);
 }
 
 #[test]
