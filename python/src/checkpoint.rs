@@ -182,7 +182,7 @@ impl TensorInfo {
     /// Its dimensions.
     #[getter]
     fn shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
-        PyTuple::new(py, &self.tensor.shape)
+        PyTuple::new(py, &*self.tensor.shape)
     }
 
     /// Strides in elements, or `None` where the elements are contiguous.

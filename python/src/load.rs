@@ -88,7 +88,7 @@ pub(crate) fn placed_at<'a, 'py>(
     offset: u64,
 ) -> PyResult<Placed<'a, 'py>> {
     let strides = info.strides.as_ref().map(|strides| PyTuple::new(py, strides)).transpose()?;
-    Ok((&info.name, info.dtype.name(), PyTuple::new(py, &info.shape)?, strides, info.len, block, offset))
+    Ok((&info.name, info.dtype.name(), PyTuple::new(py, &*info.shape)?, strides, info.len, block, offset))
 }
 
 /// The devices of these names, and a builder of loads to them by these settings.

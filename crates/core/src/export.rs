@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::{Checkpoint, TensorInfo};
+use crate::checkpoint::Checkpoint;
 use crate::control::{WorkOptions, gb_per_s};
 use crate::convert::layout::{Bytes, Extent, TargetFile};
 use crate::convert::target::Target;
@@ -15,6 +15,7 @@ use crate::convert::{build, side_files_of};
 use crate::error::{Error, FormatError, Result};
 use crate::format::hf_index::{INDEX_NAME, is_plain_relative};
 use crate::format::safetensors::{LENGTH_FIELD, MAX_HEADER_LEN};
+use crate::tensor::TensorInfo;
 
 /// What stands for a file's metadata among the names of its tensors.
 const METADATA: &str = "__metadata__";
@@ -147,7 +148,7 @@ fn header(metadata: Option<&BTreeMap<String, String>>, tensors: &[&TensorInfo]) 
     for tensor in tensors {
         let start = end;
         end += tensor.len;
-        let value = json!({"dtype": tensor.dtype.name(), "shape": tensor.shape, "data_offsets": [start, end]});
+        let value = json!({"dtype": tensor.dtype.name(), "shape": *tensor.shape, "data_offsets": [start, end]});
         field(&tensor.name, value);
     }
     json.push('}');
@@ -160,7 +161,7 @@ fn header(metadata: Option<&BTreeMap<String, String>>, tensors: &[&TensorInfo]) 
 }
 
 fn index_json(metadata: &Value, shards: &[Shard<'_>]) -> String {
-    let entries = shards.iter().flat_map(|shard| shard.tensors.iter().map(|t| (t.name.clone(), shard.name.into())));
+    let entries = shards.iter().flat_map(|shard| shard.tensors.iter().map(|t| (t.name.to_string(), shard.name.into())));
     let weight_map: Map<String, Value> = entries.collect();
     let index = json!({"metadata": metadata, "weight_map": weight_map});
     format!("{index:#}\n")

@@ -55,11 +55,12 @@ mod read;
 mod releases;
 mod size;
 mod small_file;
+mod tensor;
 mod threads;
 mod verify;
 
 pub use cache::{Cache, CacheUsage};
-pub use checkpoint::{Checkpoint, ChunkSums, DataFile, Layout, OpenOptions, TensorInfo};
+pub use checkpoint::{Checkpoint, ChunkSums, DataFile, Layout, OpenOptions};
 pub use control::{Cancel, Control, Progress, WorkOptions};
 pub use convert::{ConvertOptions, ConvertReport, MemoryTensor, convert, interrupted, save};
 pub use device::{
@@ -76,6 +77,7 @@ pub use prefetch::{PrefetchEnd, PrefetchOptions, PrefetchReport, free_memory, pr
 pub use read::EngineChoice;
 pub use size::parse_size;
 pub use small_file::read_small_file;
+pub use tensor::{Shape, TensorInfo, TensorName};
 pub use verify::{VerifyReport, verify};
 
 /// The sizes that a load is cut by, which the simulation of the pipeline (`benches/simulate`) follows. No part of the

@@ -124,7 +124,7 @@ fn a_checkpoint_is_loaded_into_another_processs_memory() {
         let (inside, after) = rest.split_at(LEN as usize);
         for placed in &placement.tensors {
             let info = &checkpoint.tensors()[placed.tensor];
-            let made = tensors.iter().find(|made| made.name == info.name).unwrap();
+            let made = tensors.iter().find(|made| info.name == made.name.as_str()).unwrap();
             let start = placed.offset as usize;
             assert!(inside[start..start + made.bytes.len()] == made.bytes, "{:?} by {engine}", made.name);
         }

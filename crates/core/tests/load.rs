@@ -84,7 +84,7 @@ fn a_glob_loads_what_it_names_and_nothing_else() {
     assert_eq!(loaded.tensors().len(), 23);
     assert!(loaded.report().read_bytes < 100_000, "{}", loaded.report().read_bytes);
     for tensor in loaded.tensors() {
-        assert_eq!(tensor.to_vec().unwrap(), expected[&tensor.info().name]);
+        assert_eq!(tensor.to_vec().unwrap(), expected[tensor.info().name.as_str()]);
     }
     let missing = loader.load_filtered(&checkpoint, &Filter::globs(["nothing.*"]).unwrap()).unwrap_err();
     assert_eq!(missing.kind(), ErrorKind::NotFound);

@@ -162,7 +162,7 @@ fn saved_tensors_are_read_back_and_the_same_slice_is_tied() {
     for saved in &tensors {
         let tensor = store.tensor(saved.name).unwrap();
         assert_eq!(bytes_of(&store, tensor), saved.bytes, "{}", saved.name);
-        assert_eq!(tensor.shape, saved.shape);
+        assert_eq!(*tensor.shape, *saved.shape);
     }
     let tied = |a: &str, b: &str| store.tensor(a).unwrap().is_tied_with(store.tensor(b).unwrap());
     assert!(tied("embed", "head") && tied("embed", "transposed"));

@@ -18,7 +18,7 @@ pub(super) struct Contents {
     /// The files that tell of data files and tensors, by whichever link.
     telling: [Option<Stamp>; 3],
     /// Names of what may be data files, sorted; `None` where the directory cannot be listed.
-    data: Option<Vec<OsString>>,
+    pub(super) data: Option<Vec<OsString>>,
 }
 
 impl Contents {

@@ -14,6 +14,7 @@ mod store;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use contents::Contents;
 use serde_json::Value;
@@ -22,9 +23,9 @@ pub use data_file::DataFile;
 pub(crate) use data_file::Stamp;
 pub(crate) use safetensors::ensure_inside;
 
-use crate::dtype::Dtype;
 use crate::error::{CorruptChunk, Error, FormatError, Result};
 use crate::format::manifest::{Manifest, Seen};
+use crate::tensor::TensorInfo;
 
 /// How a checkpoint is laid out on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -46,35 +47,6 @@ impl Layout {
             Layout::Safetensors => "safetensors",
             Layout::Original => "original",
         }
-    }
-}
-
-/// One tensor and the place of its bytes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct TensorInfo {
-    /// Its name, unique in the checkpoint.
-    pub name: String,
-    /// Type of its elements.
-    pub dtype: Dtype,
-    /// Its dimensions; empty for a scalar.
-    pub shape: Vec<u64>,
-    /// Strides in elements; `None` where the elements are contiguous and row-major, as nearly always.
-    pub strides: Option<Vec<u64>>,
-    /// Place of its file in [`Checkpoint::files`].
-    pub file: usize,
-    /// First byte in that file.
-    pub offset: u64,
-    /// Bytes.
-    pub len: u64,
-    /// Place of the source shard it came from (for a safetensors checkpoint, its file).
-    pub(crate) shard: usize,
-}
-
-impl TensorInfo {
-    /// Whether two names stand for the same bytes (tied weights).
-    pub fn is_tied_with(&self, other: &TensorInfo) -> bool {
-        self.len > 0 && (self.file, self.offset, self.len) == (other.file, other.offset, other.len)
     }
 }
 
@@ -165,8 +137,8 @@ pub struct Checkpoint {
     layout: Layout,
     files: Vec<DataFile>,
     tensors: Vec<TensorInfo>,
-    /// Places in `tensors`, by ascending name.
-    by_name: Vec<usize>,
+    /// Places in `tensors`, by ascending name, once they were asked for.
+    by_name: OnceLock<Vec<usize>>,
     sums: Option<ChunkSums>,
     identity: Option<String>,
     origin: Origin,
@@ -180,6 +152,8 @@ struct Parts {
     layout: Layout,
     files: Vec<DataFile>,
     tensors: Vec<TensorInfo>,
+    /// Each name is known to be there once.
+    names_differ: bool,
     sums: Option<ChunkSums>,
     identity: Option<String>,
     origin: Origin,
@@ -203,17 +177,17 @@ impl Checkpoint {
     fn open_dir(dir: &Path) -> Result<Checkpoint> {
         // Before it is opened: what comes meanwhile is seen as a change later.
         let contents = Contents::of(dir);
-        let checkpoint = Checkpoint::open_layout(dir)?;
+        let checkpoint = Checkpoint::open_layout(dir, &contents)?;
         Ok(Checkpoint { contents: Some(contents), ..checkpoint })
     }
 
-    fn open_layout(dir: &Path) -> Result<Checkpoint> {
+    fn open_layout(dir: &Path, contents: &Contents) -> Result<Checkpoint> {
         use crate::format::{manifest, original as original_format};
         let has = |name: &str| is_there(&dir.join(name));
         if has(manifest::MANIFEST_NAME)? && has(original_format::INDEX_NAME)? {
             return store::open(dir);
         }
-        if let Some(checkpoint) = safetensors::open_dir(dir)? {
+        if let Some(checkpoint) = safetensors::open_dir(dir, contents.data.as_deref())? {
             return Ok(checkpoint);
         }
         if has(original_format::INDEX_NAME)? {
@@ -241,19 +215,20 @@ impl Checkpoint {
             return Err(FormatError::new(&parts.told_by, reason).into());
         }
         parts.tensors.sort_by(|a, b| (a.file, a.offset, a.len, &a.name).cmp(&(b.file, b.offset, b.len, &b.name)));
-        let mut by_name: Vec<usize> = (0..parts.tensors.len()).collect();
-        // Stable, which makes use of files that are sorted each.
-        by_name.sort_by(|&a, &b| parts.tensors[a].name.cmp(&parts.tensors[b].name));
-        for pair in by_name.windows(2) {
-            let (a, b) = (&parts.tensors[pair[0]], &parts.tensors[pair[1]]);
-            if a.name == b.name {
-                let reason = match (parts.files.get(a.file), parts.files.get(b.file)) {
-                    (Some(one), Some(two)) if a.file != b.file => {
-                        format!("the tensor is in two files, {} and {}", one.name(), two.name())
-                    }
-                    _ => "the name occurs twice".to_owned(),
-                };
-                return Err(FormatError::new(&parts.told_by, reason).tensor(&a.name).into());
+        let by_name = OnceLock::new();
+        if !parts.names_differ && !parts.tensors.is_sorted_by(|a, b| a.name < b.name) {
+            let by_name = by_name.get_or_init(|| sorted_by_name(&parts.tensors));
+            for pair in by_name.windows(2) {
+                let (a, b) = (&parts.tensors[pair[0]], &parts.tensors[pair[1]]);
+                if a.name == b.name {
+                    let reason = match (parts.files.get(a.file), parts.files.get(b.file)) {
+                        (Some(one), Some(two)) if a.file != b.file => {
+                            format!("the tensor is in two files, {} and {}", one.name(), two.name())
+                        }
+                        _ => "the name occurs twice".to_owned(),
+                    };
+                    return Err(FormatError::new(&parts.told_by, reason).tensor(&a.name).into());
+                }
             }
         }
         let mut last: Option<&TensorInfo> = None;
@@ -314,13 +289,18 @@ impl Checkpoint {
 
     /// Its tensors by ascending name.
     pub fn tensors_by_name(&self) -> impl ExactSizeIterator<Item = &TensorInfo> {
-        self.by_name.iter().map(|&i| &self.tensors[i])
+        self.by_name().iter().map(|&i| &self.tensors[i])
     }
 
     /// Place in [`Checkpoint::tensors`] of the tensor of this name.
     pub fn position(&self, name: &str) -> Option<usize> {
-        let place = self.by_name.binary_search_by(|&i| self.tensors[i].name.as_str().cmp(name)).ok()?;
-        Some(self.by_name[place])
+        let by_name = self.by_name();
+        let place = by_name.binary_search_by(|&i| self.tensors[i].name.as_str().cmp(name)).ok()?;
+        Some(by_name[place])
+    }
+
+    fn by_name(&self) -> &[usize] {
+        self.by_name.get_or_init(|| sorted_by_name(&self.tensors))
     }
 
     /// The tensor of this name.
@@ -368,7 +348,7 @@ impl Checkpoint {
         // Tensors are sorted by file and offset and do not overlap, so their ends are sorted too.
         let first = self.tensors.partition_point(|t| (t.file, t.offset + t.len) <= (file, offset));
         let inside = self.tensors[first..].iter().take_while(|t| (t.file, t.offset) < (file, offset + len));
-        let tensors = inside.filter(|t| t.len > 0).map(|t| t.name.clone()).collect();
+        let tensors = inside.filter(|t| t.len > 0).map(|t| t.name.to_string()).collect();
         let path = data.path().to_owned();
         Err(Error::Corrupt(Box::new(CorruptChunk { path, chunk, offset, len, expected, found, tensors })))
     }
@@ -386,6 +366,14 @@ impl Checkpoint {
     pub(crate) fn origin(&self) -> &Origin {
         &self.origin
     }
+}
+
+/// Places of tensors by ascending name.
+fn sorted_by_name(tensors: &[TensorInfo]) -> Vec<usize> {
+    let mut by_name: Vec<usize> = (0..tensors.len()).collect();
+    // Stable, which makes use of files that are sorted each.
+    by_name.sort_by(|&a, &b| tensors[a].name.cmp(&tensors[b].name));
+    by_name
 }
 
 fn fit_63_bits(mut numbers: impl Iterator<Item = u64>) -> bool {

@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use super::store::read_small;
-use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, TensorInfo, is_there};
+use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, is_there};
 use crate::error::{FormatError, Result};
 use crate::format::manifest::{MAX_MANIFEST_LEN, data_file_name};
 use crate::format::original::{INDEX_NAME, parse};
+use crate::tensor::TensorInfo;
 
 pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
     let index_path = dir.join(INDEX_NAME);
@@ -48,10 +49,10 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
         }
         tensors.push(TensorInfo {
             offset: entry.offset - starts.get(file).copied().unwrap_or_default(),
-            name: entry.name,
+            name: entry.name.into(),
             dtype: entry.dtype,
-            shape: entry.shape,
-            strides: entry.strides,
+            shape: entry.shape[..].into(),
+            strides: entry.strides.map(Vec::into_boxed_slice),
             file,
             len: entry.len,
             shard: 0,
@@ -63,6 +64,7 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
         layout: Layout::Original,
         files,
         tensors,
+        names_differ: true,
         sums: None,
         identity: None,
         origin: Origin { layout: "original".into(), shards, index: None, seen: None },

@@ -1,16 +1,20 @@
 //! Opening Hugging Face safetensors: one file, several, or several with an index.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use super::contents::{SAFETENSORS, names_in};
 use super::store::read_small;
-use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, TensorInfo, hub, is_there};
+use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, hub, is_there};
 use crate::error::{Error, FormatError, Result};
-use crate::format::hf_index::{self, INDEX_NAME};
+use crate::format::hf_index::{self, HfIndex, INDEX_NAME};
 use crate::format::manifest::MAX_MANIFEST_LEN;
 use crate::format::safetensors::{Header, LENGTH_FIELD, MAX_HEADER_LEN, json_len, parse};
 use crate::read::choose::MAX_LANES;
+use crate::tensor::TensorInfo;
 use crate::threads;
 
 /// The one shard's name where there is no index.
@@ -19,9 +23,43 @@ const SINGLE_NAME: &str = "model.safetensors";
 /// Bytes of JSON that one thread parses before another is worth starting: 1 ms.
 const PARSED_BY_ONE: u64 = 512 << 10;
 
-/// Names of a directory's safetensors files, sorted; only `model.safetensors` where there is one.
-fn file_names(dir: &Path) -> Result<Vec<String>> {
-    let found = names_in(dir, |name| name.ends_with(SAFETENSORS)).map_err(Error::io("list", dir))?;
+/// A data file, and its header once it was read.
+struct Opened {
+    file: DataFile,
+    header: Option<Result<Header>>,
+}
+
+/// A text that is read when an indexed checkpoint is opened, and where to.
+enum Text<'a, 'j> {
+    Index(&'a mut Result<HfIndex<'j>>),
+    Header(&'a mut Opened),
+}
+
+impl Opened {
+    fn read(&mut self) {
+        self.header = Some(read_header(&self.file));
+    }
+}
+
+impl From<DataFile> for Opened {
+    fn from(file: DataFile) -> Self {
+        Opened { file, header: None }
+    }
+}
+
+/// Whether a file's name is one of a safetensors file.
+fn is_safetensors(name: &OsStr) -> bool {
+    name.as_encoded_bytes().ends_with(SAFETENSORS)
+}
+
+/// Names of a directory's safetensors files, sorted, out of all that were `listed`; only `model.safetensors` where there is
+/// one.
+fn file_names(dir: &Path, listed: Option<&[OsString]>) -> Result<Vec<String>> {
+    let mut found = match listed {
+        Some(listed) => listed.to_vec(),
+        None => names_in(dir, |_| true).map_err(Error::io("list", dir))?,
+    };
+    found.retain(|name| is_safetensors(name));
     // Left out, its tensors would be missing and nobody be told.
     let not_utf8 = |name| FormatError::new(&dir.join(name), "the name of a weight file must be UTF-8: rename it");
     let names = found.into_iter().map(|name| name.into_string().map_err(not_utf8));
@@ -32,58 +70,80 @@ fn file_names(dir: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
+/// Those of the listed files that an index names in all likelihood: `model-00001-of-00002.safetensors` and so on, if there
+/// are as many as their names say.
+fn likely_shards(listed: Option<&[OsString]>) -> Vec<&str> {
+    let names = listed.unwrap_or_default().iter().filter(|name| is_safetensors(name)).filter_map(|name| name.to_str());
+    let shards: Vec<&str> = names.filter(|name| name.starts_with("model-")).collect();
+    let end = format!("-of-{:05}.safetensors", shards.len());
+    if shards.iter().all(|name| name.ends_with(&end)) { shards } else { Vec::new() }
+}
+
 pub(super) fn open_file(path: &Path) -> Result<Checkpoint> {
     let name = path.file_name().map_or_else(|| SINGLE_NAME.into(), |name| name.to_string_lossy().into_owned());
     let file = DataFile::open(path, &name, true)?;
-    assemble(path, vec![file], None)
+    assemble(path, vec![file.into()], None)
 }
 
 /// Opens files that somebody else found; `root` is where they were looked for.
 pub(super) fn open_files(root: &Path, paths: &[PathBuf]) -> Result<Checkpoint> {
     let open = |path: &PathBuf| {
         let name = path.strip_prefix(root).unwrap_or(path);
-        DataFile::open(path, &name.to_string_lossy(), true)
+        DataFile::open(path, &name.to_string_lossy(), true).map(Opened::from)
     };
     assemble(root, paths.iter().map(open).collect::<Result<_>>()?, None)
 }
 
-/// Opens a directory by its index, or all its safetensors files where there is none; `None` where it has neither.
-pub(super) fn open_dir(dir: &Path) -> Result<Option<Checkpoint>> {
+/// Opens a directory, whose files were `listed`, by its index, or all its safetensors files where there is none; `None`
+/// where it has neither.
+pub(super) fn open_dir(dir: &Path, listed: Option<&[OsString]>) -> Result<Option<Checkpoint>> {
     let index_path = dir.join(INDEX_NAME);
     if is_there(&index_path)? {
-        return open_indexed(dir, &index_path).map(Some);
+        return open_indexed(dir, &index_path, listed).map(Some);
     }
-    let names = file_names(dir)?;
+    let names = file_names(dir, listed)?;
     if names.is_empty() {
         return Ok(None);
     }
-    let files = names.iter().map(|name| open_inside(dir, name)).collect::<Result<_>>()?;
+    let files = names.iter().map(|name| open_inside(dir, name).map(Opened::from)).collect::<Result<_>>()?;
     assemble(dir, files, None).map(Some)
 }
 
-fn open_indexed(dir: &Path, index_path: &Path) -> Result<Checkpoint> {
+fn open_indexed(dir: &Path, index_path: &Path, listed: Option<&[OsString]>) -> Result<Checkpoint> {
     let index_file = open_inside(dir, INDEX_NAME)?;
-    let json = read_small(&index_file, MAX_MANIFEST_LEN)?;
-    let index = hf_index::parse(index_path, &json)?;
+    // A long index takes as long as the headers, which are read meanwhile; what fails there is tried again below.
+    let likely = if index_file.len() < PARSED_BY_ONE { Vec::new() } else { likely_shards(listed) };
+    let mut likely: Vec<Opened> =
+        likely.iter().map_while(|name| open_inside(dir, name).ok().map(Opened::from)).collect();
+    let len = likely.iter().map(|opened| claimed_len(&opened.file)).sum::<u64>() + index_file.len();
+    let json = OnceLock::new();
+    let parsed = || {
+        let bytes = read_small(&index_file, MAX_MANIFEST_LEN)?;
+        Ok(hf_index::parse(index_path, json.get_or_init(|| bytes))?)
+    };
+    let mut index = Err(Error::Invalid("the index was not read".into()));
+    let threads = threads_for(likely.len() + 1, len);
+    let texts = std::iter::once(Text::Index(&mut index)).chain(likely.iter_mut().map(Text::Header));
+    threads::share(threads, "sllm-open", texts, |text| match text {
+        Text::Index(index) => *index = parsed(),
+        Text::Header(opened) => opened.read(),
+    });
+    let index: HfIndex<'_> = index?;
     let mut files = Vec::with_capacity(index.shards.len());
     for shard in &index.shards {
-        files.push(open_inside(dir, shard).map_err(|e| match e {
+        if let Some(place) = likely.iter().position(|opened| opened.file.name() == shard) {
+            files.push(likely.swap_remove(place));
+            continue;
+        }
+        let file = open_inside(dir, shard).map_err(|e| match e {
             Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
                 FormatError::new(index_path, format!("it names shard {shard:?}, which is not there")).into()
             }
             e => e,
-        })?);
+        })?;
+        files.push(file.into());
     }
-    let checkpoint = assemble(dir, files, Some(index.metadata))?;
-    let files: HashMap<&str, usize> = checkpoint.tensors().iter().map(|t| (t.name.as_str(), t.file)).collect();
-    for (name, shard) in &index.weight_map {
-        if files.get(&**name) != Some(shard) {
-            let shard = &index.shards[*shard];
-            let reason = format!("the index says that it is in {shard:?}, but it is not");
-            return Err(FormatError::new(index_path, reason).tensor(name).into());
-        }
-    }
-    Ok(checkpoint)
+    assemble(dir, files, Some((index_path, index)))
 }
 
 /// Opens a file of a model directory.
@@ -110,46 +170,92 @@ pub(crate) fn ensure_inside(dir: &Path, path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn assemble(root: &Path, files: Vec<DataFile>, index: Option<serde_json::Value>) -> Result<Checkpoint> {
-    let headers = read_headers(&files)?;
-    let mut tensors = Vec::with_capacity(headers.iter().map(|header| header.tensors.len()).sum());
-    let mut shards = Vec::with_capacity(files.len());
-    for (k, (file, header)) in files.iter().zip(headers).enumerate() {
-        shards.push(Shard { name: file.name().to_owned(), metadata: header.metadata });
-        tensors.extend(header.tensors.into_iter().map(|t| TensorInfo {
-            name: t.name,
-            dtype: t.dtype,
-            shape: t.shape,
-            strides: None,
-            file: k,
-            offset: t.offset,
-            len: t.len,
-            shard: k,
-        }));
+fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex<'_>)>) -> Result<Checkpoint> {
+    read_headers(&mut opened);
+    let (mut files, mut shards) = (Vec::with_capacity(opened.len()), Vec::with_capacity(opened.len()));
+    let mut tensors: Vec<TensorInfo> = Vec::new();
+    for Opened { file, header } in opened {
+        let Some(header) = header else { continue }; // `read_headers` leaves none out
+        let Header { tensors: mut of_file, metadata } = header?;
+        let number = files.len();
+        if number == 0 {
+            tensors = of_file; // as it is: they may be many
+        } else {
+            of_file.iter_mut().for_each(|tensor| (tensor.file, tensor.shard) = (number, number));
+            tensors.append(&mut of_file);
+        }
+        shards.push(Shard { name: file.name().to_owned(), metadata });
+        files.push(file);
     }
-    Checkpoint::from_parts(Parts {
+    // Of one file `parse` has seen to it.
+    let is_one_file = files.len() == 1;
+    let is_as_told = index.as_ref().is_some_and(|(_, index)| is_as_told(index, &tensors));
+    let (index_path, mut index) = index.unzip();
+    let metadata = index.as_mut().map(|index| index.metadata.take());
+    let checkpoint = Checkpoint::from_parts(Parts {
         root: root.to_owned(),
         layout: Layout::Safetensors,
         told_by: root.to_owned(),
         files,
         tensors,
+        names_differ: is_as_told || is_one_file,
         sums: None,
         identity: None,
-        origin: Origin { layout: Layout::Safetensors.name().into(), shards, index, seen: None },
-    })
+        origin: Origin { layout: Layout::Safetensors.name().into(), shards, index: metadata, seen: None },
+    })?;
+    if let (Some(path), Some(index), false) = (index_path, index, is_as_told) {
+        check_index(path, &index, &checkpoint)?;
+    }
+    Ok(checkpoint)
 }
 
-/// The headers of files; where they are long, threads share the files, each with the text of one at a time. The first file's
-/// error counts.
-fn read_headers(files: &[DataFile]) -> Result<Vec<Header>> {
-    let mut headers: Vec<Option<Result<Header>>> = files.iter().map(|_| None).collect();
-    let worth = files.iter().map(claimed_len).sum::<u64>() / PARSED_BY_ONE;
-    let most = files.len().min(threads::processors()).min(MAX_LANES);
-    let threads = usize::try_from(worth).map_or(most, |worth| worth.min(most));
-    threads::share(threads, "sllm-open", files.iter().zip(&mut headers), |(file, header)| {
-        *header = Some(read_header(file));
-    });
-    headers.into_iter().flatten().collect() // there is one of each file
+/// Whether every tensor has a name of its own, and is where an index says if that names it.
+fn is_as_told(index: &HfIndex<'_>, tensors: &[TensorInfo]) -> bool {
+    if names_all(index, tensors) {
+        return true;
+    }
+    let files: HashMap<&str, usize> = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.file)).collect();
+    files.len() == tensors.len() && index.weight_map.iter().all(|(name, shard)| files.get(&**name) == Some(shard))
+}
+
+/// Whether an index names every tensor in its file, those of a file in the file's order. Its names differ, so that those of
+/// the tensors do then.
+fn names_all(index: &HfIndex<'_>, tensors: &[TensorInfo]) -> bool {
+    let first_of = |file| tensors.partition_point(|tensor| tensor.file < file);
+    let mut next: Vec<usize> = (0..index.shards.len()).map(first_of).collect();
+    let is_next = |(name, shard): &(Cow<'_, str>, usize)| {
+        let Some(place) = next.get_mut(*shard) else { return false };
+        let tensor = tensors.get(*place);
+        *place += 1;
+        tensor.is_some_and(|tensor| tensor.file == *shard && *tensor.name == **name)
+    };
+    index.weight_map.len() == tensors.len() && index.weight_map.iter().all(is_next)
+}
+
+/// The first of an index's entries that is not as it says.
+fn check_index(path: &Path, index: &HfIndex<'_>, checkpoint: &Checkpoint) -> Result<()> {
+    for (name, shard) in &index.weight_map {
+        if checkpoint.tensor(name).map_or(true, |tensor| tensor.file != *shard) {
+            let shard = &index.shards[*shard];
+            let reason = format!("the index says that it is in {shard:?}, but it is not");
+            return Err(FormatError::new(path, reason).tensor(name).into());
+        }
+    }
+    Ok(())
+}
+
+/// Reads the headers of files that were not read yet; where they are long, threads share the files, each with the text of
+/// one at a time.
+fn read_headers(files: &mut [Opened]) {
+    let mut unread: Vec<&mut Opened> = files.iter_mut().filter(|opened| opened.header.is_none()).collect();
+    let len = unread.iter().map(|opened| claimed_len(&opened.file)).sum();
+    threads::share(threads_for(unread.len(), len), "sllm-open", unread.iter_mut(), |opened| opened.read());
+}
+
+/// Threads that so many texts, of so many bytes in all, are worth.
+fn threads_for(texts: usize, len: u64) -> usize {
+    let most = texts.min(threads::processors()).min(MAX_LANES);
+    usize::try_from(len / PARSED_BY_ONE).map_or(most, |worth| worth.min(most))
 }
 
 /// What a file claims to be the length of its header's JSON, no more than may be. Nothing is checked yet.
@@ -169,5 +275,118 @@ fn read_header(file: &DataFile) -> Result<Header> {
     let len = usize::try_from(json_len(file.path(), field, file.len())?).unwrap_or(0);
     let mut json = vec![0; len];
     file.read_exact_at(&mut json, LENGTH_FIELD)?;
-    Ok(parse(file.path(), &json, file.len())?)
+    Ok(parse(file.path(), json, file.len())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use serde_json::{Map, Value, json};
+    use tempfile::TempDir;
+
+    use super::*;
+
+    const FILES: [&str; 2] = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"];
+
+    /// Two files of such tensors, each of a byte, and an index that says of each tensor the file that `told` says.
+    fn write(tensors: [&[String]; 2], told: &[(&String, &str)]) -> TempDir {
+        let dir = tempfile::tempdir().unwrap();
+        for (file, names) in FILES.iter().zip(tensors) {
+            let entry = |(i, name): (usize, &String)| {
+                format!(r#""{name}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{}]}}"#, i + 1)
+            };
+            let header = format!("{{{}}}", names.iter().enumerate().map(entry).collect::<Vec<_>>().join(","));
+            fs::write(dir.path().join(file), test_support::safetensors(header, &vec![7; names.len()])).unwrap();
+        }
+        let map: Vec<String> = told.iter().map(|(name, file)| format!(r#""{name}":"{file}""#)).collect();
+        fs::write(dir.path().join(INDEX_NAME), format!(r#"{{"weight_map":{{{}}}}}"#, map.join(","))).unwrap();
+        dir
+    }
+
+    /// The same of files of `count` tensors, whose index may be so long that headers are read beside it.
+    fn check(count: usize) {
+        let names = |letter: &str| (0..count).map(|i| format!("{letter}{i:0150}")).collect::<Vec<String>>();
+        let (a, b) = (names("a"), names("b"));
+        let told = || a.iter().map(|name| (name, FILES[0])).chain(b.iter().map(|name| (name, FILES[1])));
+        let right: Vec<_> = told().collect();
+        let is_right = |dir: &TempDir| {
+            let checkpoint = Checkpoint::open(dir).unwrap();
+            assert_eq!((checkpoint.tensors().len(), checkpoint.files().len()), (2 * count, 2));
+            for (name, file) in &right {
+                let tensor = checkpoint.tensor(name).unwrap();
+                assert_eq!(checkpoint.files()[tensor.file].name(), *file);
+                assert_eq!(tensor.shard, tensor.file);
+            }
+            assert!(checkpoint.tensors_by_name().is_sorted_by(|a, b| a.name < b.name));
+        };
+        let is_refused = |dir: &TempDir, says: &str, tensor: &str| {
+            let error = Checkpoint::open(dir).unwrap_err().to_string();
+            assert!(error.contains(says) && error.contains(tensor), "{error}");
+        };
+
+        let dir = write([&a, &b], &right);
+        is_right(&dir);
+        // A file that the index does not name is none of the checkpoint's, and of its shards one may be missing.
+        fs::write(dir.path().join("model-00003-of-00003.safetensors"), "").unwrap();
+        is_right(&dir);
+        fs::remove_file(dir.path().join(FILES[1])).unwrap();
+        is_refused(&dir, "which is not there", FILES[1]);
+        fs::write(dir.path().join(FILES[1]), "short").unwrap();
+        is_refused(&dir, "too short", FILES[1]);
+
+        is_right(&write([&a, &b], &told().rev().collect::<Vec<_>>()));
+        // Not all tensors need be in the index.
+        is_right(&write([&a, &b], &right[1..2 * count - 1]));
+        let mut wrong = right.clone();
+        wrong[count - 1].1 = FILES[1];
+        is_refused(&write([&a, &b], &wrong), "but it is not", &a[count - 1]);
+        let other = String::from("other");
+        wrong[count - 1] = (&other, FILES[0]);
+        is_refused(&write([&a, &b], &wrong), "but it is not", "other");
+        wrong[count - 1] = right[0];
+        is_refused(&write([&a, &b], &wrong), "twice", &a[0]);
+
+        let both = [&b[..], &a[..1]].concat();
+        is_refused(&write([&a, &both], &right), "is in two files", &a[0]);
+        let again = [&b[..], &b[..1]].concat();
+        is_refused(&write([&a, &again], &right), "twice", &b[0]);
+    }
+
+    #[test]
+    fn an_index_is_compared_with_the_files_however_long_and_in_whatever_order() {
+        check(2);
+        let many = usize::try_from(PARSED_BY_ONE).unwrap() / 300;
+        check(many);
+    }
+
+    #[test]
+    fn shards_are_likely_where_there_are_as_many_as_they_say() {
+        let listed = |names: &[&str]| names.iter().map(OsString::from).collect::<Vec<_>>();
+        let likely = |names: &[&str]| likely_shards(Some(&listed(names))).len();
+        assert_eq!(likely(&FILES), 2);
+        assert_eq!(likely(&[FILES[0], FILES[1], "consolidated.safetensors", "model.safetensors"]), 2);
+        assert_eq!(likely(&FILES[1..]), 0);
+        assert_eq!(likely(&[FILES[0], FILES[1], "model-00003-of-00003.safetensors"]), 0);
+        assert_eq!(likely(&[]), 0);
+        assert!(likely_shards(None).is_empty());
+    }
+
+    #[test]
+    fn an_index_of_mixed_dtypes_is_found_by_name() {
+        // As files are written: by dtype, then by name; the index by name.
+        let dir = tempfile::tempdir().unwrap();
+        let mut header = Map::new();
+        for (i, name) in ["b", "d", "a", "c"].iter().enumerate() {
+            header.insert((*name).into(), json!({"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]}));
+        }
+        let header = Value::from(header).to_string();
+        fs::write(dir.path().join("x.safetensors"), test_support::safetensors(header, &[0; 4])).unwrap();
+        let map = json!({"a": "x.safetensors", "b": "x.safetensors", "c": "x.safetensors", "d": "x.safetensors"});
+        fs::write(dir.path().join(INDEX_NAME), json!({"weight_map": map}).to_string()).unwrap();
+        let checkpoint = Checkpoint::open(&dir).unwrap();
+        let names: Vec<&str> = checkpoint.tensors().iter().map(|tensor| tensor.name.as_str()).collect();
+        assert_eq!(names, ["b", "d", "a", "c"]);
+        assert_eq!(checkpoint.position("c"), Some(3));
+    }
 }

@@ -1,10 +1,14 @@
 //! Opening our own store.
 
+use std::ops::Deref;
 use std::path::Path;
 
-use super::{Checkpoint, ChunkSums, DataFile, Layout, Origin, Parts, TensorInfo};
-use crate::error::{FormatError, Result};
+use super::{Checkpoint, ChunkSums, DataFile, Layout, Origin, Parts};
+use crate::error::{Error, FormatError, Result};
+use crate::format::PAGE_BYTES;
 use crate::format::manifest::{MANIFEST_NAME, MAX_MANIFEST_LEN, Manifest, data_file_name};
+use crate::pool::{BufferPool, HostBuffer};
+use crate::tensor::{TensorInfo, TensorName};
 
 pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
     let manifest_path = dir.join(MANIFEST_NAME);
@@ -26,11 +30,12 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
         chunk_len: manifest.chunk_len,
         files: manifest.files.into_iter().map(|file| file.crc64.0).collect(),
     };
-    let tensors = manifest.tensors.into_iter().map(|t| TensorInfo {
-        name: t.name,
+    let names = TensorName::of_all(manifest.tensors.iter().map(|t| t.name.as_str()));
+    let tensors = manifest.tensors.iter().zip(names).map(|(t, name)| TensorInfo {
+        name,
         dtype: t.dtype,
-        shape: t.shape,
-        strides: t.strides,
+        shape: t.shape[..].into(),
+        strides: t.strides.as_deref().map(Box::from),
         file: t.file,
         offset: t.offset,
         len: t.len,
@@ -41,6 +46,7 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
         layout: Layout::Store,
         files,
         tensors: tensors.collect(),
+        names_differ: false,
         sums: Some(sums),
         identity: Some(manifest.identity),
         origin,
@@ -48,12 +54,29 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
     })
 }
 
+/// The bytes of a small file, in a huge page where the system has them: a long index has hundreds of pages otherwise, and the
+/// system takes longer to give each than it takes to read it.
+pub(super) struct Bytes {
+    buffer: HostBuffer,
+    len: usize,
+}
+
+impl Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.buffer.as_slice().get(..self.len).unwrap_or_default() // the buffer is as long
+    }
+}
+
 /// A whole file of at most `limit` bytes.
-pub(super) fn read_small(file: &DataFile, limit: u64) -> Result<Vec<u8>> {
+pub(super) fn read_small(file: &DataFile, limit: u64) -> Result<Bytes> {
     let len = usize::try_from(file.len()).ok().filter(|_| file.len() <= limit).ok_or_else(|| {
         FormatError::new(file.path(), format!("it has {} bytes, more than the {limit} that are read", file.len()))
     })?;
-    let mut bytes = vec![0; len];
-    file.read_exact_at(&mut bytes, 0)?;
-    Ok(bytes)
+    let buffer_len = len.max(1).next_multiple_of(PAGE_BYTES);
+    let buffer = BufferPool::new(buffer_len, 1, buffer_len, None)?.try_acquire();
+    let mut buffer = buffer.ok_or_else(|| Error::Invalid("there is no buffer for a file's bytes".into()))?;
+    file.read_exact_at(buffer.as_mut_slice().get_mut(..len).unwrap_or_default(), 0)?;
+    Ok(Bytes { buffer, len })
 }

@@ -27,6 +27,7 @@ use crate::format::manifest::{
     FileEntry, MANIFEST_NAME, MAX_FILE_LEN, Manifest, Source, SourceFile, TensorEntry, data_file_name,
 };
 use crate::format::original::{self, contiguous_strides, strided_len};
+use crate::tensor::TensorInfo;
 use crate::verify::verify_before;
 use journal::fingerprint;
 use layout::{Bytes, TargetFile, place};
@@ -116,11 +117,11 @@ fn convert_in_files_of(
     target: &Path,
     options: &ConvertOptions,
 ) -> Result<ConvertReport> {
-    let entry = |tensor: &crate::checkpoint::TensorInfo| TensorEntry {
-        name: tensor.name.clone(),
+    let entry = |tensor: &TensorInfo| TensorEntry {
+        name: tensor.name.to_string(),
         dtype: tensor.dtype,
-        shape: tensor.shape.clone(),
-        strides: tensor.strides.clone(),
+        shape: tensor.shape.to_vec(),
+        strides: tensor.strides.as_deref().map(<[u64]>::to_vec),
         file: 0,
         offset: 0,
         len: tensor.len,

@@ -4,6 +4,7 @@ pub(crate) mod hf_index;
 pub(crate) mod manifest;
 pub(crate) mod original;
 pub(crate) mod safetensors;
+mod scan;
 
 use std::borrow::Cow;
 use std::collections::HashSet;

@@ -4,34 +4,30 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
+use std::sync::Arc;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, Visitor};
 
-use super::repeated;
+use super::scan::Scanner;
+use super::{Text, repeated};
 use crate::dtype::Dtype;
 use crate::error::FormatError;
+use crate::tensor::{Shape, TensorInfo, TensorName};
 
 /// safetensors' own limit on the JSON's length (`MAX_HEADER_SIZE` in its source).
 pub(crate) const MAX_HEADER_LEN: u64 = 100_000_000;
 
+/// Key of what is no tensor.
+const METADATA: &str = "__metadata__";
+
 /// Bytes of the length field before the JSON.
 pub(crate) const LENGTH_FIELD: u64 = 8;
 
-/// One tensor of a header, its offset counted from the start of the file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct HeaderTensor {
-    pub(crate) name: String,
-    pub(crate) dtype: Dtype,
-    pub(crate) shape: Vec<u64>,
-    pub(crate) offset: u64,
-    pub(crate) len: u64,
-}
-
-/// A checked header, its tensors in the order of their bytes.
+/// A checked header, its tensors in the order of their bytes, as those of a checkpoint's first file.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Header {
-    pub(crate) tensors: Vec<HeaderTensor>,
+    pub(crate) tensors: Vec<TensorInfo>,
     pub(crate) metadata: Option<BTreeMap<String, String>>,
 }
 
@@ -39,41 +35,101 @@ pub(crate) struct Header {
 struct RawTensor<'a> {
     #[serde(borrow)]
     dtype: Cow<'a, str>,
-    shape: Vec<u64>,
+    shape: Shape,
     data_offsets: (u64, u64),
 }
 
-#[derive(Default)]
-struct RawHeader<'a> {
-    tensors: Vec<(String, RawTensor<'a>)>,
-    metadata: Option<BTreeMap<String, String>>,
+/// Reads the entries of a header as tensors.
+struct Reader<'a> {
+    path: &'a Path,
+    text: &'a Arc<String>,
+    /// The first tensor that is none.
+    fault: &'a mut Option<FormatError>,
 }
 
-impl<'de: 'a, 'a> Deserialize<'de> for RawHeader<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct HeaderVisitor;
+impl Reader<'_> {
+    fn checked(&self, name: Cow<'_, str>, raw: RawTensor<'_>) -> Result<TensorInfo, FormatError> {
+        let fail = |reason: String| FormatError::new(self.path, reason).tensor(&name);
+        let dtype = Dtype::from_name(&raw.dtype).ok_or_else(|| fail(format!("unknown dtype {:?}", raw.dtype)))?;
+        let expected = dtype.byte_len(&raw.shape).map_err(|why| fail(why.to_owned()))?;
+        let (start, end) = raw.data_offsets;
+        let len =
+            end.checked_sub(start).ok_or_else(|| fail(format!("its data_offsets [{start}, {end}] run backwards")))?;
+        let offset = (LENGTH_FIELD + self.text.len() as u64)
+            .checked_add(start)
+            .filter(|offset| offset.checked_add(len).is_some())
+            .ok_or_else(|| fail(format!("its data_offsets [{start}, {end}] overflow 64 bits")))?;
+        if len != expected {
+            let reason = format!("its {len} bytes are not the {expected} of {dtype} {:?}", raw.shape);
+            return Err(fail(reason).at(offset));
+        }
+        let name = TensorName::read_from(self.text, name);
+        Ok(TensorInfo { name, dtype, shape: raw.shape, strides: None, file: 0, offset, len, shard: 0 })
+    }
+}
 
-        impl<'de> Visitor<'de> for HeaderVisitor {
-            type Value = RawHeader<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object of tensors")
+impl Reader<'_> {
+    /// The header by a scan; `None` where it has another form than most, or an error.
+    fn scanned(&self) -> Option<Header> {
+        let mut header = Header::default();
+        let mut scanner = Scanner::new(self.text);
+        scanner.pass(b'{')?;
+        scanner.items(b'}', |scanner| {
+            let name = scanner.key()?;
+            if name == METADATA {
+                return header.metadata.replace(scanner.value()?).is_none().then_some(());
             }
+            scanner.pass(b'{')?;
+            scanner.pass_key("dtype")?;
+            let dtype = scanner.string()?.into();
+            scanner.pass(b',')?;
+            scanner.pass_key("shape")?;
+            scanner.pass(b'[')?;
+            let mut shape = Shape::default();
+            scanner.items(b']', |scanner| scanner.number().map(|dim| shape.push(dim)))?;
+            scanner.pass(b',')?;
+            scanner.pass_key("data_offsets")?;
+            scanner.pass(b'[')?;
+            let start = scanner.number()?;
+            scanner.pass(b',')?;
+            let data_offsets = (start, scanner.number()?);
+            scanner.pass(b']')?;
+            scanner.pass(b'}')?;
+            header.tensors.push(self.checked(name.into(), RawTensor { dtype, shape, data_offsets }).ok()?);
+            Some(())
+        })?;
+        scanner.is_at_end().then_some(header)
+    }
+}
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawHeader<'de>, A::Error> {
-                let mut header = RawHeader::default();
-                while let Some(name) = map.next_key::<String>()? {
-                    if name != "__metadata__" {
-                        header.tensors.push((name, map.next_value()?));
-                    } else if header.metadata.replace(map.next_value()?).is_some() {
-                        return Err(A::Error::custom("__metadata__ occurs twice"));
-                    }
+impl<'de> DeserializeSeed<'de> for Reader<'_> {
+    type Value = Header;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Header, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Reader<'_> {
+    type Value = Header;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object of tensors")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+        let mut header = Header::default();
+        while let Some(Text(name)) = map.next_key()? {
+            if name != METADATA {
+                match self.checked(name, map.next_value()?) {
+                    Ok(tensor) => header.tensors.push(tensor),
+                    Err(error) => _ = self.fault.get_or_insert(error),
                 }
-                Ok(header)
+            } else if header.metadata.replace(map.next_value()?).is_some() {
+                return Err(A::Error::custom("__metadata__ occurs twice"));
             }
         }
-
-        deserializer.deserialize_map(HeaderVisitor)
+        Ok(header)
     }
 }
 
@@ -101,38 +157,33 @@ pub(crate) fn json_len(path: &Path, field: [u8; 8], file_len: u64) -> Result<u64
 ///
 /// Rejects what safetensors rejects: names that repeat, unknown dtypes, a shape that does not fit its bytes, overlaps,
 /// holes, and bytes after the last tensor.
-pub(crate) fn parse(path: &Path, json: &[u8], file_len: u64) -> Result<Header, FormatError> {
-    let data_start = LENGTH_FIELD + json.len() as u64;
-    let raw: RawHeader<'_> = serde_json::from_slice(json).map_err(|e| {
+pub(crate) fn parse(path: &Path, json: Vec<u8>, file_len: u64) -> Result<Header, FormatError> {
+    let invalid = |e: serde_json::Error| {
         let error = FormatError::new(path, format!("its header is not valid: {e}"));
         if e.line() == 1 { error.at(LENGTH_FIELD + e.column() as u64) } else { error }
+    };
+    let text = String::from_utf8(json).map_err(|e| {
+        let at = e.utf8_error().valid_up_to() as u64;
+        FormatError::new(path, "its header is not valid: it is not UTF-8").at(LENGTH_FIELD + at)
     })?;
-
-    if let Some(name) = repeated(raw.tensors.iter().map(|(name, _)| name.as_str())) {
+    let text = Arc::new(text);
+    let mut fault = None;
+    let mut json = serde_json::Deserializer::from_str(&text);
+    let reader = Reader { path, text: &text, fault: &mut fault };
+    let header = match reader.scanned() {
+        Some(header) => header,
+        None => reader.deserialize(&mut json).and_then(|header| json.end().map(|()| header)).map_err(invalid)?,
+    };
+    let Header { mut tensors, metadata } = header;
+    if let Some(fault) = fault {
+        return Err(fault);
+    }
+    if let Some(name) = repeated(tensors.iter().map(|tensor| tensor.name.as_str())) {
         return Err(FormatError::new(path, "the name occurs twice").tensor(name));
     }
 
-    let checked = |(name, raw): (String, RawTensor<'_>)| {
-        let fail = |reason: String| FormatError::new(path, reason).tensor(&name);
-        let dtype = Dtype::from_name(&raw.dtype).ok_or_else(|| fail(format!("unknown dtype {:?}", raw.dtype)))?;
-        let expected = dtype.byte_len(&raw.shape).map_err(|why| fail(why.to_owned()))?;
-        let (start, end) = raw.data_offsets;
-        let len =
-            end.checked_sub(start).ok_or_else(|| fail(format!("its data_offsets [{start}, {end}] run backwards")))?;
-        let offset = data_start
-            .checked_add(start)
-            .filter(|offset| offset.checked_add(len).is_some())
-            .ok_or_else(|| fail(format!("its data_offsets [{start}, {end}] overflow 64 bits")))?;
-        if len != expected {
-            let reason = format!("its {len} bytes are not the {expected} of {dtype} {:?}", raw.shape);
-            return Err(fail(reason).at(offset));
-        }
-        Ok(HeaderTensor { name, dtype, shape: raw.shape, offset, len })
-    };
-    let mut tensors = raw.tensors.into_iter().map(checked).collect::<Result<Vec<_>, _>>()?;
-
     tensors.sort_by_key(|tensor| (tensor.offset, tensor.len));
-    let mut end = data_start;
+    let mut end = LENGTH_FIELD + text.len() as u64;
     for tensor in &tensors {
         if tensor.offset != end {
             let what = if tensor.offset < end { "overlaps the tensor before it" } else { "leaves a hole before it" };
@@ -149,15 +200,16 @@ pub(crate) fn parse(path: &Path, json: &[u8], file_len: u64) -> Result<Header, F
         let reason = format!("{} bytes follow the last tensor, which no tensor names", file_len - end);
         return Err(FormatError::new(path, reason).at(end));
     }
-    Ok(Header { tensors, metadata: raw.metadata })
+    Ok(Header { tensors, metadata })
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::scan::tests::changed;
     use super::*;
 
     fn parse_str(json: &str, data: u64) -> Result<Header, FormatError> {
-        parse(Path::new("m.safetensors"), json.as_bytes(), LENGTH_FIELD + json.len() as u64 + data)
+        parse(Path::new("m.safetensors"), json.into(), LENGTH_FIELD + json.len() as u64 + data)
     }
 
     fn reason(json: &str, data: u64) -> String {
@@ -176,6 +228,28 @@ mod tests {
         assert_eq!(seen, [("a\né", 0, 2), ("b", 2, 8), ("z", 10, 0)]);
         assert_eq!(header.metadata.unwrap()["format"], "pt");
         assert_eq!(parse_str("{}", 0).unwrap(), Header::default());
+    }
+
+    #[test]
+    fn a_scan_gives_what_parsing_gives_or_nothing() {
+        let forms = [
+            r#"{"__metadata__":{"format":"pt"},"é":{"dtype":"U8","shape":[2,1],"data_offsets":[0,2]},"b":{"dtype":"F4","shape":[0],"data_offsets":[2,2]}} "#,
+            "{\"a\": {\"dtype\": \"I8\", \"shape\": [1, 1, 1, 10], \"data_offsets\": [0, 10]}, \n\"__metadata__\": {}}",
+        ];
+        let path = Path::new("m");
+        let mut scanned = 0;
+        for json in forms.iter().flat_map(|form| changed(form)) {
+            let text = Arc::new(json);
+            let (mut none, mut fault) = (None, None);
+            let Some(header) = Reader { path, text: &text, fault: &mut none }.scanned() else { continue };
+            let mut json = serde_json::Deserializer::from_str(&text);
+            let parsed = Reader { path, text: &text, fault: &mut fault }.deserialize(&mut json);
+            json.end().unwrap();
+            assert_eq!((header, None), (parsed.unwrap(), fault), "{text}");
+            scanned += 1;
+        }
+        assert!(scanned > 500, "{scanned}");
+        assert!(forms.iter().all(|form| parse_str(form, 2).is_ok() || parse_str(form, 10).is_ok()));
     }
 
     #[test]

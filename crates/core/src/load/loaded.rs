@@ -1,10 +1,11 @@
 //! Tensors on a device.
 
 use super::LoadReport;
-use crate::checkpoint::{Checkpoint, TensorInfo};
+use crate::checkpoint::Checkpoint;
 use crate::device::{Block, Device};
 use crate::error::{Error, Result};
 use crate::plan::Placement;
+use crate::tensor::TensorInfo;
 
 /// The tensors of a load. Dropping it frees their memory.
 #[derive(Debug)]

@@ -22,7 +22,7 @@ pub use report::{EngineReport, LoadReport};
 pub use session::Session;
 
 use crate::cache::{Cache, Split};
-use crate::checkpoint::{Checkpoint, ChunkSums, TensorInfo};
+use crate::checkpoint::{Checkpoint, ChunkSums};
 use crate::control::{Control, check_threads};
 use crate::device::{Block, Claim, Device, DeviceError, Stream};
 use crate::error::{Error, Result};
@@ -31,6 +31,7 @@ use crate::numa;
 use crate::plan::{Filter, LoadPlan, Placement, PlanOptions, Segment};
 use crate::read::choose::{self, Governor, Wishes, choose};
 use crate::read::{EngineChoice, Queue};
+use crate::tensor::TensorInfo;
 use lane::{Buffers, Lane, Outcome, Shared};
 use outbox::Outbox;
 use remote::Helper;

@@ -3,10 +3,11 @@
 use glob::Pattern;
 
 use super::Segment;
-use crate::checkpoint::{Checkpoint, TensorInfo};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::format::PAGE;
 use crate::format::manifest::LARGE_TENSOR;
+use crate::tensor::TensorInfo;
 
 /// Alignment of a tensor in its block, in bytes: what a CUDA allocation gives and kernels expect.
 const ALIGN: u64 = 256;
@@ -47,7 +48,7 @@ impl Filter {
             let mut wanted = false;
             for (pattern, used) in self.patterns.iter().zip(&mut used) {
                 // A name may hold brackets or stars itself, so that it is also tried as it stands.
-                if pattern.as_str() == tensor.name || pattern.matches(&tensor.name) {
+                if tensor.name == pattern.as_str() || pattern.matches(&tensor.name) {
                     (wanted, *used) = (true, true);
                 }
             }

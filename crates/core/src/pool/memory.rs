@@ -13,6 +13,9 @@ const NODES: usize = 1024;
 /// Bits of a word of the kernel's sets.
 const WORD_BITS: usize = libc::c_ulong::BITS as usize;
 
+/// Bytes of a huge page, on most systems.
+const HUGE_PAGE: usize = 2 << 20;
+
 /// A mapping of memory that is in no file system, zeroed, page-aligned: a private anonymous one, which asks for huge
 /// pages, since those pin ten times faster, or one of a memory file.
 #[derive(Debug)]
@@ -27,11 +30,14 @@ unsafe impl Send for HostMemory {}
 unsafe impl Sync for HostMemory {}
 
 impl HostMemory {
-    /// Maps `len` bytes without touching them. No memory is used until then.
+    /// Maps `len` bytes, or somewhat more, without touching them. No memory is used until then.
     pub(crate) fn map(len: usize) -> io::Result<HostMemory> {
         if len == 0 {
             return Ok(HostMemory { ptr: NonNull::dangling(), len });
         }
+        // The kernel aligns to huge pages only what is so long.
+        let rounded = if len < HUGE_PAGE / 4 { None } else { len.checked_next_multiple_of(HUGE_PAGE) };
+        let len = rounded.unwrap_or(len);
         // SAFETY: a new private mapping at an address that the system chooses touches no memory of others.
         let ptr = unsafe {
             mmap_anonymous(

@@ -103,7 +103,7 @@ pub(crate) fn assert_holds<'a>(checkpoint: &Checkpoint, tensors: impl IntoIterat
     let mut count = 0;
     for made in tensors {
         let tensor = checkpoint.tensor(&made.name).unwrap();
-        assert_eq!((tensor.dtype, &tensor.shape), (made.dtype, &made.shape), "{:?}", made.name);
+        assert_eq!((tensor.dtype, &*tensor.shape), (made.dtype, &*made.shape), "{:?}", made.name);
         assert!(bytes_of(checkpoint, tensor) == made.bytes, "bytes of {:?} differ", made.name);
         count += 1;
     }
