@@ -1,6 +1,5 @@
 //! Loads into memory that Python objects own.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
@@ -62,9 +61,14 @@ impl Placement {
     /// The name of the first tensor of each dtype, and the dtype.
     #[getter]
     fn dtypes(&self) -> Vec<(&str, &'static str)> {
-        let mut seen = HashSet::new();
+        let mut seen = Vec::new(); // few, and looked through for every tensor before a byte moves
         let infos = self.inner.tensors.iter().map(|placed| &self.checkpoint.tensors()[placed.tensor]);
-        infos.filter(|info| seen.insert(info.dtype)).map(|info| (&*info.name, info.dtype.name())).collect()
+        let first = infos.filter(|info| {
+            let is_new = !seen.contains(&info.dtype);
+            seen.extend(is_new.then_some(info.dtype));
+            is_new
+        });
+        first.map(|info| (&*info.name, info.dtype.name())).collect()
     }
 
     /// The tensors, each at its place in a block.
