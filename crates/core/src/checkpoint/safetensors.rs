@@ -174,12 +174,16 @@ fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex<
     read_headers(&mut opened);
     let (mut files, mut shards) = (Vec::with_capacity(opened.len()), Vec::with_capacity(opened.len()));
     let mut tensors: Vec<TensorInfo> = Vec::new();
+    let lens =
+        opened.iter().filter_map(|opened| opened.header.as_ref()?.as_ref().ok().map(|header| header.tensors.len()));
+    let total: usize = lens.sum();
     for Opened { file, header } in opened {
         let Some(header) = header else { continue }; // `read_headers` leaves none out
         let Header { tensors: mut of_file, metadata } = header?;
         let number = files.len();
         if number == 0 {
             tensors = of_file; // as it is: they may be many
+            tensors.reserve_exact(total - tensors.len());
         } else {
             of_file.iter_mut().for_each(|tensor| (tensor.file, tensor.shard) = (number, number));
             tensors.append(&mut of_file);

@@ -16,6 +16,9 @@ use crate::error::FormatError;
 /// File name of the index in a model directory.
 pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";
 
+/// Bytes that a tensor takes in an index: its name of 20 bytes or more, and its file's.
+const ENTRY_LEN: usize = 60;
+
 #[derive(Deserialize)]
 struct RawIndex<'a> {
     #[serde(default)]
@@ -61,7 +64,7 @@ impl<'a> RawIndex<'a> {
             "metadata" => metadata.replace(scanner.value()?).is_none().then_some(()),
             "weight_map" => {
                 scanner.pass(b'{')?;
-                let mut map = WeightMap::default();
+                let mut map = WeightMap { entries: Vec::with_capacity(json.len() / ENTRY_LEN), ..WeightMap::default() };
                 scanner.items(b'}', |scanner| {
                     let name = scanner.key()?;
                     scanner.string().map(|shard| map.add(name.into(), shard.into()))

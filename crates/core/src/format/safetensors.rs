@@ -21,6 +21,9 @@ pub(crate) const MAX_HEADER_LEN: u64 = 100_000_000;
 /// Key of what is no tensor.
 const METADATA: &str = "__metadata__";
 
+/// Bytes that a tensor takes in a header: its name of 20 bytes or more, and 70 for the rest.
+const ENTRY_LEN: usize = 90;
+
 /// Bytes of the length field before the JSON.
 pub(crate) const LENGTH_FIELD: u64 = 8;
 
@@ -69,9 +72,15 @@ impl Reader<'_> {
 }
 
 impl Reader<'_> {
+    /// A header with room for as many tensors as most headers of this length have, and no more than twice as many: memory
+    /// that grows is moved, of which every processor has to be told.
+    fn header(&self) -> Header {
+        Header { tensors: Vec::with_capacity(self.text.len() / ENTRY_LEN), metadata: None }
+    }
+
     /// The header by a scan; `None` where it has another form than most, or an error.
     fn scanned(&self) -> Option<Header> {
-        let mut header = Header::default();
+        let mut header = self.header();
         let mut scanner = Scanner::new(self.text);
         scanner.pass(b'{')?;
         scanner.items(b'}', |scanner| {
@@ -118,7 +127,7 @@ impl<'de> Visitor<'de> for Reader<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-        let mut header = Header::default();
+        let mut header = self.header();
         while let Some(Text(name)) = map.next_key()? {
             if name != METADATA {
                 match self.checked(name, map.next_value()?) {
