@@ -1,4 +1,4 @@
-//! What of a file is in the page cache: `cachestat`, else `mincore`.
+//! What of a file is in the page cache: `cachestat`, else `mincore`. Both tell who owns the file or may write to it.
 
 use std::os::fd::{AsFd, AsRawFd};
 
@@ -55,6 +55,19 @@ fn cachestat(file: &DataFile, offset: u64, len: u64) -> Option<u64> {
 fn mincore(file: &DataFile, offset: u64, len: u64) -> Option<u64> {
     let start = offset / PAGE * PAGE;
     let bytes = usize::try_from(offset.checked_add(len)? - start).ok()?;
+    let resident = resident_pages(file, start, bytes)?;
+    // Of a file that is somebody else's, and that we may not write to, the system says that all pages are there: also
+    // those past its end, however large the units of its last pages are.
+    if resident == bytes.div_ceil(PAGE_BYTES)
+        && resident_pages(file, file.len().checked_next_multiple_of(1 << 30)?, 1)? > 0
+    {
+        return None;
+    }
+    Some(resident as u64 * PAGE)
+}
+
+/// Pages that `mincore` says are there, of `bytes` bytes from `start` on, which begins a page.
+fn resident_pages(file: &DataFile, start: u64, bytes: usize) -> Option<usize> {
     let mut pages = vec![0u8; bytes.div_ceil(PAGE_BYTES)];
     // SAFETY: a new mapping at an address that the system chooses; it is never read.
     let ptr =
@@ -64,11 +77,14 @@ fn mincore(file: &DataFile, offset: u64, len: u64) -> Option<u64> {
     let result = unsafe { libc::mincore(ptr, bytes, pages.as_mut_ptr()) };
     // SAFETY: mapped above, unmapped once.
     let _ = unsafe { munmap(ptr, bytes) };
-    (result == 0).then(|| pages.iter().filter(|&&page| page & 1 == 1).count() as u64 * PAGE)
+    (result == 0).then(|| pages.iter().filter(|&&page| page & 1 == 1).count())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
+    use std::path::Path;
+
     use super::*;
 
     #[test]
@@ -84,5 +100,22 @@ mod tests {
         assert_eq!(cached_len(&file, 0, 100_000), Some(102_400));
         assert_eq!(is_cached(&file, 0, 100_000), Some(true));
         assert_eq!(is_cached(&file, 4096, 1), Some(true));
+    }
+
+    #[test]
+    fn of_files_that_others_own_nothing_is_known_rather_than_that_all_is_cached() {
+        let path = Path::new("/etc/passwd");
+        let file = DataFile::open(path, "passwd", true).unwrap();
+        let asked = || {
+            // The right of this thread alone. Who is not root has no other anyway.
+            // SAFETY: takes a number.
+            unsafe { libc::syscall(libc::SYS_setfsuid, 65_534) };
+            assert!(File::options().write(true).open(path).is_err(), "it must be somebody else's");
+            (mincore(&file, 0, file.len()), is_cached(&file, 0, file.len()))
+        };
+        let (by_mincore, answer) = std::thread::scope(|scope| scope.spawn(asked).join().unwrap());
+        assert_eq!(by_mincore, None);
+        // Kernels that have had cachestat since before it asked for that right know.
+        assert!(matches!(answer, None | Some(true)), "{answer:?}");
     }
 }
