@@ -48,6 +48,8 @@ pub fn cached_lanes(processors: usize, devices: usize) -> usize {
 pub(crate) const PINNED_MEMORY: &str = "pinned memory";
 const PAGE_CACHE: &str = "page cache";
 const DISK: &str = "disk";
+/// The engine of the page cache's pages, in reports.
+const MAPPED: &str = "mapped";
 
 /// What finds out how many reads of a disk there should be at once.
 #[derive(Clone, Copy)]
@@ -93,7 +95,7 @@ impl Share<'_> {
     /// Whether its pieces may come in another order than that of the files: not out of windows that are registered one
     /// after another, and a disk is the limit whatever the order.
     pub(crate) fn any_order(&self) -> bool {
-        self.buffers_per_lane > 0 && self.source != DISK
+        self.name != MAPPED && self.source != DISK
     }
 }
 
@@ -268,7 +270,7 @@ fn auto(files: &[DataFile], first: &Piece, warm: bool, devices: &[Device], wishe
     } else if cpus >= PREAD_CPUS || wishes.verify {
         (EngineChoice::Pread, format!("{cpus} processors copy faster than pages are registered"))
     } else {
-        match Mapped::new(devices).probe(files, first) {
+        match Mapped::new(devices, false).probe(files, first) {
             Ok(()) => (EngineChoice::Mapped, format!("{cpus} processors: pages are copied in place")),
             Err(e) => (EngineChoice::Pread, format!("pages cannot be copied in place: {e}")),
         }
@@ -308,16 +310,19 @@ fn share<'a>(
         }
         EngineChoice::Mapped if wishes.caches => {
             let reason = "chunks are kept in buffers, and it has none: leave the engine to auto with a cache".into();
-            return Err(crate::Error::Engine { engine: "mapped", reason });
+            return Err(crate::Error::Engine { engine: MAPPED, reason });
         }
         EngineChoice::Mapped if !wishes.verify => {
             let lanes = lanes(1); // the driver registers one window at a time
-            let engine = Box::new(Mapped::new(devices));
-            Share { engine, name: "mapped", direct: false, source, reason, pieces, lanes, buffers_per_lane: 0 }
+            // Buffers for what cannot be registered: until then they have no memory.
+            let or_pread = wishes.engine == EngineChoice::Auto;
+            let buffers_per_lane = if or_pread { PREAD_BUFFERS } else { 0 };
+            let engine = Box::new(Mapped::new(devices, or_pread));
+            Share { engine, name: MAPPED, direct: false, source, reason, pieces, lanes, buffers_per_lane }
         }
         EngineChoice::Mapped => {
             return Err(crate::Error::Engine {
-                engine: "mapped",
+                engine: MAPPED,
                 reason: "checksums are taken of buffers, and it has none: leave the engine to auto to verify".into(),
             });
         }

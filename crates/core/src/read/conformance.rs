@@ -114,7 +114,7 @@ fn engines(faults: Option<&Faults>) -> Vec<(&'static str, Box<dyn ReadEngine>)> 
         engines.push((name, Box::new(engine)));
     }
     if faults().is_none() {
-        engines.push(("mapped", Box::new(Mapped::new(&[Device::host()]))));
+        engines.push(("mapped", Box::new(Mapped::new(&[Device::host()], false))));
     }
     engines
 }
@@ -280,6 +280,7 @@ fn mapped_pages_that_are_cut_off_under_way_are_an_error() {
     let plan = plan(&made.files);
     let pieces: Vec<&Piece> = plan.pieces().iter().collect();
     let queue = Queue::new(&pieces);
-    let error = Mapped::new(&[Device::host()]).run(&made.files, &queue, &mut Cut(Collect::new(1), path)).unwrap_err();
+    let error =
+        Mapped::new(&[Device::host()], false).run(&made.files, &queue, &mut Cut(Collect::new(1), path)).unwrap_err();
     assert!(matches!(error, Error::Truncated { end: 0, .. }), "{error}");
 }

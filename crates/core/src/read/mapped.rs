@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
-use super::{Filled, Queue, ReadEngine, Sink};
+use super::pread::Pace;
+use super::{Filled, Pread, Queue, ReadEngine, Sink};
 use crate::checkpoint::DataFile;
 use crate::device::{Device, DeviceError};
 use crate::error::{Error, Result};
@@ -96,13 +97,15 @@ pub(crate) struct Mapped {
     device: Device,
     /// Windows stay registered until the load is over.
     windows: Mutex<Vec<Arc<Window>>>,
+    /// A lane whose window is refused, such as for want of memory that may be pinned, reads by `pread`.
+    or_pread: bool,
 }
 
 impl Mapped {
     /// An engine whose windows are registered with the first of these devices that needs it; that holds for all.
-    pub(crate) fn new(devices: &[Device]) -> Mapped {
+    pub(crate) fn new(devices: &[Device], or_pread: bool) -> Mapped {
         let device = devices.iter().find(|device| device.needs_pinning()).or(devices.first()).cloned();
-        Mapped { device: device.unwrap_or_else(Device::host), windows: Mutex::default() }
+        Mapped { device: device.unwrap_or_else(Device::host), windows: Mutex::default(), or_pread }
     }
 
     /// Whether pages of this piece's file can be mapped and registered here.
@@ -132,8 +135,15 @@ impl ReadEngine for Mapped {
             let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
             sink.check()?;
             let file = &files[first.file];
-            let window = Window::open(file, first.offset, last.offset + last.len - first.offset, &self.device)?;
-            let window = Arc::new(window);
+            let window = match Window::open(file, first.offset, last.offset + last.len - first.offset, &self.device) {
+                Err(e) if self.or_pread && !matches!(e, Error::Truncated { .. }) => {
+                    sink.note(format!("a reader thread reads by pread: {e}"));
+                    let pread = Pread { direct: false, pace: Pace::Free, faults: None };
+                    run.iter().try_for_each(|piece| pread.read(files, piece, sink))?;
+                    return pread.run(files, queue, sink);
+                }
+                window => Arc::new(window?),
+            };
             self.windows.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&window));
             for piece in run {
                 // Both differences are below the window's length, which fits usize.

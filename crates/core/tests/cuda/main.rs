@@ -320,3 +320,37 @@ fn pages_are_registered_once_those_of_the_load_before_are_released() {
     released(&driver);
     assert!(driver.registered_peak() <= checkpoint.files()[0].len() + 4096);
 }
+
+#[test]
+fn pages_that_cannot_be_registered_under_way_are_read_unless_they_were_asked_for() {
+    let driver = driver();
+    // Windows of the first file and a part of another.
+    let (dir, len) = (tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap(), 20_000_000);
+    let tensors: Vec<Made> = (0..3).map(|i| Made::new(&format!("t{i}"), Dtype::U8, &[len + i])).collect();
+    for (i, tensor) in tensors.iter().enumerate() {
+        write_safetensors(&dir.path().join(format!("model-{i}.safetensors")), std::slice::from_ref(tensor), None);
+    }
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let loader = |engine| {
+        let loader = Loader::builder().device(Device::cuda(0).unwrap()).direct(Some(false)).engine(engine);
+        loader.build().unwrap()
+    };
+    driver.set_registered_total(2 * len + (8 << 20));
+    let loaded = loader(EngineChoice::Auto).load(&checkpoint).unwrap();
+    let report = loaded.report();
+    for tensor in &tensors {
+        assert!(loaded.tensor(&tensor.name).unwrap().to_vec().unwrap() == tensor.bytes, "{:?}", tensor.name);
+    }
+    // Many processors copy out of the page cache from the beginning.
+    let is_mapped = report.engines[0].engine == "mapped";
+    assert_eq!(report.engines.len(), 1, "{report}");
+    let said = report.notes.iter().any(|note| note.contains("reads by pread") && note.contains("OUT_OF_MEMORY"));
+    assert_eq!(said, is_mapped, "{report}");
+    drop(loaded);
+    released(&driver);
+    assert_nothing_left(&driver);
+    let error = loader(EngineChoice::Mapped).load(&checkpoint).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Device, "{error}");
+    released(&driver);
+    assert_nothing_left(&driver);
+}
