@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::format::manifest::{
     FileEntry, MANIFEST_NAME, MAX_FILE_LEN, Manifest, Source, SourceFile, TensorEntry, data_file_name,
 };
-use crate::format::original::{self, contiguous_strides, strided_len};
+use crate::format::original::{self, are_contiguous, strided_len};
 use crate::tensor::TensorInfo;
 use crate::verify::verify_before;
 use journal::fingerprint;
@@ -194,7 +194,7 @@ pub fn save(tensors: &[MemoryTensor<'_>], target: &Path, options: &ConvertOption
 fn entry_of_memory(tensor: &MemoryTensor<'_>) -> Result<TensorEntry> {
     let MemoryTensor { name, dtype, shape, bytes, .. } = *tensor;
     let len = bytes.len() as u64;
-    let strides = tensor.strides.filter(|&strides| strides != contiguous_strides(shape));
+    let strides = tensor.strides.filter(|strides| !are_contiguous(shape, strides));
     let invalid = |reason: &str| Error::Invalid(format!("tensor {name:?}: {reason}"));
     match strides {
         None => {

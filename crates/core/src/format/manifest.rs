@@ -362,7 +362,12 @@ mod tests {
     #[test]
     fn every_fault_is_named() {
         type Change = fn(&mut Value);
-        let cases: [(Change, &str); 14] = [
+        let endless = |m: &mut Value| {
+            m["tensors"][1]["shape"] = serde_json::json!([1u64 << 32, 1u64 << 32]);
+            m["tensors"][1]["strides"] = serde_json::json!([0, 0]);
+        };
+        let cases: [(Change, &str); 15] = [
+            (endless, "the product of its shape overflows"),
             (|m| m["version"] = 2.into(), "version 2"),
             (|m| m["format"] = "other".into(), "\"other\""),
             (|m| m["chunk_len"] = 4097.into(), "chunk_len"),

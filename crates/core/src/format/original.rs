@@ -41,11 +41,19 @@ pub(crate) fn contiguous_strides(shape: &[u64]) -> Vec<u64> {
     strides
 }
 
+/// Whether strides are those of a contiguous tensor. That of a dimension of one element, or of none, is never taken.
+pub(crate) fn are_contiguous(shape: &[u64], strides: &[u64]) -> bool {
+    let mut steps = shape.iter().zip(strides).zip(contiguous_strides(shape));
+    shape.len() == strides.len()
+        && (shape.contains(&0) || steps.all(|((&dim, &step), dense)| dim == 1 || step == dense))
+}
+
 /// Bytes from a tensor's first element to the end of its last one.
 pub(crate) fn strided_len(dtype: Dtype, shape: &[u64], strides: &[u64]) -> Result<u64, &'static str> {
     if shape.len() != strides.len() {
         return Err("it has not as many strides as dimensions");
     }
+    dtype.byte_len(shape)?; // also where elements share a place
     if shape.contains(&0) {
         return Ok(0);
     }
@@ -73,13 +81,16 @@ pub(crate) fn parse(path: &Path, json: &[u8]) -> Result<Vec<IndexEntry>, FormatE
             return Err(fail(format!("offset {offset} and length {len} overflow")));
         }
         if dtype == Dtype::F4 {
+            if !are_contiguous(&shape, &strides) {
+                return Err(fail("it has strides, and elements of 4 bits in pairs".into()));
+            }
             // torch counts pairs, safetensors counts elements.
             if let Some(last) = shape.last_mut() {
                 *last = last.checked_mul(2).ok_or_else(|| fail("its shape overflows 64 bits".into()))?;
             }
             strides = contiguous_strides(&shape);
         }
-        let strides = (strides != contiguous_strides(&shape) && !shape.iter().all(|&d| d <= 1)).then_some(strides);
+        let strides = (!are_contiguous(&shape, &strides)).then_some(strides);
         match &strides {
             None => {
                 let expected = dtype.byte_len(&shape).map_err(|why| fail(why.to_owned()))?;
@@ -115,12 +126,30 @@ mod tests {
     }
 
     #[test]
+    fn strides_of_one_element_or_none_do_not_count() {
+        for (entry, shape, len) in [
+            (r#"[0, 8, [1, 4], [1, 1], "torch.float16"]"#, vec![1, 4], 8),
+            (r#"[0, 8, [4, 1], [1, 7], "torch.float16"]"#, vec![4, 1], 8),
+            (r#"[0, 12, [2, 1, 3], [3, 99, 1], "torch.float16"]"#, vec![2, 1, 3], 12),
+            (r#"[0, 0, [0, 4], [1, 1], "torch.float16"]"#, vec![0, 4], 0),
+            (r#"[0, 4, [1, 4], [9, 1], "torch.float4_e2m1fn_x2"]"#, vec![1, 8], 4),
+        ] {
+            let entries = parse(Path::new("i"), format!(r#"{{"w": {entry}}}"#).as_bytes()).unwrap();
+            assert_eq!((&entries[0].strides, &entries[0].shape, entries[0].len), (&None, &shape, len), "{entry}");
+        }
+    }
+
+    #[test]
     fn every_fault_is_named() {
         for (entry, expected) in [
             (r#"[0, 4, [1], [1], "torch.float7"]"#, "unknown dtype"),
             (r#"[0, 4, [2], [1], "torch.float32"]"#, "fewer than the 8"),
             (r#"[0, 8, [2, 2], [1, 2], "torch.float32"]"#, "its strides reach byte 16 of 8"),
             (r#"[0, 8, [2, 2], [1], "torch.uint8"]"#, "strides as dimensions"),
+            (r#"[0, 8, [4294967296, 4294967296], [0, 0], "torch.uint8"]"#, "overflows"),
+            (r#"[0, 8, [2, 4], [1, 2], "torch.float4_e2m1fn_x2"]"#, "it has strides"),
+            (r#"[0, 8, [8], [], "torch.uint8"]"#, "strides as dimensions"),
+            (r#"[0, 8, [1], [], "torch.uint8"]"#, "strides as dimensions"),
             (r#"[18446744073709551615, 8, [8], [1], "torch.uint8"]"#, "overflow"),
             (r#"[-1, 8, [8], [1], "torch.uint8"]"#, "not a valid index"),
             (r#"[0, 8, [8], [1]]"#, "not a valid index"),

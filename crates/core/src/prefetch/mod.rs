@@ -135,7 +135,8 @@ impl Run<'_> {
 
     /// Takes bytes of the limit; `false`, and the end, where they do not fit.
     fn take(&self, len: u64) -> bool {
-        let fits = self.seen.fetch_add(len, Ordering::Relaxed).saturating_add(len) <= self.limit;
+        let with = |seen: u64| seen.checked_add(len).filter(|&seen| seen <= self.limit);
+        let fits = self.seen.fetch_update(Ordering::Relaxed, Ordering::Relaxed, with).is_ok();
         if !fits {
             self.end.lock().unwrap_or_else(PoisonError::into_inner).0.get_or_insert(PrefetchEnd::Limit);
         }
@@ -191,11 +192,10 @@ pub fn prefetch(checkpoint: &Checkpoint, options: &PrefetchOptions) -> Result<Pr
     let (end, _) = run.end.into_inner().unwrap_or_else(PoisonError::into_inner);
     let read_bytes = run.read.into_inner();
     let (seconds, paused_s) = (start.elapsed().as_secs_f64(), run.pace.waited().as_secs_f64());
-    let seen = run.seen.into_inner().min(run.limit);
     Ok(PrefetchReport {
         path: checkpoint.path().display().to_string(),
         bytes: stripes.total_len(),
-        cached_bytes: seen.saturating_sub(read_bytes),
+        cached_bytes: run.seen.into_inner().saturating_sub(read_bytes),
         read_bytes,
         end: end.unwrap_or(PrefetchEnd::Complete),
         seconds,
@@ -246,10 +246,11 @@ mod tests {
     #[test]
     fn it_reads_no_more_than_its_limit() {
         let (_dir, checkpoint) = uncached();
-        let limit = 5 << 20;
-        let report = prefetch(&checkpoint, &PrefetchOptions::new().limit(limit).yields(false)).unwrap();
-        assert_eq!(report.end, PrefetchEnd::Limit);
-        assert!(report.read_bytes <= limit && report.cached_bytes + report.read_bytes <= limit, "{report:?}");
+        for (limit, fits) in [(5 << 20, 5 << 20), ((5 << 20) + 1, 5 << 20), (READ_LEN - 1, 0)] {
+            let report = prefetch(&checkpoint, &PrefetchOptions::new().limit(limit).yields(false)).unwrap();
+            assert_eq!(report.end, PrefetchEnd::Limit);
+            assert_eq!(report.cached_bytes + report.read_bytes, fits, "what did not fit was not looked at: {report:?}");
+        }
     }
 
     #[test]
