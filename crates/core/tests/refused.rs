@@ -32,7 +32,7 @@ fn loads_go_on_without_io_uring() {
 }
 
 #[test]
-fn conversions_go_on_without_more_threads() {
+fn conversions_and_loads_go_on_without_more_threads() {
     let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let len = 9 << 20; // three chunks
     let (path, store, back) = (dir.path().join("model.safetensors"), dir.path().join("store"), dir.path().join("back"));
@@ -52,6 +52,16 @@ fn conversions_go_on_without_more_threads() {
         assert!(tensor(&std::fs::read(back.join("model.safetensors")).unwrap()) == tensor(&file));
         let report = prefetch(&checkpoint, &PrefetchOptions::new().yields(false)).unwrap();
         assert_eq!(report.bytes, file.len() as u64);
+        for direct in [Some(true), Some(false)] {
+            for (checkpoint, verify) in [(&checkpoint, false), (&store, true)] {
+                let loader = Loader::builder().direct(direct).verify(verify).threads(8).build().unwrap();
+                let loaded = loader.load(checkpoint).unwrap();
+                assert!(loaded.tensors().all(|loaded| loaded.to_vec().unwrap() == tensor(&file)));
+                let report = loaded.report();
+                assert_eq!(report.engines[0].threads, 1);
+                assert!(report.notes.iter().any(|note| note.contains("fewer threads")), "{:?}", report.notes);
+            }
+        }
     })
     .join()
     .unwrap();

@@ -27,7 +27,7 @@ use crate::control::{Control, check_threads};
 use crate::device::{Block, Claim, Device, DeviceError, Stream};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
-use crate::numa;
+use crate::numa::{self, Node};
 use crate::plan::{Filter, LoadPlan, Placement, PlanOptions, Segment};
 use crate::read::choose::{self, Governor, Wishes, choose};
 use crate::read::{EngineChoice, Queue};
@@ -333,28 +333,33 @@ impl Loader {
         let queues: Vec<Queue<'_>> = shares.iter().map(|share| Queue::new(&share.pieces)).collect();
         let moving = Instant::now();
         let lanes = Mutex::new(Vec::new());
+        let work = &|number: usize, node: Option<Node>| {
+            let (share, queue) = (&shares[number], &queues[number]);
+            let bound = node.map_or(Ok(()), |node| node.bind_thread(share.lanes));
+            bound.unwrap_or_else(|why| shared.outcome.note(why));
+            let mut lane = Lane::new(&shared, share.buffers_per_lane, share.direct);
+            let result = share.engine.run(checkpoint.files(), queue, &mut lane).and_then(|()| lane.finish());
+            if let Err(error) = result {
+                shared.outcome.stop(error);
+            }
+            let times = lane.times();
+            drop(lane);
+            lanes.lock().unwrap_or_else(PoisonError::into_inner).push((number, times));
+        };
         std::thread::scope(|scope| {
-            for (number, (share, queue)) in shares.iter().zip(&queues).enumerate() {
-                for _ in 0..share.lanes {
-                    let (shared, lanes) = (&shared, &lanes);
-                    let work = move || {
-                        let bound = node.map_or(Ok(()), |node| node.bind_thread(share.lanes));
-                        bound.unwrap_or_else(|why| shared.outcome.note(why));
-                        let mut lane = Lane::new(shared, share.buffers_per_lane, share.direct);
-                        let files = checkpoint.files();
-                        let result = share.engine.run(files, queue, &mut lane).and_then(|()| lane.finish());
-                        if let Err(error) = result {
-                            shared.outcome.stop(error);
-                        }
-                        let times = lane.times();
-                        drop(lane);
-                        lanes.lock().unwrap_or_else(PoisonError::into_inner).push((number, times));
-                    };
-                    if let Err(e) = std::thread::Builder::new().name(share.name.into()).spawn_scoped(scope, work) {
-                        shared.outcome.stop(Error::io("start a reader thread for", checkpoint.path())(e));
-                    }
+            let mut left = Vec::new();
+            for (number, share) in shares.iter().enumerate() {
+                let start = |_: &usize| {
+                    let thread = std::thread::Builder::new().name(share.name.into());
+                    let started = thread.spawn_scoped(scope, move || work(number, node));
+                    started.inspect_err(|e| shared.outcome.note(format!("fewer threads read: {e}"))).is_ok()
+                };
+                if (0..share.lanes).take_while(start).count() == 0 {
+                    left.push(number);
                 }
             }
+            // Where no thread can be had for a share, the caller's reads it, and stays where it is.
+            left.into_iter().for_each(|number| work(number, None));
         });
         let synced = streams.iter().try_for_each(Stream::synchronize);
         shared.outcome.result()?;

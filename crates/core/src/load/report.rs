@@ -165,7 +165,7 @@ impl LoadReport {
                     source: share.source,
                     reason: share.reason.clone(),
                     bytes: share.pieces.iter().map(|piece| piece.len).sum(),
-                    threads: share.lanes,
+                    threads: mine().count(),
                     seconds: mine().map(|t| t.total).max().unwrap_or_default().as_secs_f64(),
                     reading: (1.0 - waiting - copying - verifying - pinning).max(0.0),
                     waiting,
