@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
+use rustix::fs::fstatfs;
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::checkpoint::DataFile;
@@ -41,7 +42,13 @@ fn cached_len(file: &DataFile, offset: u64, len: u64) -> Option<u64> {
     if len == 0 {
         return Some(0);
     }
-    cachestat(file, offset, len).or_else(|| mincore(file, offset, len))
+    // The pages of a file of overlayfs, as of a container's image, belong to a file below it: cachestat sees none of them.
+    let known = cachestat(file, offset, len).filter(|&cached| cached > 0 || !is_on_overlay(file));
+    known.or_else(|| mincore(file, offset, len))
+}
+
+fn is_on_overlay(file: &DataFile) -> bool {
+    fstatfs(file.buffered()).is_ok_and(|of| of.f_type == libc::OVERLAYFS_SUPER_MAGIC)
 }
 
 fn cachestat(file: &DataFile, offset: u64, len: u64) -> Option<u64> {
@@ -84,8 +91,12 @@ fn resident_pages(file: &DataFile, start: u64, bytes: usize) -> Option<usize> {
 mod tests {
     use std::fs::File;
     use std::path::Path;
+    use std::process::Command;
 
     use super::*;
+
+    /// The directory where the process of the last test finds a file of 100,000 bytes below an overlay and in it.
+    const ON_OVERLAY: &str = "SLLM_TEST_ON_OVERLAY";
 
     #[test]
     fn both_ways_see_a_file_that_was_just_written() {
@@ -117,5 +128,45 @@ mod tests {
         assert_eq!(by_mincore, None);
         // Kernels that have had cachestat since before it asked for that right know.
         assert!(matches!(answer, None | Some(true)), "{answer:?}");
+    }
+
+    /// Not a test of its own: what runs where an overlay is mounted.
+    #[test]
+    fn on_overlay() {
+        let Some(dir) = std::env::var_os(ON_OVERLAY) else { return };
+        let open = |name| DataFile::open(&Path::new(&dir).join(name), "f", true).unwrap();
+        let (below, file) = (open("lower/f"), open("merged/f"));
+        assert!(is_on_overlay(&file) && !is_on_overlay(&below));
+        let mut bytes = vec![0; 100_000];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!(is_cached(&file, 0, 100_000), Some(true));
+        rustix::fs::fadvise(file.buffered(), 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        // Where the file system obeys, none is left.
+        assert_eq!(is_cached(&file, 0, 100_000), is_cached(&below, 0, 100_000));
+        println!("seen through the overlay");
+    }
+
+    #[test]
+    fn pages_of_files_below_an_overlay_are_seen() {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        for name in ["lower", "upper", "work", "merged"] {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        let path = dir.path().join("lower/f");
+        std::fs::write(&path, vec![1u8; 100_000]).unwrap();
+        File::open(&path).unwrap().sync_all().unwrap();
+        let script =
+            "cd \"$0\" && mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work overlay merged || exit 77
+            exec \"$@\" --exact read::residency::tests::on_overlay --nocapture";
+        let mut command = Command::new("unshare");
+        command.args(["-r", "-m", "sh", "-c", script]).arg(dir.path()).arg(std::env::current_exe().unwrap());
+        let output = command.env(ON_OVERLAY, dir.path()).output();
+        let Some(output) = output.ok().filter(|output| output.status.success() || output.status.code() == Some(101))
+        else {
+            eprintln!("skipped: no overlay can be mounted here");
+            return;
+        };
+        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.contains("seen through the overlay"), "{said}");
     }
 }
