@@ -3,6 +3,7 @@
 //! A process that starts reads thousands of small files one after the other; behind a stream of large reads each of
 //! them waits. So the disks' own counters are looked at ten times a second, and what was not ours was others'.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
@@ -95,20 +96,37 @@ fn disks_read() -> Option<u64> {
     sectors_read(&text, |name| Path::new("/sys/block").join(name).exists())?.checked_mul(512)
 }
 
+/// Names of disks that lie on others begin so.
+const STACKED: [&str; 8] = ["loop", "ram", "zram", "dm-", "md", "bcache", "drbd", "zd"];
+
 /// Sectors read of all whole disks (`is_disk`; not partitions), without those that lie on others.
 fn sectors_read(diskstats: &str, is_disk: impl Fn(&str) -> bool) -> Option<u64> {
-    let mut sum = None;
+    // Of each disk, its own and those of its paths.
+    let mut disks: BTreeMap<String, (u64, u64)> = BTreeMap::new();
     for line in diskstats.lines() {
         let mut fields = line.split_whitespace().skip(2);
         let (Some(name), Some(sectors)) = (fields.next(), fields.nth(2).and_then(|n| n.parse::<u64>().ok())) else {
             continue;
         };
-        let stacked = ["loop", "ram", "zram", "dm-", "md"].iter().any(|prefix| name.starts_with(prefix));
+        let stacked = STACKED.iter().any(|prefix| name.starts_with(prefix));
         if !stacked && is_disk(name) {
-            sum = Some(sum.unwrap_or(0u64).saturating_add(sectors));
+            let path = disk_of_path(name);
+            let (own, paths) = disks.entry(path.clone().unwrap_or_else(|| name.to_owned())).or_default();
+            let count = if path.is_some() { paths } else { own };
+            *count = count.saturating_add(sectors);
         }
     }
-    sum
+    // Newer kernels count a read of a disk with several paths for both, older ones for the path alone.
+    let all = disks.values().map(|&(own, paths)| own.max(paths));
+    (!disks.is_empty()).then(|| all.fold(0, u64::saturating_add))
+}
+
+/// The disk that a path of NVMe leads to: `nvme0n1`, of `nvme0c3n1`.
+fn disk_of_path(name: &str) -> Option<String> {
+    let (subsystem, rest) = name.strip_prefix("nvme")?.split_once('c')?;
+    let (controller, number) = rest.split_once('n')?;
+    let are_numbers = [subsystem, controller, number].iter().all(|part| part.parse::<u32>().is_ok());
+    are_numbers.then(|| format!("nvme{subsystem}n{number}"))
 }
 
 #[cfg(test)]
@@ -121,6 +139,19 @@ mod tests {
                     7 0 loop0 1 1 50 1 0 0 0 0\n 253 0 dm-0 5 5 700 5 0 0 0\n 259 0 nvme0n1 1 1 24 1\n short\n";
         assert_eq!(sectors_read(text, |name| !name.ends_with("vda1")), Some(1024));
         assert_eq!(sectors_read("", |_| true), None);
+    }
+
+    #[test]
+    fn sectors_of_a_disk_with_several_paths_count_once() {
+        let sectors = |disks: &[(&str, u64)]| {
+            let lines = disks.iter().map(|(name, sectors)| format!(" 259 0 {name} 1 1 {sectors} 1 0 0\n"));
+            sectors_read(&lines.collect::<String>(), |_| true)
+        };
+        assert_eq!(sectors(&[("nvme0c0n1", 24), ("nvme0n1", 24)]), Some(24));
+        assert_eq!(sectors(&[("nvme0n1", 24), ("nvme0c0n1", 10), ("nvme0c1n1", 14)]), Some(24));
+        assert_eq!(sectors(&[("nvme0n1", 0), ("nvme0c0n1", 24)]), Some(24), "a kernel that counts for the path");
+        assert_eq!(sectors(&[("nvme0n1", 24), ("nvme0n2", 3), ("nvme1n1", 4), ("nvme1c1n1", 4)]), Some(31));
+        assert_eq!(sectors(&[("sda", 5), ("nvmec", 6), ("bcache0", 5)]), Some(11));
     }
 
     fn state() -> State {
