@@ -254,7 +254,7 @@ impl Manifest {
         hash.0.finalize().to_hex().to_string()
     }
 
-    /// The original's `tensor_index.json` of this store.
+    /// The original's `tensor_index.json` of this store, without what torch has no form for.
     pub(crate) fn original_index(&self) -> String {
         let mut starts = Vec::with_capacity(self.files.len());
         let mut total = 0u64;
@@ -266,7 +266,11 @@ impl Manifest {
         for tensor in &self.tensors {
             let mut shape = tensor.shape.clone();
             if let (Dtype::F4, Some(last)) = (tensor.dtype, shape.last_mut()) {
-                *last /= 2; // torch counts pairs
+                // torch counts pairs: a half of one has no form there, and no stride counts elements.
+                if !last.is_multiple_of(2) || tensor.strides.is_some() {
+                    continue;
+                }
+                *last /= 2;
             }
             let strides = tensor.strides.clone().unwrap_or_else(|| contiguous_strides(&shape));
             let offset = starts.get(tensor.file).copied().unwrap_or_default() + tensor.offset;
@@ -397,5 +401,16 @@ mod tests {
         manifest.tensors[1].offset = 256;
         let index: Value = serde_json::from_str(&manifest.original_index()).unwrap();
         assert_eq!(index["b"], serde_json::json!([73728 + 256, 10, [10], [1], "torch.uint8"]));
+
+        let mut entry = |shape: &[u64], strides: Option<&[u64]>| {
+            (manifest.tensors[1].dtype, manifest.tensors[1].shape) = (Dtype::F4, shape.to_vec());
+            manifest.tensors[1].strides = strides.map(<[u64]>::to_vec);
+            serde_json::from_str::<Value>(&manifest.original_index()).unwrap()["b"].take()
+        };
+        assert_eq!(
+            entry(&[5, 4], None),
+            serde_json::json!([73728 + 256, 10, [5, 2], [2, 1], "torch.float4_e2m1fn_x2"])
+        );
+        assert_eq!((entry(&[4, 5], None), entry(&[4, 5], Some(&[1, 4]))), (Value::Null, Value::Null));
     }
 }
