@@ -4,6 +4,7 @@ mod common;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use common::{Made, assert_holds, entries, refuse_syscall, write_safetensors, write_sharded};
 use sllm_core::{Checkpoint, Control, ConvertOptions, Dtype, ErrorKind, WorkOptions, convert, export, interrupted};
@@ -168,4 +169,50 @@ fn a_directory_that_cannot_be_renamed_is_not_left_without_its_journal() {
         assert!(error.to_string().contains("rename the finished directory"), "{error}");
     });
     assert_eq!(entries(dir.path()), ["model.safetensors"]);
+}
+
+/// Where the process of the last test finds an overlay.
+const OVERLAY: &str = "SLLM_TEST_INTERRUPTED_OVERLAY";
+
+/// Not a test: what the test below runs, in a process that sees an overlay, `store` in its lower layer.
+#[test]
+#[ignore = "run by the test below, as a process of its own"]
+fn on_overlay() {
+    let merged = PathBuf::from(std::env::var_os(OVERLAY).unwrap()).join("merged");
+    let (source, options) = (Checkpoint::open(merged.join("model.safetensors")).unwrap(), ConvertOptions::new());
+    let error = convert(&source, &merged.join("store"), &options.clone().overwrite(true)).unwrap_err();
+    assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("remove it first"), "{error}");
+    assert_holds(&Checkpoint::open(merged.join("store")).unwrap(), &[Made::new("old", Dtype::U8, &[9])]);
+    // What lies in the upper layer is replaced.
+    for _ in 0..2 {
+        convert(&source, &merged.join("upper"), &options.clone().overwrite(true)).unwrap();
+    }
+    assert_holds(&Checkpoint::open(merged.join("upper")).unwrap(), &[Made::new("new", Dtype::U8, &[9])]);
+    assert_eq!(entries(&merged), ["model.safetensors", "old.safetensors", "store", "upper"]);
+    println!("replaced on the overlay");
+}
+
+#[test]
+fn a_store_in_a_lower_layer_of_an_overlay_is_not_replaced_and_the_error_says_why() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for name in ["lower", "upper", "work", "merged"] {
+        fs::create_dir(dir.path().join(name)).unwrap();
+    }
+    let lower = dir.path().join("lower");
+    for (file, name) in [("old.safetensors", "old"), ("model.safetensors", "new")] {
+        write_safetensors(&lower.join(file), &[Made::new(name, Dtype::U8, &[9])], None);
+    }
+    let old = Checkpoint::open(lower.join("old.safetensors")).unwrap();
+    convert(&old, &lower.join("store"), &ConvertOptions::new()).unwrap();
+    let script = "cd \"$0\" && mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work,userxattr overlay merged || exit 77
+        exec \"$@\" --exact on_overlay --ignored --nocapture";
+    let mut command = Command::new("unshare");
+    command.args(["-r", "-m", "sh", "-c", script]).arg(dir.path()).arg(std::env::current_exe().unwrap());
+    let output = command.env(OVERLAY, dir.path()).output();
+    let Some(output) = output.ok().filter(|output| output.status.success() || output.status.code() == Some(101)) else {
+        eprintln!("skipped: no overlay can be mounted here");
+        return;
+    };
+    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("replaced on the overlay"), "{said}");
 }

@@ -222,6 +222,12 @@ impl Partial<'_> {
                     return Err(Error::io("rename the finished directory to", target)(e));
                 }
             }
+            Err(Errno::XDEV) => {
+                let path = target.display();
+                let reason = "it lies in a lower layer of an overlay, as in a container's image, where no directory can be \
+                              renamed: remove it first, or give another target";
+                return Err(Error::Invalid(format!("{path} cannot be replaced: {reason}")));
+            }
             Err(e) => return Err(Error::io("rename the finished directory to", target)(e.into())),
         }
         self.published = true;

@@ -121,10 +121,13 @@ mod tests {
             // The right of this thread alone. Who is not root has no other anyway.
             // SAFETY: takes a number.
             unsafe { libc::syscall(libc::SYS_setfsuid, 65_534) };
-            assert!(File::options().write(true).open(path).is_err(), "it must be somebody else's");
-            (mincore(&file, 0, file.len()), is_cached(&file, 0, file.len()))
+            let is_ours = File::options().write(true).open(path).is_ok();
+            (!is_ours).then(|| (mincore(&file, 0, file.len()), is_cached(&file, 0, file.len())))
         };
-        let (by_mincore, answer) = std::thread::scope(|scope| scope.spawn(asked).join().unwrap());
+        let Some((by_mincore, answer)) = std::thread::scope(|scope| scope.spawn(asked).join().unwrap()) else {
+            eprintln!("skipped: the right to write everywhere cannot be laid down here");
+            return;
+        };
         assert_eq!(by_mincore, None);
         // Kernels that have had cachestat since before it asked for that right know.
         assert!(matches!(answer, None | Some(true)), "{answer:?}");
