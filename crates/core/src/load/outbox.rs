@@ -145,6 +145,8 @@ impl<'a> Outbox<'a> {
     /// Issues the open batch of a line, which is free again before the driver is called.
     fn issue(&self, mut batches: MutexGuard<'_, Batches<'a>>) -> Result<(), DeviceError> {
         let batch = std::mem::take(&mut batches.open);
+        // Where no piece waits, nobody else forgets what is done, and each keeps an event of the driver's.
+        batches.forget_done();
         batches.issued.push_back(Arc::clone(&batch));
         drop(batches);
         self.pending(&batch).map(drop)
@@ -164,12 +166,16 @@ impl<'a> Line<'a> {
 }
 
 impl Batches<'_> {
-    /// Whether the device may run out of work. Forgets batches that are done.
+    /// Whether the device may run out of work.
     fn are_few(&mut self) -> bool {
+        self.forget_done();
+        self.issued.len() < BUSY
+    }
+
+    fn forget_done(&mut self) {
         while self.issued.front().is_some_and(|batch| batch.is_done()) {
             self.issued.pop_front();
         }
-        self.issued.len() < BUSY
     }
 }
 
@@ -253,6 +259,24 @@ mod tests {
             let pieces: Vec<_> = (0..5).map(|_| send(&first)).collect();
             assert!(pieces.iter().all(is_issued));
             assert_eq!((driver.count("cuMemcpyBatchAsync"), driver.count("cuMemcpyHtoDAsync")), (0, 5));
+        });
+    }
+
+    #[test]
+    fn what_was_copied_is_forgotten_also_where_no_piece_waits() {
+        let driver = Driver::load();
+        driver.set_devices(2);
+        let (device, host, mut streams) = ([copy(0)], [copy(2)], Vec::new());
+        with_outbox(&mut streams, most(ALONE_LEN), |outbox, send| {
+            let before = driver.count("cuEventCreate");
+            for copies in [&device, &host] {
+                for _ in 0..100 {
+                    assert!(outbox.wait(&send(copies)).unwrap().is_some());
+                }
+            }
+            let kept = outbox.lines.iter().map(|line| line.lock().issued.len());
+            assert!(kept.max() <= Some(1), "each keeps an event of the driver's");
+            assert!(driver.count("cuEventCreate") - before <= 2);
         });
     }
 
