@@ -3,6 +3,7 @@
 mod common;
 
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use common::session::{Loading, all_of, contents, load, open_message, ticket};
@@ -271,6 +272,30 @@ async fn a_message_that_is_too_large_is_refused_and_one_of_200_000_segments_is_n
     let error = served.storage().await.load_model_async(request).await.unwrap_err();
     assert_eq!(error.code(), Code::OutOfRange, "{error}");
     assert!(error.message().contains(&format!("the limit is: {} bytes", sllm_proto::MAX_ORIGINAL_LEN)), "{error}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_that_would_take_all_memory_are_refused() {
+    // Of a file that is mostly a hole, every 100,000th byte: a million ranges.
+    let (rows, pitch) = (1_000_000_u64, 100_000);
+    let sparse = |models: &Path| {
+        let len = rows * pitch;
+        let header = format!(r#"{{"t":{{"dtype":"U8","shape":[{len}],"data_offsets":[0,{len}]}}}}"#);
+        let bytes = test_support::safetensors(header, &[]);
+        fs::create_dir_all(models.join("sparse")).unwrap();
+        let file = fs::File::create(models.join("sparse/model.safetensors")).unwrap();
+        file.set_len(bytes.len() as u64 + len).unwrap();
+        std::io::Write::write_all(&mut &file, &bytes).unwrap();
+    };
+    let served = Served::start(sparse, |_| ());
+    let open = open_message("sparse", &served.models().join("sparse"));
+    let file = memory(rows, SealFlags::SHRINK);
+    let (mut loading, _) = Loading::open(&mut served.store().await, open).await.unwrap();
+    loading.attach_host(&served.socket(), ticket(), &file).await;
+    loading.batch(vec![Segment { rows, row_len: 1, src_pitch: pitch, dst_pitch: 1, ..Default::default() }; 3]).await;
+    let error = loading.error().await;
+    assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+    assert!(error.message().contains("more than 2097152 ranges of files"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -53,6 +53,13 @@ impl Segment {
         self.len() == 0
     }
 
+    /// How many segments a plan makes of it: one, or one a row where rows lie so far apart in the file that each is read by
+    /// itself.
+    pub fn parts(&self, options: &PlanOptions) -> u64 {
+        let is_scattered = self.rows > 1 && self.src_pitch.saturating_sub(self.row_len) >= options.max_gap;
+        if is_scattered { self.rows } else { 1 }
+    }
+
     /// End of the last row in the file. Checked by `check`.
     fn end(&self) -> u64 {
         self.offset + (self.rows - 1) * self.src_pitch + self.row_len
@@ -393,7 +400,7 @@ fn normalise(files: &[u64], blocks: &[u64], segments: &[Segment], options: &Plan
         if segment.rows == 1 || dense {
             let Segment { file, offset, block, dst_offset, .. } = *segment;
             sorted.push(Segment::contiguous(file, offset, segment.len(), block, dst_offset));
-        } else if segment.src_pitch - segment.row_len >= options.max_gap {
+        } else if segment.parts(options) > 1 {
             sorted.extend((0..segment.rows).map(|row| {
                 let one = segment.part(row, 1, 0, segment.row_len);
                 Segment::contiguous(one.file, one.offset, one.row_len, one.block, one.dst_offset)

@@ -1,14 +1,19 @@
 //! What clients want moved, as the core takes it: every number checked.
 
-use sllm_core::{Block, Device, Segment};
+use sllm_core::{Block, Device, PlanOptions, Segment};
 use sllm_proto::storage::MemCopyChunk;
 use sllm_proto::store;
 use tonic::Status;
 
 use crate::fault::invalid;
 
-/// Segments of a batch at most.
+/// Segments of a batch at most, as many as the plan makes of them: a few bytes of a message may say a thousand million rows,
+/// and each that is read by itself takes memory before it is known that two go to one place.
 const MAX_SEGMENTS: usize = 1 << 21;
+
+fn too_many() -> Status {
+    invalid(format!("what is wanted lies in more than {MAX_SEGMENTS} ranges of files: send several batches or loads"))
+}
 
 /// The segments of a batch, and the numbers of the blocks that they name, of so many that are attached. `files` has the
 /// places of the client's files.
@@ -20,12 +25,13 @@ pub(super) fn of_batch(
     blocks: usize,
 ) -> Result<(Vec<Segment>, Vec<usize>), Status> {
     if segments.len() > MAX_SEGMENTS {
-        return Err(invalid(format!("a batch has {MAX_SEGMENTS} segments at most: send several")));
+        return Err(too_many());
     }
     // Only the blocks of this batch are loaded into: a session may have many.
     let mut used = Vec::new();
     let mut places = vec![None; blocks];
     let mut out = Vec::with_capacity(segments.len());
+    let (mut parts, options) = (0u64, PlanOptions::default());
     for segment in segments {
         let file = usize::try_from(segment.file).ok().and_then(|file| files.get(file));
         let file =
@@ -39,7 +45,7 @@ pub(super) fn of_batch(
         let rows = segment.rows.max(1);
         // One row has no next one to be told of.
         let pitch = |told: u64| if rows == 1 { segment.row_len } else { told };
-        out.push(Segment {
+        let segment = Segment {
             file,
             offset: segment.offset,
             row_len: segment.row_len,
@@ -48,29 +54,31 @@ pub(super) fn of_batch(
             block,
             dst_offset: segment.dst_offset,
             dst_pitch: pitch(segment.dst_pitch),
-        });
+        };
+        parts = parts.saturating_add(segment.parts(&options));
+        if parts > MAX_SEGMENTS as u64 {
+            return Err(too_many());
+        }
+        out.push(segment);
     }
     Ok((out, used))
 }
 
-/// Segments of the original's chunks, whose offsets count over all files, one after the other. `first_block` is the
-/// place of the handles' first block.
-pub(super) fn of_chunks(
+/// Adds segments of the original's chunks, whose offsets count over all files, one after the other. `first_block` is the
+/// place of the handles' first block. Of all that are added to one list there may be so many.
+pub(super) fn add_chunks(
+    out: &mut Vec<Segment>,
     chunks: &[MemCopyChunk],
     files: &[u64],
     handles: usize,
     first_block: usize,
-) -> Result<Vec<Segment>, Status> {
-    if chunks.len() > MAX_SEGMENTS {
-        return Err(invalid(format!("a load has {MAX_SEGMENTS} chunks at most")));
-    }
+) -> Result<(), Status> {
     let mut starts = Vec::with_capacity(files.len());
     let mut total = 0u64;
     for len in files {
         starts.push(total);
         total = total.checked_add(*len).ok_or_else(|| invalid("the files are longer than 64 bits can count"))?;
     }
-    let mut out = Vec::with_capacity(chunks.len());
     for chunk in chunks {
         let end = chunk.src_offset.checked_add(chunk.size).filter(|&end| end <= total);
         let outside = || invalid(format!("{chunk:?} passes the model's {total} bytes"));
@@ -89,7 +97,7 @@ pub(super) fn of_chunks(
             if at < stop {
                 let to = chunk.dst_offset + (at - chunk.src_offset);
                 if out.len() == MAX_SEGMENTS {
-                    return Err(invalid(format!("the chunks are of more than {MAX_SEGMENTS} ranges of files")));
+                    return Err(too_many());
                 }
                 out.push(Segment::contiguous(file, at - starts[file], stop - at, first_block + handle, to));
             }
@@ -97,7 +105,7 @@ pub(super) fn of_chunks(
             file += 1;
         }
     }
-    Ok(out)
+    Ok(())
 }
 
 /// The devices of blocks, each once.
@@ -124,6 +132,11 @@ mod tests {
 
     fn chunk(src_offset: u64, size: u64, dst_offset: u64, handle_idx: u64) -> MemCopyChunk {
         MemCopyChunk { src_offset, size, dst_offset, handle_idx }
+    }
+
+    fn of_chunks(chunks: &[MemCopyChunk], files: &[u64], handles: usize, first: usize) -> Result<Vec<Segment>, Status> {
+        let mut segments = Vec::new();
+        add_chunks(&mut segments, chunks, files, handles, first).map(|()| segments)
     }
 
     #[test]
@@ -162,5 +175,29 @@ mod tests {
         for wrong in [segment(1, 0, 0), segment(0, 2, 0), segment(u32::MAX, u32::MAX, 0)] {
             assert!(of_batch(&[wrong], &[5], 2).is_err(), "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn what_a_plan_would_make_too_many_segments_of_is_refused() {
+        let gap = PlanOptions::default().max_gap;
+        let rows = |rows, src_pitch| store::Segment { rows, row_len: 1, src_pitch, dst_pitch: 1, ..Default::default() };
+        let most = MAX_SEGMENTS as u64;
+        let count = |segments: &[store::Segment]| of_batch(segments, &[0], 1).map(|(segments, _)| segments.len());
+        // Rows that are read together are one.
+        assert_eq!(count(&[rows(u64::MAX, gap), rows(most - 1, gap + 1)]).unwrap(), 2);
+        for wrong in
+            [vec![rows(most + 1, gap + 1)], vec![rows(most / 4, gap + 1); 5], vec![rows(u64::MAX, u64::MAX); 3]]
+        {
+            let error = count(&wrong).unwrap_err();
+            assert!(error.message().contains("ranges of files"), "{error}");
+        }
+        // Of the original's: each chunk is of both files, and there is a list for each device.
+        let over_both = vec![chunk(0, 2, 0, 0); MAX_SEGMENTS / 4];
+        let mut segments = Vec::new();
+        for _ in 0..2 {
+            add_chunks(&mut segments, &over_both, &[1, 1], 1, 0).unwrap();
+        }
+        let error = add_chunks(&mut segments, &[chunk(0, 1, 0, 0)], &[1, 1], 1, 0).unwrap_err();
+        assert!(error.message().contains("ranges of files"), "{error}");
     }
 }

@@ -191,7 +191,7 @@ fn plan(
         let handles = &handles.get(text).ok_or_else(missing)?.handles;
         let uuid = parse_uuid(text).map_err(|e| refused(Code::NotFound, e.chain()))?;
         let first = planned.blocks.len();
-        planned.segments.extend(segments::of_chunks(&list.chunks, &files, handles.len(), first)?);
+        segments::add_chunks(&mut planned.segments, &list.chunks, &files, handles.len(), first)?;
         let device = store.devices.open(&uuid)?;
         for handle in handles {
             let bytes = handle.cuda_ipc_handle.as_slice();
