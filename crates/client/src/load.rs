@@ -62,6 +62,11 @@ pub(crate) struct Load {
     lost: bool,
 }
 
+/// A batch's time as the server is told it, to whom 0 says that there is no end.
+fn timeout_ms(limit: Duration) -> u32 {
+    u32::try_from(limit.as_millis()).unwrap_or(u32::MAX).max(1)
+}
+
 /// How far a batch has come.
 pub(crate) enum Step {
     /// Bytes done of it.
@@ -132,7 +137,7 @@ impl Load {
 
     /// Sends a batch of `len` bytes, which may take so long once those before it are done.
     pub(crate) fn batch(&mut self, segments: Vec<pb::Segment>, len: u64, limit: Duration) -> Result<()> {
-        let timeout_ms = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+        let timeout_ms = timeout_ms(limit);
         self.send(pb::load_request::Kind::Batch(pb::Batch { segments, timeout_ms }))?;
         if self.under_way.is_empty() {
             self.deadline = Instant::now() + limit;
@@ -226,5 +231,16 @@ impl Load {
 impl Drop for Load {
     fn drop(&mut self) {
         self.settle();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_batch_has_a_deadline() {
+        let told = [0, 999, 1_000, 60_000_999, u64::MAX].map(|micros| timeout_ms(Duration::from_micros(micros)));
+        assert_eq!(told, [1, 1, 1, 60_000, u32::MAX]);
     }
 }

@@ -227,6 +227,9 @@ async fn receive_memory(stream: &UnixStream) -> Result<(Ticket, OwnedFd), String
         if received.len == 0 {
             return Err("the connection ended within the ticket".into());
         }
+        if received.cut && received.file.is_none() {
+            return Err("the server has too many files open to take a descriptor: try again later".into());
+        }
         if received.cut || (file.is_some() && received.file.is_some()) {
             return Err("pass one descriptor at a time".into());
         }
@@ -244,7 +247,7 @@ async fn receive_memory(stream: &UnixStream) -> Result<(Ticket, OwnedFd), String
 struct Received {
     len: usize,
     file: Option<OwnedFd>,
-    /// Whether more descriptors came than one.
+    /// Whether more descriptors came than one, or than this process may have.
     cut: bool,
 }
 
@@ -364,6 +367,31 @@ mod tests {
             stream.write_all(&PREFACE[cut..]).unwrap();
             tokio::time::timeout(LIMIT, taken.recv()).await.expect("it is not heard").unwrap().unwrap();
         }
+    }
+
+    #[test]
+    fn who_passes_memory_to_a_server_with_too_many_open_files_is_told_so() {
+        const ALONE: &str = "SLLM_TEST_NO_DESCRIPTORS";
+        if std::env::var_os(ALONE).is_none() {
+            // In a process of its own, whose limit is no other test's.
+            let name = "connection::tests::who_passes_memory_to_a_server_with_too_many_open_files_is_told_so";
+            let mut alone = std::process::Command::new(std::env::current_exe().unwrap());
+            let output = alone.args(["--exact", name, "--nocapture"]).env(ALONE, "1").output().unwrap();
+            return assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        }
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut ancillary = rustix::net::SendAncillaryBuffer::new(&mut space);
+            let (files, head) = ([theirs.as_fd()], [&PASS_MEMORY[..], &[7; TICKET_LEN]].concat());
+            assert!(ancillary.push(rustix::net::SendAncillaryMessage::ScmRights(&files)));
+            rustix::net::sendmsg(&theirs, &[io::IoSlice::new(&head)], &mut ancillary, SendFlags::empty()).unwrap();
+            let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+            limit.current = Some(3);
+            rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+            let reason = receive_memory(&ours).await.unwrap_err();
+            assert!(reason.contains("too many files open"), "{reason}");
+        });
     }
 
     #[test]
