@@ -338,7 +338,8 @@ impl Cache {
             state.shrink(&group.name, 0, &mut dropped);
         }
         self.let_go(state, dropped);
-        Use { cache: self.clone(), files, claims: Mutex::default(), hold: self.shared.pool.hold() }
+        let (claims, cached_len) = (Mutex::default(), AtomicU64::new(0));
+        Use { cache: self.clone(), files, claims, cached_len, hold: self.shared.pool.hold() }
     }
 }
 
@@ -349,6 +350,7 @@ pub(crate) struct Use {
     cache: Cache,
     files: Vec<FileRef>,
     claims: Mutex<HashSet<(usize, usize)>>,
+    cached_len: AtomicU64,
     hold: Hold,
 }
 
@@ -361,8 +363,6 @@ pub(crate) struct Split<'a> {
     pub(crate) busy: Vec<&'a Piece>,
     /// This load's to read.
     pub(crate) missing: Vec<&'a Piece>,
-    /// Bytes of those that were in the cache.
-    pub(crate) cached_len: u64,
 }
 
 impl Use {
@@ -374,10 +374,7 @@ impl Use {
         for piece in pieces {
             let Some((file, chunk)) = self.place(piece) else { continue };
             match state.find(&self.files[file], chunk) {
-                Found::Present(_) => {
-                    split.cached.push(piece);
-                    split.cached_len += piece.len;
-                }
+                Found::Present(_) => split.cached.push(piece),
                 Found::Busy => split.busy.push(piece),
                 Found::Claimed => {
                     claims.insert((file, chunk));
@@ -385,10 +382,24 @@ impl Use {
                 }
             }
         }
-        let (hits, misses) = (split.cached.len() + split.busy.len(), split.missing.len());
-        self.cache.shared.hits.fetch_add(hits as u64, Ordering::Relaxed);
-        self.cache.shared.misses.fetch_add(misses as u64, Ordering::Relaxed);
+        self.cache.shared.misses.fetch_add(split.missing.len() as u64, Ordering::Relaxed);
         split
+    }
+
+    /// Counts what became of a piece that was cached or busy: it may have been evicted, or given up, before its turn.
+    pub(crate) fn count(&self, piece: &Piece, is_found: bool) {
+        let shared = &self.cache.shared;
+        if is_found {
+            shared.hits.fetch_add(1, Ordering::Relaxed);
+            self.cached_len.fetch_add(piece.len, Ordering::Relaxed);
+        } else {
+            shared.misses.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Bytes that this load found in the cache.
+    pub(crate) fn cached_len(&self) -> u64 {
+        self.cached_len.load(Ordering::Relaxed)
     }
 
     /// Chunks that the cache can hold.

@@ -314,6 +314,33 @@ fn a_load_that_gives_up_leaves_its_chunks_to_those_that_wait() {
         let report = waits.join().unwrap();
         assert_eq!(report.cached_bytes, 0);
     });
+    let CacheUsage { hits, misses, .. } = cache.usage();
+    assert_eq!((hits, misses), (0, 102), "nothing was found: both loads had all of it to read");
+}
+
+#[test]
+fn bytes_that_another_load_reads_are_no_reads_of_who_waits_for_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = Checkpoint::open(model(dir.path(), "a", 50 * CHUNK, 1)).unwrap();
+    let len = checkpoint.files()[0].len();
+    let cache = cache(100);
+    let plan = crate::LoadPlan::whole(&[len], CHUNK);
+    let first = cache.begin(&checkpoint);
+    let missing = first.split(plan.pieces()).missing;
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| load_whole(&loader(&cache), &checkpoint));
+        std::thread::sleep(Duration::from_millis(30));
+        for piece in missing {
+            let mut buffer = first.try_buffer().unwrap();
+            let bytes = &mut buffer.as_mut_slice()[..usize::try_from(piece.len).unwrap()];
+            checkpoint.files()[0].read_exact_at(bytes, piece.offset).unwrap();
+            first.put(piece, buffer, false);
+        }
+        let report = waits.join().unwrap();
+        assert_eq!((report.read_bytes, report.cached_bytes), (len, len));
+    });
+    let CacheUsage { hits, misses, .. } = cache.usage();
+    assert_eq!((hits, misses), (51, 51));
 }
 
 #[test]

@@ -306,7 +306,10 @@ impl Sink for Lane<'_> {
                     self.note("chunks in the cache did not match their checksums, and were read again".into());
                     cache.forget_chunk(piece, chunk);
                 }
-                found => return Ok(found),
+                found => {
+                    cache.count(piece, found.is_some());
+                    return Ok(found);
+                }
             }
         }
     }

@@ -21,7 +21,7 @@ pub use remote::{Remote, RemoteReport};
 pub use report::{EngineReport, LoadReport};
 pub use session::Session;
 
-use crate::cache::{Cache, Split};
+use crate::cache::{Cache, Split, Use};
 use crate::checkpoint::{Checkpoint, ChunkSums};
 use crate::control::{Control, check_threads};
 use crate::device::{Block, Claim, Device, DeviceError, Stream};
@@ -296,7 +296,7 @@ impl Loader {
         let is_used = |device: &&Device| blocks.iter().any(|block| block.device().same_as(device));
         let devices: Vec<Device> = self.devices.iter().filter(is_used).cloned().collect();
         let cache = self.cache.as_ref().map(|cache| cache.begin(checkpoint));
-        let Split { mut cached, mut busy, missing, cached_len } = match &cache {
+        let Split { mut cached, mut busy, missing } = match &cache {
             Some(cache) => cache.split(plan.pieces()),
             None => Split { missing: plan.pieces().iter().collect(), ..Split::default() },
         };
@@ -383,7 +383,7 @@ impl Loader {
         report.verified = sums.is_some();
         report.plan_s = plan_s;
         report.move_s = move_s;
-        report.cached_bytes = cached_len;
+        report.cached_bytes = cache.as_ref().map_or(0, Use::cached_len);
         report.numa_node = node.map(|node| node.number());
         report.notes = shared.outcome.take_notes();
         if let Buffers::Ring(pool) = buffers {

@@ -29,7 +29,7 @@ pub struct LoadReport {
     pub bytes: u64,
     /// Bytes that were read from files: more where ranges were rounded to pages or chunks were verified.
     pub read_bytes: u64,
-    /// Of those, bytes that were in the cache.
+    /// Of those, bytes that were in the cache, or that another load read into it.
     pub cached_bytes: u64,
     /// Tensors; 0 for a session, which is told of rows.
     pub tensors: u64,
