@@ -37,9 +37,9 @@ pub struct Status {
     pub pool: Pool,
     /// Loads that run.
     pub jobs: Vec<Job>,
-    /// Loads since the start.
+    /// Loads since the start that ended well.
     pub loads_done: u64,
-    /// Those that failed.
+    /// Those that failed, or were stopped.
     pub loads_failed: u64,
     /// Clients that are connected.
     pub clients: u32,

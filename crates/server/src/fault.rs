@@ -3,8 +3,9 @@
 use sllm_core::{Error, ErrorKind};
 use tonic::{Code, Status};
 
-/// Bytes of a message at most: it goes into a header, which clients limit to 8 KiB or so.
-const MAX_MESSAGE: usize = 4000;
+/// Bytes of a message at most as it is sent: it goes into a header, which clients limit to 8 KiB or so, and in which most that
+/// are no letters take three.
+const MAX_MESSAGE: usize = 6000;
 
 /// The status of an error: its whole chain in one message.
 pub(crate) fn status(error: &Error) -> Status {
@@ -32,8 +33,12 @@ pub(crate) fn invalid(message: impl Into<String>) -> Status {
 }
 
 fn cut(mut message: String) -> String {
-    if message.len() > MAX_MESSAGE {
-        let end = (0..=MAX_MESSAGE).rev().find(|&end| message.is_char_boundary(end)).unwrap_or_default();
+    let mut sent = 0;
+    let end = message.char_indices().find_map(|(at, char)| {
+        sent += if char.is_ascii_alphanumeric() { 1 } else { 3 * char.len_utf8() };
+        (sent > MAX_MESSAGE).then_some(at)
+    });
+    if let Some(end) = end {
         message.truncate(end);
         message.push_str("...");
     }
@@ -46,8 +51,15 @@ mod tests {
 
     #[test]
     fn long_messages_are_cut_between_characters() {
-        let message = refused(Code::NotFound, "ü".repeat(MAX_MESSAGE)).message().to_owned();
-        assert!(message.len() <= MAX_MESSAGE + 3 && message.ends_with("ü..."), "{}", message.len());
+        for (long, kept) in [("ü", 1000), ("\n", 2000), ("x", MAX_MESSAGE)] {
+            let status = refused(Code::NotFound, long.repeat(2 * MAX_MESSAGE));
+            assert_eq!(status.message(), long.repeat(kept) + "...");
+            let headers = status.into_http::<()>().headers().clone();
+            let sent: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
+            assert!(sent < 8 << 10, "{sent}");
+        }
+        let whole = "x".repeat(MAX_MESSAGE);
+        assert_eq!(refused(Code::NotFound, whole.clone()).message(), whole);
     }
 
     #[test]

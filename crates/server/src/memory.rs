@@ -16,6 +16,10 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// Tickets that wait at most.
 const MAX_WAITING: usize = 256;
 
+/// Memory files that are mapped at most. The system lets a process have some 65,000 mappings, and one that has them all gets
+/// no memory and no threads either.
+const MAX_MAPPED: usize = 8192;
+
 /// The file system of memory files with ordinary pages, as `fstatfs` tells it.
 const TMPFS: u64 = 0x0102_1994;
 
@@ -27,12 +31,14 @@ pub(crate) type Ticket = [u8; TICKET_LEN];
 pub(crate) struct Mapping {
     addr: u64,
     len: u64,
+    _counted: Arc<()>,
 }
 
 impl Mapping {
     /// Maps a memory file. Its pages must be there and stay: one that is gone, or that cannot be had when it is first written
     /// to, would kill this process, and one that is had then would be charged to it.
-    pub(crate) fn new(file: &impl AsFd) -> Result<Mapping, String> {
+    /// `counted` has a clone for each.
+    fn new(file: &impl AsFd, counted: &Arc<()>) -> Result<Mapping, String> {
         let seals = rustix::fs::fcntl_get_seals(file).map_err(|_| "the descriptor is not of a memory file (memfd)")?;
         if !seals.contains(SealFlags::SHRINK) {
             return Err("the memory file may shrink: seal it with F_SEAL_SHRINK".into());
@@ -51,7 +57,7 @@ impl Mapping {
         // SAFETY: a new mapping, at an address that the kernel chooses.
         let addr = unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, prot, flags, file, 0) }
             .map_err(|e| format!("the memory file cannot be mapped for writing: {}", io::Error::from(e)))?;
-        Ok(Mapping { addr: addr as u64, len: bytes as u64 })
+        Ok(Mapping { addr: addr as u64, len: bytes as u64, _counted: Arc::clone(counted) })
     }
 
     /// A part of it to load into; `None` where that is not inside. The caller keeps the mapping while a load runs.
@@ -80,13 +86,21 @@ impl Drop for Mapping {
 #[derive(Debug, Default)]
 pub(crate) struct Tickets {
     waiting: Mutex<HashMap<Ticket, (Instant, Arc<Mapping>)>>,
+    /// All that are mapped, waiting or attached, have a clone.
+    mapped: Arc<()>,
 }
 
 impl Tickets {
     /// Takes memory under a ticket.
     pub(crate) fn pass(&self, ticket: Ticket, file: &OwnedFd) -> Result<(), String> {
-        let mapping = Arc::new(Mapping::new(file)?);
+        let mapping = Arc::new(Mapping::new(file, &self.mapped)?);
         let mut waiting = self.fresh();
+        // One is ours.
+        if Arc::strong_count(&self.mapped) > MAX_MAPPED + 1 {
+            return Err(format!(
+                "{MAX_MAPPED} memory files are attached already: try again when some loads have ended"
+            ));
+        }
         if waiting.len() >= MAX_WAITING {
             return Err(format!(
                 "{MAX_WAITING} memory files wait to be attached: attach some, or try again in a minute"
@@ -135,6 +149,10 @@ mod tests {
         Ok(file)
     }
 
+    fn map(file: &OwnedFd) -> Result<Mapping, String> {
+        Mapping::new(file, &Arc::default())
+    }
+
     #[test]
     fn a_file_whose_pages_are_not_there_is_refused() {
         let whole = |file: &OwnedFd| fallocate(file, FallocateFlags::empty(), 0, LEN).unwrap();
@@ -142,16 +160,29 @@ mod tests {
             whole(file);
             fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 8192, 4096).unwrap();
         };
-        assert_eq!(Mapping::new(&sealed(MemfdFlags::empty(), whole).unwrap()).unwrap().len(), LEN);
+        assert_eq!(map(&sealed(MemfdFlags::empty(), whole).unwrap()).unwrap().len(), LEN);
         for fill in [&punched as &dyn Fn(&OwnedFd), &|_| ()] {
-            let reason = Mapping::new(&sealed(MemfdFlags::empty(), fill).unwrap()).unwrap_err();
+            let reason = map(&sealed(MemfdFlags::empty(), fill).unwrap()).unwrap_err();
             assert!(reason.contains("holes"), "{reason}");
         }
         // Not every kernel has huge pages.
         if let Ok(huge) = sealed(MemfdFlags::HUGETLB, |_| ()) {
-            let reason = Mapping::new(&huge).unwrap_err();
+            let reason = map(&huge).unwrap_err();
             assert!(reason.contains("huge pages"), "{reason}");
         }
+    }
+
+    #[test]
+    fn only_so_many_files_are_mapped_that_the_process_can_go_on() {
+        let whole = |file: &OwnedFd| fallocate(file, FallocateFlags::empty(), 0, LEN).unwrap();
+        let file = sealed(MemfdFlags::empty(), whole).unwrap();
+        let tickets = Tickets::default();
+        let attach = |ticket| tickets.pass(ticket, &file).map(|()| tickets.take(&ticket).unwrap());
+        let mut attached: Vec<_> = (0..MAX_MAPPED).map(|_| attach([1; TICKET_LEN]).unwrap()).collect();
+        let reason = attach([1; TICKET_LEN]).unwrap_err();
+        assert!(reason.contains("8192 memory files are attached already"), "{reason}");
+        attached.pop();
+        attach([1; TICKET_LEN]).unwrap();
     }
 
     #[test]
