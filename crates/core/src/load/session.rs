@@ -4,7 +4,7 @@
 //! thread takes the batch and moves it while the next one gathers. So the disk and the link work while the engine
 //! still plans, and few batches carry a whole model.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -69,9 +69,34 @@ struct Batch {
     blocks: Vec<Block>,
     /// Place of a block by its address; several devices may have the same.
     places: HashMap<u64, Vec<usize>>,
-    /// By block: its segments, and the end of the one that reaches furthest.
-    taken: Vec<(Vec<Segment>, u64)>,
+    /// By block.
+    taken: Vec<Taken>,
     len: u64,
+}
+
+/// The segments of a batch that go to one block. No two of them begin at one place.
+#[derive(Debug, Default)]
+struct Taken {
+    by_start: BTreeMap<u64, Segment>,
+    /// The furthest end, and the most bytes from a segment's start to its end.
+    end: u64,
+    longest: u64,
+}
+
+impl Taken {
+    /// Takes a segment; `false` where it writes what another one writes.
+    fn add(&mut self, segment: Segment) -> bool {
+        let (start, end) = (segment.dst_offset, segment.dst_end());
+        // Most come in ascending order. Those that begin further before cannot reach it.
+        let meets = |(_, other): (&u64, &Segment)| destinations_meet(other, &segment);
+        if start < self.end && self.by_start.range(start.saturating_sub(self.longest)..end).any(meets) {
+            return false;
+        }
+        self.end = self.end.max(end);
+        self.longest = self.longest.max(end - start);
+        self.by_start.insert(start, segment);
+        true
+    }
 }
 
 impl Batch {
@@ -82,7 +107,7 @@ impl Batch {
         }
         places.push(self.blocks.len());
         self.blocks.push(block.clone());
-        self.taken.push((Vec::new(), 0));
+        self.taken.push(Taken::default());
         self.blocks.len() - 1
     }
 
@@ -90,13 +115,9 @@ impl Batch {
     fn add(&mut self, block: &Block, segment: Segment) -> bool {
         let place = self.place_of(block);
         let segment = Segment { block: place, ..segment };
-        let (others, end) = &mut self.taken[place];
-        // Most come in ascending order.
-        if segment.dst_offset < *end && others.iter().any(|other| destinations_meet(other, &segment)) {
+        if !self.taken[place].add(segment) {
             return false;
         }
-        *end = (*end).max(segment.dst_end());
-        others.push(segment);
         self.segments.push(segment);
         self.len = self.len.saturating_add(segment.len());
         true

@@ -165,3 +165,14 @@ fn a_dropped_session_writes_nothing_more() {
     drop(session);
     assert_eq!(contents(&bench.blocks[0]), bench.expected[0]);
 }
+
+/// One that is compared with all others takes minutes to add here.
+#[test]
+fn many_segments_in_descending_order_are_one_batch() {
+    let block = Block::alloc(&Device::host(), 8 << 20).unwrap();
+    let mut batch = Batch::default();
+    let of = |number: u64| Segment::contiguous(0, 0, 16, 0, number * 16);
+    assert!((0..1 << 19).rev().all(|number| batch.add(&block, of(number))));
+    assert!(!batch.add(&block, of(7)) && !batch.add(&block, Segment::contiguous(0, 0, 2, 0, 15)));
+    assert_eq!((batch.segments.len(), batch.len), (1 << 19, 8 << 20));
+}
