@@ -171,6 +171,12 @@ impl Models {
         }
     }
 
+    /// Sees to it that a model is known of which something was just asked for that outlives the request: it may have been
+    /// forgotten since it was opened. Gives what is known by its name now.
+    pub(crate) fn keep(&self, model: &Arc<Model>) -> Arc<Model> {
+        Arc::clone(self.lock().entry(model.name.clone()).or_insert_with(|| Arc::clone(model)))
+    }
+
     /// All that are open, by name.
     pub(crate) fn all(&self) -> Vec<Arc<Model>> {
         self.lock().values().cloned().collect()
@@ -197,7 +203,8 @@ impl Models {
         let going: Vec<_> = self.all().into_iter().filter(|model| idle(model) && goes(model)).collect();
         let mut open = self.lock();
         for model in going {
-            if idle(&model) && open.get(&model.name).is_some_and(|now| Arc::ptr_eq(now, &model)) {
+            // Asked again, since it may have been pinned meanwhile: who pins looks afterwards whether it is here.
+            if idle(&model) && goes(&model) && open.get(&model.name).is_some_and(|now| Arc::ptr_eq(now, &model)) {
                 open.remove(&model.name);
             }
         }

@@ -122,6 +122,7 @@ pub(crate) fn start(store: &Arc<Store>, model: &Arc<Model>, want: Want) -> Prelo
     preload.join(want);
     *last = Some(preload.clone());
     drop(last);
+    store.models.keep(model);
     let (store, model) = (Arc::clone(store), Arc::clone(model));
     tokio::spawn(async move {
         ending.tell(fill(&store, &model, job).await.map(drop));

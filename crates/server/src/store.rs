@@ -120,10 +120,18 @@ impl Store {
         }
     }
 
+    /// Lets loads use a model where only registered ones may be loaded.
+    pub(crate) fn register(&self, model: &Arc<Model>) {
+        model.register();
+        self.models.keep(model).register();
+    }
+
     /// Keeps a model in the pool, or lets it be evicted. Blocks.
-    pub(crate) fn set_pinned(&self, model: &Model, pinned: bool) -> Result<()> {
+    pub(crate) fn set_pinned(&self, model: &Arc<Model>, pinned: bool) -> Result<()> {
         if pinned {
-            return self.pool.cache()?.pin(&model.checkpoint);
+            self.pool.cache()?.pin(&model.checkpoint)?;
+            self.models.keep(model);
+            return Ok(());
         }
         if let Some(cache) = self.pool.made() {
             cache.unpin(&model.checkpoint);
@@ -137,7 +145,7 @@ impl Store {
         for (name, pinned) in pin.iter().map(|name| (name, true)).chain(preload.iter().map(|name| (name, false))) {
             let started = async {
                 let model = self.open_any(name).await?;
-                model.register();
+                self.register(&model);
                 if pinned {
                     let (store, model) = (Arc::clone(&self), Arc::clone(&model));
                     let pin = move || store.set_pinned(&model, true).map_err(|e| crate::fault::status(&e));
@@ -204,4 +212,41 @@ impl Store {
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, Status> {
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|e| Status::internal(format!("the request failed by a bug: {e}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_pinned_registered_or_preloaded_is_known_also_where_it_was_forgotten_since_it_was_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let bytes = test_support::safetensors(test_support::header(2), &[1, 2]);
+        std::fs::create_dir(dir.path().join("m")).unwrap();
+        std::fs::write(dir.path().join("m/model.safetensors"), bytes).unwrap();
+        let config = Config { pool_len: 8 << 20, chunk_len: 4 << 20, ..Config::new(dir.path()) };
+        let store = Arc::new(Store::new(config).unwrap());
+        let known = || store.models.get("m").unwrap();
+        let opened_and_forgotten = || {
+            let model = store.models.open("m").unwrap();
+            store.models.forget();
+            assert!(known().is_none());
+            model
+        };
+        store.set_pinned(&opened_and_forgotten(), true).unwrap();
+        store.models.forget();
+        let model = known().expect("nobody could unpin it");
+        store.set_pinned(&model, false).unwrap();
+
+        let model = opened_and_forgotten();
+        store.models.open("m").unwrap();
+        store.register(&model);
+        assert!(known().unwrap().is_registered());
+
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+            let preload = preload::start(&store, &opened_and_forgotten(), Want::Keep);
+            assert!(known().expect("nobody could ask how it ends").preloads.last().is_some());
+            preload.ended().await.unwrap();
+        });
+    }
 }

@@ -54,10 +54,14 @@ impl Segment {
     }
 
     /// How many segments a plan makes of it: one, or one a row where rows lie so far apart in the file that each is read by
-    /// itself.
+    /// itself; none where nothing is wanted.
     pub fn parts(&self, options: &PlanOptions) -> u64 {
         let is_scattered = self.rows > 1 && self.src_pitch.saturating_sub(self.row_len) >= options.max_gap;
-        if is_scattered { self.rows } else { 1 }
+        match self.is_empty() {
+            true => 0,
+            false if is_scattered => self.rows,
+            false => 1,
+        }
     }
 
     /// End of the last row in the file. Checked by `check`.

@@ -185,6 +185,8 @@ mod tests {
         let count = |segments: &[store::Segment]| of_batch(segments, &[0], 1).map(|(segments, _)| segments.len());
         // Rows that are read together are one.
         assert_eq!(count(&[rows(u64::MAX, gap), rows(most - 1, gap + 1)]).unwrap(), 2);
+        let empty = store::Segment { row_len: 0, ..rows(u64::MAX, u64::MAX) };
+        assert_eq!(count(&[empty]).unwrap(), 1);
         for wrong in
             [vec![rows(most + 1, gap + 1)], vec![rows(most / 4, gap + 1); 5], vec![rows(u64::MAX, u64::MAX); 3]]
         {

@@ -113,7 +113,7 @@ impl Storage for StorageRpc {
     async fn register_model(&self, request: Request<RegisterModelRequest>) -> Answer<RegisterModelResponse> {
         let model_path = request.into_inner().model_path;
         let model = self.0.open_any(&model_path).await?;
-        model.register();
+        self.0.register(&model);
         let too_long = || Status::internal("the model is longer than the answer can say");
         let model_size = i64::try_from(model.len).map_err(|_| too_long())?;
         Ok(Response::new(RegisterModelResponse { model_path, model_size }))
