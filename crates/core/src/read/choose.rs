@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicUsize;
 use super::bounce::Bounce;
 use super::depth::{Depth, MOST_READS};
 use super::pread::{Pace, Turns};
-use super::residency::is_cached;
+use super::residency::{is_cached, is_sample_cached};
 use super::uring::Governed;
 use super::{Cached, EngineChoice, Mapped, Pread, ReadEngine, Uring};
 use crate::checkpoint::DataFile;
@@ -165,7 +165,8 @@ pub(crate) fn is_cold(files: &[DataFile], segments: &[Segment], wishes: &Wishes)
             let places = sample(segments);
             let is_uncached = |&&(file, offset): &&(usize, u64)| {
                 let file: Option<&DataFile> = files.get(file).filter(|file| offset < file.len());
-                file.is_some_and(|file| is_cached(file, offset, SAMPLED_LEN.min(file.len() - offset)) == Some(false))
+                let len = |file: &DataFile| SAMPLED_LEN.min(file.len() - offset);
+                file.is_some_and(|file| is_sample_cached(file, offset, len(file)) == Some(false))
             };
             16 * places.iter().filter(is_uncached).count() > places.len()
         }
@@ -207,9 +208,11 @@ fn split<'a>(files: &[DataFile], pieces: Vec<&'a Piece>, all: Option<bool>) -> R
         Some(all) => vec![Some(all); pieces.len()],
         None => ask(files, &pieces),
     };
-    let unknown = answers.contains(&None);
+    let unknown: Vec<&Piece> =
+        pieces.iter().zip(&answers).filter(|(_, told)| told.is_none()).map(|(&p, _)| p).collect();
+    let (is_unknown, otherwise) = (!unknown.is_empty(), !mostly_uncached(files, &unknown));
     for (piece, answer) in pieces.into_iter().zip(answers) {
-        if answer != Some(false) {
+        if answer.unwrap_or(otherwise) {
             cached_bytes += piece.len;
             residency.cached.push(piece);
         } else {
@@ -220,7 +223,8 @@ fn split<'a>(files: &[DataFile], pieces: Vec<&'a Piece>, all: Option<bool>) -> R
     residency.told = match all {
         Some(true) => "the page cache was asked for".into(),
         Some(false) => "direct reads were asked for".into(),
-        None if unknown => "the system does not say what is cached".into(),
+        None if is_unknown && otherwise => "the system does not say what is cached".into(),
+        None if is_unknown => "the system does not say what is cached, and by a sample most is not".into(),
         None => format!("{} % of the bytes are in the page cache", cached_bytes * 100 / total),
     };
     residency
@@ -245,7 +249,7 @@ fn ask(files: &[DataFile], pieces: &[&Piece]) -> Vec<Option<bool>> {
 fn mostly_uncached(files: &[DataFile], pieces: &[&Piece]) -> bool {
     let sample = || pieces.iter().step_by(pieces.len().div_ceil(SAMPLES).max(1));
     let uncached = |piece: &&&Piece| {
-        files.get(piece.file).is_some_and(|file| is_cached(file, piece.offset, piece.len) == Some(false))
+        files.get(piece.file).is_some_and(|file| is_sample_cached(file, piece.offset, piece.len) == Some(false))
     };
     2 * sample().filter(uncached).count() > sample().count()
 }
@@ -359,6 +363,47 @@ mod tests {
         let rows = Segment { rows: 128, src_pitch: 1000, ..Segment::contiguous(0, 7, 10, 0, 0) };
         let expected: Vec<(usize, u64)> = (0..64).map(|n| (0, 7 + 2000 * n)).collect();
         assert_eq!(sample(&[rows]), expected);
+    }
+
+    /// Runs as one who neither owns files of ours nor may write to them; `None` where that cannot be.
+    fn as_another<T: Send>(path: &std::path::Path, what: impl FnOnce() -> T + Send) -> Option<T> {
+        let alone = || {
+            // Of this thread alone.
+            // SAFETY: takes a number.
+            unsafe { libc::syscall(libc::SYS_setfsuid, 65_534) };
+            std::fs::File::options().write(true).open(path).is_err().then(what)
+        };
+        std::thread::scope(|scope| scope.spawn(alone).join().unwrap())
+    }
+
+    #[test]
+    fn what_is_cached_of_files_that_others_own_is_found_out_by_a_sample() {
+        const LEN: usize = 8 << 20;
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = dir.path().join("f");
+        std::fs::write(&path, vec![1; LEN]).unwrap();
+        std::fs::File::open(&path).unwrap().sync_all().unwrap();
+        let len = LEN as u64;
+        let files = [DataFile::open(&path, "f", true).unwrap()];
+        let plan = crate::LoadPlan::whole(&[len], 1 << 20);
+        let segment = [Segment::contiguous(0, 0, len, 0, 0)];
+        let uncached = || {
+            let residency = split(&files, plan.pieces().iter().collect(), None);
+            (residency.uncached.len(), is_cold(&files, &segment, &Wishes::default()), residency.told)
+        };
+        let Some((none, false, told)) = as_another(&path, uncached) else {
+            eprintln!("skipped: the right to write everywhere cannot be laid down here");
+            return;
+        };
+        assert_eq!(none, 0, "all is in the page cache: {told}");
+        rustix::fs::fadvise(files[0].buffered(), 0, None, rustix::fs::Advice::DontNeed).unwrap();
+        if is_cached(&files[0], 0, len) != Some(false) || !told.contains("does not say") {
+            eprintln!("skipped: the file system keeps its pages, or the kernel tells of everybody's files");
+            return;
+        }
+        let (all, is_cold, told) = as_another(&path, uncached).unwrap();
+        assert_eq!((all, is_cold), (8, true), "{told}");
+        assert!(told.ends_with("by a sample most is not"), "{told}");
     }
 
     #[test]

@@ -1,8 +1,11 @@
-//! What of a file is in the page cache: `cachestat`, else `mincore`. Both tell who owns the file or may write to it.
+//! What of a file is in the page cache: `cachestat`, else `mincore`. Both tell who owns the file or may write to it; others
+//! can try to read.
 
+use std::io::IoSliceMut;
 use std::os::fd::{AsFd, AsRawFd};
 
 use rustix::fs::fstatfs;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::checkpoint::DataFile;
@@ -35,6 +38,22 @@ pub(crate) fn is_cached(file: &DataFile, offset: u64, len: u64) -> Option<bool> 
     let sample = SAMPLE.min(len);
     let whole = |at: u64| cached_len(file, at, sample).map(|cached| cached >= sample);
     Some(whole(offset)? && whole(offset + len - sample)?)
+}
+
+/// The same of a place in a sample: where the system does not say, by a read that does not wait for a disk. What is not there
+/// may be read ahead by that, so that it is not for all of a file.
+pub(crate) fn is_sample_cached(file: &DataFile, offset: u64, len: u64) -> Option<bool> {
+    is_cached(file, offset, len).or_else(|| is_read_at_once(file, offset))
+}
+
+fn is_read_at_once(file: &DataFile, offset: u64) -> Option<bool> {
+    let mut byte = [0];
+    match preadv2(file.buffered(), &mut [IoSliceMut::new(&mut byte)], offset, ReadWriteFlags::NOWAIT) {
+        Ok(1) => Some(true),
+        Err(Errno::AGAIN) => Some(false),
+        // The file's end, or a file system that has no such reads.
+        _ => None,
+    }
 }
 
 /// Bytes of a range that are cached, to whole pages; `None` where the system does not say.
