@@ -51,8 +51,8 @@ pub struct ExportReport {
 /// [`convert`](crate::convert()), `dir` appears as a whole, and an interrupted export goes on.
 ///
 /// # Errors
-/// [`Error::Invalid`] for a tensor with strides, or of the name `__metadata__`, which safetensors cannot hold; [`Error::Exists`]; otherwise as
-/// [`convert`](crate::convert()).
+/// [`Error::Invalid`] for a tensor with strides, or of the name `__metadata__`, which safetensors cannot hold;
+/// [`Error::Exists`]; otherwise as [`convert`](crate::convert()).
 pub fn export(store: &Checkpoint, dir: &Path, options: &WorkOptions) -> Result<ExportReport> {
     let start = Instant::now();
     let shards = plan_shards(store)?;
