@@ -24,13 +24,14 @@ use crate::control::{Control, WorkOptions, gb_per_s};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::format::manifest::{
-    FileEntry, MANIFEST_NAME, MAX_FILE_LEN, Manifest, Source, SourceFile, TensorEntry, data_file_name,
+    CHUNK_LEN, Checksums, FileEntry, MANIFEST_NAME, MAX_FILE_LEN, Manifest, Source, SourceFile, TensorEntry,
+    data_file_name,
 };
 use crate::format::original::{self, are_contiguous, strided_len};
 use crate::tensor::TensorInfo;
 use crate::verify::verify_before;
 use journal::fingerprint;
-use layout::{Bytes, TargetFile, place};
+use layout::{Bytes, TargetFile, as_index, place};
 use side_files::SideFiles;
 pub use target::interrupted;
 use target::{Partial, Target};
@@ -233,19 +234,26 @@ fn write_store(
     let start = Instant::now();
     let Content { mut tensors, bytes, source } = content;
     let files = place(&mut tensors, &bytes, max_file_len);
-    let mut identity = String::new();
-    let finish = |partial: &Partial<'_>, written: &mut Written| {
-        let sums = std::mem::take(&mut written.sums);
+    let manifest_of = |source: Source, sums: Vec<Checksums>, tensors: Vec<TensorEntry>| {
         let entry = |(k, (file, crc64)): (usize, (&TargetFile<'_>, _))| FileEntry {
             name: data_file_name(k),
             len: file.len,
             crc64,
         };
-        let entries = files.iter().zip(sums).enumerate().map(entry).collect();
-        let manifest = Manifest::new(source, entries, tensors);
+        let manifest = Manifest::new(source, files.iter().zip(sums).enumerate().map(entry).collect(), tensors);
+        let json = serde_json::to_vec(&manifest);
+        json.map(|json| (manifest, json)).map_err(|e| Error::Invalid(format!("cannot write it as JSON: {e}")))
+    };
+    // A store that could not be opened is not begun.
+    let blank = |file: &TargetFile<'_>| Checksums(vec![0; as_index(file.len.div_ceil(CHUNK_LEN))]);
+    let (_, json) = manifest_of(source.clone(), files.iter().map(blank).collect(), tensors.clone())?;
+    Manifest::parse(&target.path().join(MANIFEST_NAME), &json)
+        .map_err(|e| Error::Invalid(format!("no store is made, since it could not be opened: {e}")))?;
+
+    let mut identity = String::new();
+    let finish = |partial: &Partial<'_>, written: &mut Written| {
+        let (manifest, json) = manifest_of(source, std::mem::take(&mut written.sums), tensors)?;
         partial.write(original::INDEX_NAME, manifest.original_index().as_bytes())?;
-        let json =
-            serde_json::to_vec(&manifest).map_err(|e| Error::Invalid(format!("cannot write it as JSON: {e}")))?;
         partial.write(MANIFEST_NAME, &json)?;
         identity = manifest.identity;
         Ok(manifest.tensors.len())
@@ -306,6 +314,27 @@ pub(crate) fn build<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_store_that_could_not_be_opened_is_not_begun() {
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("source");
+        std::fs::create_dir(&source).unwrap();
+        let header = r#"{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#;
+        std::fs::write(source.join("1.safetensors"), test_support::safetensors(header, &[7])).unwrap();
+        let convert_nested = |depth: usize| {
+            let metadata = r#"{"a":"#.repeat(depth) + "1" + &"}".repeat(depth);
+            let index = format!(r#"{{"metadata":{metadata},"weight_map":{{"w":"1.safetensors"}}}}"#);
+            std::fs::write(source.join(crate::format::hf_index::INDEX_NAME), index).unwrap();
+            convert(&Checkpoint::open(&source).unwrap(), &dir.path().join("store"), &ConvertOptions::new())
+        };
+        // The index may be nested so deep, and the manifest, which has it in two objects, not.
+        let error = convert_nested(126).unwrap_err().to_string();
+        assert!(error.contains("could not be opened") && error.contains("recursion limit"), "{error}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "something is left beside the source");
+        convert_nested(100).unwrap();
+        assert_eq!(Checkpoint::open(dir.path().join("store")).unwrap().tensors().len(), 1);
+    }
 
     #[test]
     fn a_store_of_many_data_files_is_read_back() {
