@@ -24,14 +24,13 @@ use crate::control::{Control, WorkOptions, gb_per_s};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 use crate::format::manifest::{
-    CHUNK_LEN, Checksums, FileEntry, MANIFEST_NAME, MAX_FILE_LEN, Manifest, Source, SourceFile, TensorEntry,
-    data_file_name,
+    FileEntry, MANIFEST_NAME, MAX_FILE_LEN, Manifest, Source, SourceFile, TensorEntry, data_file_name,
 };
 use crate::format::original::{self, are_contiguous, strided_len};
 use crate::tensor::TensorInfo;
 use crate::verify::verify_before;
 use journal::fingerprint;
-use layout::{Bytes, TargetFile, as_index, place};
+use layout::{Bytes, TargetFile, place};
 use side_files::SideFiles;
 pub use target::interrupted;
 use target::{Partial, Target};
@@ -234,26 +233,25 @@ fn write_store(
     let start = Instant::now();
     let Content { mut tensors, bytes, source } = content;
     let files = place(&mut tensors, &bytes, max_file_len);
-    let manifest_of = |source: Source, sums: Vec<Checksums>, tensors: Vec<TensorEntry>| {
+    // A store that could not be opened is not begun: what is kept of the source may be nested deeper than JSON is read.
+    let kept = serde_json::to_vec(&Manifest::new(source.clone(), Vec::new(), Vec::new()));
+    kept.and_then(|json| serde_json::from_slice::<Manifest>(&json)).map_err(|e| {
+        Error::Invalid(format!("no store is made, since it could not be opened: its manifest would not be read: {e}"))
+    })?;
+
+    let mut identity = String::new();
+    let finish = |partial: &Partial<'_>, written: &mut Written| {
+        let sums = std::mem::take(&mut written.sums);
         let entry = |(k, (file, crc64)): (usize, (&TargetFile<'_>, _))| FileEntry {
             name: data_file_name(k),
             len: file.len,
             crc64,
         };
-        let manifest = Manifest::new(source, files.iter().zip(sums).enumerate().map(entry).collect(), tensors);
-        let json = serde_json::to_vec(&manifest);
-        json.map(|json| (manifest, json)).map_err(|e| Error::Invalid(format!("cannot write it as JSON: {e}")))
-    };
-    // A store that could not be opened is not begun.
-    let blank = |file: &TargetFile<'_>| Checksums(vec![0; as_index(file.len.div_ceil(CHUNK_LEN))]);
-    let (_, json) = manifest_of(source.clone(), files.iter().map(blank).collect(), tensors.clone())?;
-    Manifest::parse(&target.path().join(MANIFEST_NAME), &json)
-        .map_err(|e| Error::Invalid(format!("no store is made, since it could not be opened: {e}")))?;
-
-    let mut identity = String::new();
-    let finish = |partial: &Partial<'_>, written: &mut Written| {
-        let (manifest, json) = manifest_of(source, std::mem::take(&mut written.sums), tensors)?;
+        let entries = files.iter().zip(sums).enumerate().map(entry).collect();
+        let manifest = Manifest::new(source, entries, tensors);
         partial.write(original::INDEX_NAME, manifest.original_index().as_bytes())?;
+        let json =
+            serde_json::to_vec(&manifest).map_err(|e| Error::Invalid(format!("cannot write it as JSON: {e}")))?;
         partial.write(MANIFEST_NAME, &json)?;
         identity = manifest.identity;
         Ok(manifest.tensors.len())
