@@ -14,11 +14,8 @@ use crate::convert::target::Target;
 use crate::convert::{build, side_files_of};
 use crate::error::{Error, FormatError, Result};
 use crate::format::hf_index::{INDEX_NAME, is_plain_relative};
-use crate::format::safetensors::{LENGTH_FIELD, MAX_HEADER_LEN};
+use crate::format::safetensors::{LENGTH_FIELD, MAX_HEADER_LEN, METADATA};
 use crate::tensor::TensorInfo;
-
-/// What stands for a file's metadata among the names of its tensors.
-const METADATA: &str = "__metadata__";
 
 /// What an export did.
 #[derive(Debug, Clone, PartialEq, Serialize)]

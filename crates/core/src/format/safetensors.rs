@@ -18,8 +18,8 @@ use crate::tensor::{Shape, TensorInfo, TensorName};
 /// safetensors' own limit on the JSON's length (`MAX_HEADER_SIZE` in its source).
 pub(crate) const MAX_HEADER_LEN: u64 = 100_000_000;
 
-/// Key of what is no tensor.
-const METADATA: &str = "__metadata__";
+/// Key of what is no tensor: a file's metadata.
+pub(crate) const METADATA: &str = "__metadata__";
 
 /// Bytes that a tensor takes in a header: its name of 20 bytes or more, and 70 for the rest.
 const ENTRY_LEN: usize = 90;

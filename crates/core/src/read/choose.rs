@@ -346,6 +346,7 @@ fn share<'a>(
 
 #[cfg(test)]
 mod tests {
+    use super::super::residency::tests::as_another;
     use super::*;
 
     #[test]
@@ -363,17 +364,6 @@ mod tests {
         let rows = Segment { rows: 128, src_pitch: 1000, ..Segment::contiguous(0, 7, 10, 0, 0) };
         let expected: Vec<(usize, u64)> = (0..64).map(|n| (0, 7 + 2000 * n)).collect();
         assert_eq!(sample(&[rows]), expected);
-    }
-
-    /// Runs as one who neither owns files of ours nor may write to them; `None` where that cannot be.
-    fn as_another<T: Send>(path: &std::path::Path, what: impl FnOnce() -> T + Send) -> Option<T> {
-        let alone = || {
-            // Of this thread alone.
-            // SAFETY: takes a number.
-            unsafe { libc::syscall(libc::SYS_setfsuid, 65_534) };
-            std::fs::File::options().write(true).open(path).is_err().then(what)
-        };
-        std::thread::scope(|scope| scope.spawn(alone).join().unwrap())
     }
 
     #[test]

@@ -107,7 +107,7 @@ fn resident_pages(file: &DataFile, start: u64, bytes: usize) -> Option<usize> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::fs::File;
     use std::path::Path;
     use std::process::Command;
@@ -116,6 +116,17 @@ mod tests {
 
     /// The directory where the process of the last test finds a file of 100,000 bytes below an overlay and in it.
     const ON_OVERLAY: &str = "SLLM_TEST_ON_OVERLAY";
+
+    /// Runs as one who neither owns files of ours nor may write to them; `None` where that cannot be.
+    pub(in crate::read) fn as_another<T: Send>(path: &Path, what: impl FnOnce() -> T + Send) -> Option<T> {
+        let alone = || {
+            // Of this thread alone.
+            // SAFETY: takes a number.
+            unsafe { libc::syscall(libc::SYS_setfsuid, 65_534) };
+            File::options().write(true).open(path).is_err().then(what)
+        };
+        std::thread::scope(|scope| scope.spawn(alone).join().unwrap())
+    }
 
     #[test]
     fn both_ways_see_a_file_that_was_just_written() {
@@ -136,14 +147,8 @@ mod tests {
     fn of_files_that_others_own_nothing_is_known_rather_than_that_all_is_cached() {
         let path = Path::new("/etc/passwd");
         let file = DataFile::open(path, "passwd", true).unwrap();
-        let asked = || {
-            // The right of this thread alone. Who is not root has no other anyway.
-            // SAFETY: takes a number.
-            unsafe { libc::syscall(libc::SYS_setfsuid, 65_534) };
-            let is_ours = File::options().write(true).open(path).is_ok();
-            (!is_ours).then(|| (mincore(&file, 0, file.len()), is_cached(&file, 0, file.len())))
-        };
-        let Some((by_mincore, answer)) = std::thread::scope(|scope| scope.spawn(asked).join().unwrap()) else {
+        let asked = || (mincore(&file, 0, file.len()), is_cached(&file, 0, file.len()));
+        let Some((by_mincore, answer)) = as_another(path, asked) else {
             eprintln!("skipped: the right to write everywhere cannot be laid down here");
             return;
         };
