@@ -38,6 +38,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--staging", nargs="*", default=[], help="sizes of staging memory to try, such as 128MiB")
     parser.add_argument("--idle-seconds", type=int, help="let the server's GPUs be idle after so long, and load after that")
     parser.add_argument("--no-cold", action="store_true", help="leave out loads with nothing resident, which take long")
+    parser.add_argument("--cold-repeat", type=int, help="rounds of those, if not as many as of the others")
+    parser.add_argument("--cold-tensors", default="*", help="a glob of the tensors to load then, which takes less long")
     parser.add_argument("--start-flags", default="", help="further flags of `start`")
     return parser.parse_args()
 
@@ -141,6 +143,21 @@ def row(name: str, runs: list[dict[str, Any]], peak: float | None) -> dict[str, 
     }
 
 
+def cold_rounds(
+    bench: Bench, rounds: int, flags: list[str], server: list[str]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Loads with nothing resident and nothing cached, by the server and from files, who begins in turn."""
+    pairs = []
+    for number in range(rounds):
+        pair = {}
+        for by_server in (number % 2 == 0, number % 2 == 1):
+            bench.ask("evict", "--all", "--address", bench.address)
+            drop()
+            pair[by_server] = bench.load(*flags, *(server if by_server else []))
+        pairs.append((pair[True], pair[False]))
+    return pairs
+
+
 def main() -> None:
     args = parse_args()
     bench = Bench(args)
@@ -175,16 +192,13 @@ def main() -> None:
             add("by the server, resident, GPUs idle before", idle)
         drop()
         add("by the server, resident, page cache dropped", [bench.load(*server) for _ in range(args.repeat)])
-        cold, files_cold = [], []
-        for _ in range(0 if args.no_cold else args.repeat):
-            bench.ask("evict", "--all", "--address", bench.address)
-            drop()
-            cold.append(bench.load(*server))
-            drop()
-            files_cold.append(bench.load())
-        if cold:
-            add("by the server, nothing resident, page cache dropped", cold)
-            add("from files, page cache dropped", files_cold)
+        if not args.no_cold:
+            cold = cold_rounds(bench, args.cold_repeat or args.repeat, ["--tensors", args.cold_tensors], server)
+            add("by the server, nothing resident, page cache dropped", [by_server for by_server, _ in cold])
+            add("from files, page cache dropped", [by_files for _, by_files in cold])
+            ratios = [by_files["seconds"] / by_server["seconds"] for by_server, by_files in cold]
+            result["cold_of_files"] = {"median": statistics.median(ratios), "all": [round(ratio, 3) for ratio in ratios]}
+            print(result["cold_of_files"], flush=True)
         result["status_after"] = bench.ask("status", "--address", bench.address)
     finally:
         bench.stop()
