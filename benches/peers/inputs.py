@@ -141,7 +141,8 @@ def write_source(directory: str, shapes: Shapes) -> None:
     weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name, _ in shard}
     with open(os.path.join(directory, "model.safetensors.index.json"), "w") as f:
         total = sum(length(shape) for _, shape in shapes)
-        json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, f)
+        # As transformers writes it.
+        json.dump({"metadata": {"total_size": total}, "weight_map": weight_map}, f, indent=2, sort_keys=True)
 
 
 def random_blocks() -> tuple[memoryview, memoryview]:

@@ -10,6 +10,7 @@ mod original;
 mod safetensors;
 pub(crate) mod source;
 mod store;
+mod texts;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -225,6 +226,7 @@ impl Checkpoint {
                         (Some(one), Some(two)) if a.file != b.file => {
                             format!("the tensor is in two files, {} and {}", one.name(), two.name())
                         }
+                        (Some(file), _) => format!("the name occurs twice in {}", file.name()),
                         _ => "the name occurs twice".to_owned(),
                     };
                     return Err(FormatError::new(&parts.told_by, reason).tensor(&a.name).into());

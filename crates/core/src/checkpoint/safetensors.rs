@@ -1,44 +1,28 @@
 //! Opening Hugging Face safetensors: one file, several, or several with an index.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
 use super::contents::{SAFETENSORS, names_in};
 use super::store::read_small;
+use super::texts::{self, JsonText, PIECE};
 use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, hub, is_there};
 use crate::error::{Error, FormatError, Result};
-use crate::format::hf_index::{self, HfIndex, INDEX_NAME};
+use crate::format::hf_index::{self, HfIndex, INDEX_NAME, Part};
 use crate::format::manifest::MAX_MANIFEST_LEN;
-use crate::format::safetensors::{Header, LENGTH_FIELD, MAX_HEADER_LEN, json_len, parse};
+use crate::format::safetensors::{self, Header, LENGTH_FIELD, METADATA, OfFile, check_places, json_len};
 use crate::read::choose::MAX_LANES;
-use crate::tensor::TensorInfo;
+use crate::tensor::{TensorInfo, TensorName};
 use crate::threads;
 
 /// The one shard's name where there is no index.
 const SINGLE_NAME: &str = "model.safetensors";
 
-/// Bytes of JSON that one thread parses before another is worth starting: 1 ms.
-const PARSED_BY_ONE: u64 = 512 << 10;
-
-/// A data file, and its header once it was read.
+/// A data file, and its header, as its pieces have it, once it was read.
 struct Opened {
     file: DataFile,
-    header: Option<Result<Header>>,
-}
-
-/// A text that is read when an indexed checkpoint is opened, and where to.
-enum Text<'a, 'j> {
-    Index(&'a mut Result<HfIndex<'j>>),
-    Header(&'a mut Opened),
-}
-
-impl Opened {
-    fn read(&mut self) {
-        self.header = Some(read_header(&self.file));
-    }
+    header: Option<Result<Vec<Header>>>,
 }
 
 impl From<DataFile> for Opened {
@@ -112,23 +96,16 @@ pub(super) fn open_dir(dir: &Path, listed: Option<&[OsString]>) -> Result<Option
 fn open_indexed(dir: &Path, index_path: &Path, listed: Option<&[OsString]>) -> Result<Checkpoint> {
     let index_file = open_inside(dir, INDEX_NAME)?;
     // A long index takes as long as the headers, which are read meanwhile; what fails there is tried again below.
-    let likely = if index_file.len() < PARSED_BY_ONE { Vec::new() } else { likely_shards(listed) };
-    let mut likely: Vec<Opened> =
-        likely.iter().map_while(|name| open_inside(dir, name).ok().map(Opened::from)).collect();
-    let len = likely.iter().map(|opened| claimed_len(&opened.file)).sum::<u64>() + index_file.len();
-    let json = OnceLock::new();
-    let parsed = || {
-        let bytes = read_small(&index_file, MAX_MANIFEST_LEN)?;
-        Ok(hf_index::parse(index_path, json.get_or_init(|| bytes))?)
+    let likely = if index_file.len() < PIECE { Vec::new() } else { likely_shards(listed) };
+    let likely: Vec<DataFile> = likely.iter().map_while(|name| open_inside(dir, name).ok()).collect();
+    let (parts, headers) = scan(Some(&index_file), likely.iter().enumerate());
+    let parts = match parts {
+        Some(parts) => parts,
+        None => vec![hf_index::parse(index_path, &read_small(&index_file, MAX_MANIFEST_LEN)?)?],
     };
-    let mut index = Err(Error::Invalid("the index was not read".into()));
-    let threads = threads_for(likely.len() + 1, len);
-    let texts = std::iter::once(Text::Index(&mut index)).chain(likely.iter_mut().map(Text::Header));
-    threads::share(threads, "sllm-open", texts, |text| match text {
-        Text::Index(index) => *index = parsed(),
-        Text::Header(opened) => opened.read(),
-    });
-    let index: HfIndex<'_> = index?;
+    let index = HfIndex::of(index_path, parts)?;
+    let mut likely: Vec<Opened> =
+        likely.into_iter().zip(headers).map(|(file, header)| Opened { file, header: header.map(Ok) }).collect();
     let mut files = Vec::with_capacity(index.shards.len());
     for shard in &index.shards {
         if let Some(place) = likely.iter().position(|opened| opened.file.name() == shard) {
@@ -170,29 +147,35 @@ pub(crate) fn ensure_inside(dir: &Path, path: &Path) -> Result<()> {
     Ok(())
 }
 
-fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex<'_>)>) -> Result<Checkpoint> {
+fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex)>) -> Result<Checkpoint> {
     read_headers(&mut opened);
     let (mut files, mut shards) = (Vec::with_capacity(opened.len()), Vec::with_capacity(opened.len()));
+    let pieces = opened.iter().filter_map(|opened| opened.header.as_ref()?.as_ref().ok()).flatten();
+    let total: usize = pieces.map(|piece| piece.tensors.len()).sum();
     let mut tensors: Vec<TensorInfo> = Vec::new();
-    let lens =
-        opened.iter().filter_map(|opened| opened.header.as_ref()?.as_ref().ok().map(|header| header.tensors.len()));
-    let total: usize = lens.sum();
     for Opened { file, header } in opened {
-        let Some(header) = header else { continue }; // `read_headers` leaves none out
-        let Header { tensors: mut of_file, metadata } = header?;
-        let number = files.len();
-        if number == 0 {
-            tensors = of_file; // as it is: they may be many
-            tensors.reserve_exact(total - tensors.len());
-        } else {
-            of_file.iter_mut().for_each(|tensor| (tensor.file, tensor.shard) = (number, number));
-            tensors.append(&mut of_file);
+        let (number, first) = (files.len(), tensors.len());
+        let mut metadata = None;
+        for mut piece in header.transpose()?.unwrap_or_default() {
+            if piece.metadata.is_some() && metadata.is_some() {
+                return Err(FormatError::new(file.path(), format!("its {METADATA} occurs twice")).into());
+            }
+            metadata = metadata.or(piece.metadata);
+            if tensors.is_empty() {
+                tensors = piece.tensors; // as it is: they may be many
+                tensors.reserve_exact(total - tensors.len());
+            } else {
+                tensors.append(&mut piece.tensors);
+            }
         }
+        // Few or none: all files are where they were taken to be, mostly.
+        if tensors.get(first).is_some_and(|tensor| tensor.file != number) {
+            tensors[first..].iter_mut().for_each(|tensor| (tensor.file, tensor.shard) = (number, number));
+        }
+        check_places(of_file(&file, number)?, &mut tensors[first..], file.len())?;
         shards.push(Shard { name: file.name().to_owned(), metadata });
         files.push(file);
     }
-    // Of one file `parse` has seen to it.
-    let is_one_file = files.len() == 1;
     let is_as_told = index.as_ref().is_some_and(|(_, index)| is_as_told(index, &tensors));
     let (index_path, mut index) = index.unzip();
     let metadata = index.as_mut().map(|index| index.metadata.take());
@@ -202,7 +185,7 @@ fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex<
         told_by: root.to_owned(),
         files,
         tensors,
-        names_differ: is_as_told || is_one_file,
+        names_differ: is_as_told,
         sums: None,
         identity: None,
         origin: Origin { layout: Layout::Safetensors.name().into(), shards, index: metadata, seen: None },
@@ -214,33 +197,34 @@ fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex<
 }
 
 /// Whether every tensor has a name of its own, and is where an index says if that names it.
-fn is_as_told(index: &HfIndex<'_>, tensors: &[TensorInfo]) -> bool {
+fn is_as_told(index: &HfIndex, tensors: &[TensorInfo]) -> bool {
     if names_all(index, tensors) {
         return true;
     }
     let files: HashMap<&str, usize> = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.file)).collect();
-    files.len() == tensors.len() && index.weight_map.iter().all(|(name, shard)| files.get(&**name) == Some(shard))
+    files.len() == tensors.len() && index.weight_map().all(|(name, shard)| files.get(name.as_str()) == Some(&shard))
 }
 
 /// Whether an index names every tensor in its file, those of a file in the file's order. Its names differ, so that those of
 /// the tensors do then.
-fn names_all(index: &HfIndex<'_>, tensors: &[TensorInfo]) -> bool {
+fn names_all(index: &HfIndex, tensors: &[TensorInfo]) -> bool {
     let first_of = |file| tensors.partition_point(|tensor| tensor.file < file);
     let mut next: Vec<usize> = (0..index.shards.len()).map(first_of).collect();
-    let is_next = |(name, shard): &(Cow<'_, str>, usize)| {
-        let Some(place) = next.get_mut(*shard) else { return false };
+    let mut named = 0;
+    let mut is_next = |(name, shard): (&TensorName, usize)| {
+        let Some(place) = next.get_mut(shard) else { return false };
         let tensor = tensors.get(*place);
-        *place += 1;
-        tensor.is_some_and(|tensor| tensor.file == *shard && *tensor.name == **name)
+        (*place, named) = (*place + 1, named + 1);
+        tensor.is_some_and(|tensor| tensor.file == shard && tensor.name == *name)
     };
-    index.weight_map.len() == tensors.len() && index.weight_map.iter().all(is_next)
+    index.weight_map().all(&mut is_next) && named == tensors.len()
 }
 
 /// The first of an index's entries that is not as it says.
-fn check_index(path: &Path, index: &HfIndex<'_>, checkpoint: &Checkpoint) -> Result<()> {
-    for (name, shard) in &index.weight_map {
-        if checkpoint.tensor(name).map_or(true, |tensor| tensor.file != *shard) {
-            let shard = &index.shards[*shard];
+fn check_index(path: &Path, index: &HfIndex, checkpoint: &Checkpoint) -> Result<()> {
+    for (name, shard) in index.weight_map() {
+        if checkpoint.tensor(name).map_or(true, |tensor| tensor.file != shard) {
+            let shard = &index.shards[shard];
             let reason = format!("the index says that it is in {shard:?}, but it is not");
             return Err(FormatError::new(path, reason).tensor(name).into());
         }
@@ -248,38 +232,61 @@ fn check_index(path: &Path, index: &HfIndex<'_>, checkpoint: &Checkpoint) -> Res
     Ok(())
 }
 
-/// Reads the headers of files that were not read yet; where they are long, threads share the files, each with the text of
-/// one at a time.
+/// Scans an index, and the headers of files, each with its number. What has another form than most, or an error, is `None`.
+fn scan<'a>(
+    index: Option<&DataFile>,
+    files: impl Iterator<Item = (usize, &'a DataFile)>,
+) -> (Option<Vec<Part>>, Vec<Option<Vec<Header>>>) {
+    let files: Vec<Option<(&DataFile, OfFile<'_>)>> =
+        files.map(|(number, file)| Some((file, of_file(file, number).ok()?))).collect();
+    let index_len = index.map_or(0, |file| file.len().min(MAX_MANIFEST_LEN));
+    let len = index_len + files.iter().flatten().map(|(_, header)| header.json_len).sum::<u64>();
+    let mut index = index.map(|file| JsonText::new(file, 0..index_len, b'"'));
+    let header =
+        |(file, header): (_, OfFile<'_>)| JsonText::new(file, LENGTH_FIELD..LENGTH_FIELD + header.json_len, b'}');
+    let mut headers: Vec<Option<JsonText<'_, Header>>> = files.iter().map(|file| file.map(header)).collect();
+    let of_index = index.iter_mut().flat_map(|text| text.tasks(hf_index::scan));
+    let of_headers = files.iter().zip(&mut headers).filter_map(|(file, text)| Some((file.as_ref()?.1, text.as_mut()?)));
+    let of_headers = of_headers.flat_map(|(header, text)| text.tasks(move |piece| safetensors::scan(header, piece)));
+    texts::share(len, of_index.chain(of_headers));
+    let headers = headers.into_iter().map(|text| text?.into_found()).collect();
+    (index.and_then(JsonText::into_found), headers)
+}
+
+/// Reads the headers of files that were not read yet.
 fn read_headers(files: &mut [Opened]) {
-    let mut unread: Vec<&mut Opened> = files.iter_mut().filter(|opened| opened.header.is_none()).collect();
-    let len = unread.iter().map(|opened| claimed_len(&opened.file)).sum();
-    threads::share(threads_for(unread.len(), len), "sllm-open", unread.iter_mut(), |opened| opened.read());
+    let unread: Vec<usize> = (0..files.len()).filter(|&number| files[number].header.is_none()).collect();
+    let of_unread = unread.iter().map(|&number| (number, &files[number].file));
+    let (_, scanned) = scan(None, of_unread);
+    for (number, header) in unread.into_iter().zip(scanned) {
+        files[number].header = header.map(Ok);
+    }
+    // Those of another form than most.
+    let others: Vec<_> = files.iter_mut().enumerate().filter(|(_, opened)| opened.header.is_none()).collect();
+    let threads = others.len().min(threads::processors()).min(MAX_LANES);
+    threads::share(threads, "sllm-open", others.into_iter(), |(number, opened)| {
+        opened.header = Some(parse_header(&opened.file, number).map(|header| vec![header]));
+    });
 }
 
-/// Threads that so many texts, of so many bytes in all, are worth.
-fn threads_for(texts: usize, len: u64) -> usize {
-    let most = texts.min(threads::processors()).min(MAX_LANES);
-    usize::try_from(len / PARSED_BY_ONE).map_or(most, |worth| worth.min(most))
-}
-
-/// What a file claims to be the length of its header's JSON, no more than may be. Nothing is checked yet.
-fn claimed_len(file: &DataFile) -> u64 {
-    let mut field = [0; 8];
-    file.read_exact_at(&mut field, 0).map_or(0, |()| u64::from_le_bytes(field).min(MAX_HEADER_LEN))
-}
-
-fn read_header(file: &DataFile) -> Result<Header> {
+/// A file as its header's tensors are told of it.
+fn of_file(file: &DataFile, number: usize) -> Result<OfFile<'_>> {
     if file.len() < LENGTH_FIELD {
         let reason = format!("it has {} bytes: too short for a safetensors file", file.len());
         return Err(FormatError::new(file.path(), reason).into());
     }
     let mut field = [0; 8];
     file.read_exact_at(&mut field, 0)?;
+    let json_len = json_len(file.path(), field, file.len())?;
+    Ok(OfFile { path: file.path(), number, json_len })
+}
+
+fn parse_header(file: &DataFile, number: usize) -> Result<Header> {
+    let of_file = of_file(file, number)?;
     // At most MAX_HEADER_LEN, which fits usize.
-    let len = usize::try_from(json_len(file.path(), field, file.len())?).unwrap_or(0);
-    let mut json = vec![0; len];
+    let mut json = vec![0; usize::try_from(of_file.json_len).unwrap_or(0)];
     file.read_exact_at(&mut json, LENGTH_FIELD)?;
-    Ok(parse(file.path(), json, file.len())?)
+    Ok(safetensors::parse(of_file, json)?)
 }
 
 #[cfg(test)]
@@ -355,12 +362,21 @@ mod tests {
         is_refused(&write([&a, &both], &right), "is in two files", &a[0]);
         let again = [&b[..], &b[..1]].concat();
         is_refused(&write([&a, &again], &right), "twice", &b[0]);
+
+        // What looks like the end of a tensor, within names.
+        let odd = |names: &[String]| names.iter().map(|name| format!("{name}}},")).collect::<Vec<_>>();
+        let (a, b) = (odd(&a), odd(&b));
+        let told: Vec<_> = a.iter().map(|name| (name, FILES[0])).chain(b.iter().map(|name| (name, FILES[1]))).collect();
+        let checkpoint = Checkpoint::open(write([&a, &b], &told)).unwrap();
+        assert!(told.iter().all(|(name, file)| {
+            checkpoint.tensor(name).is_ok_and(|tensor| checkpoint.files()[tensor.file].name() == *file)
+        }));
     }
 
     #[test]
     fn an_index_is_compared_with_the_files_however_long_and_in_whatever_order() {
         check(2);
-        let many = usize::try_from(PARSED_BY_ONE).unwrap() / 300;
+        let many = usize::try_from(PIECE).unwrap() / 100;
         check(many);
     }
 

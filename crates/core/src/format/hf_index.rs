@@ -1,17 +1,15 @@
 //! `model.safetensors.index.json`: which shard holds which tensor.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
-use std::fmt;
 use std::path::Path;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::Value;
 
-use super::scan::Scanner;
-use super::{Text, repeated};
+use super::scan::{Piece, Scanner};
+use super::{Entries, Text, repeated};
 use crate::error::FormatError;
+use crate::tensor::TensorName;
 
 /// File name of the index in a model directory.
 pub(crate) const INDEX_NAME: &str = "model.safetensors.index.json";
@@ -24,119 +22,142 @@ struct RawIndex<'a> {
     #[serde(default)]
     metadata: Value,
     #[serde(borrow)]
-    weight_map: WeightMap<'a>,
+    weight_map: Entries<Text<'a>, Text<'a>>,
 }
 
-/// The index's `weight_map` as it is written.
-#[derive(Default)]
-struct WeightMap<'a> {
-    /// Tensor name to place in `shards`.
-    entries: Vec<(Cow<'a, str>, usize)>,
-    /// Names of the shards, and the first entry of each, in the order of these.
-    shards: Vec<(Cow<'a, str>, usize)>,
-    /// Places in `shards` by name.
-    places: HashMap<Cow<'a, str>, usize>,
-    /// Place of the shard of the last entry.
-    last: usize,
+/// What stands in an index, or in a piece of one.
+#[derive(Debug, Default)]
+pub(crate) struct Part {
+    metadata: Option<Value>,
+    /// Tensor name, and the number of its shard in this part.
+    entries: Vec<(TensorName, usize)>,
+    /// Some name does not come after the one before it.
+    is_unsorted: bool,
+    /// Numbers of the shards by name.
+    numbers: HashMap<String, usize>,
+    /// Places of the shards, by their numbers, among all that the index names; once these are known.
+    places: Vec<usize>,
+    /// The last shard, and its number: that of the next entry, mostly.
+    last: (String, usize),
 }
 
-impl<'a> WeightMap<'a> {
-    fn add(&mut self, name: Cow<'a, str>, shard: Cow<'a, str>) {
-        // Neighbours are mostly in one shard.
-        if self.shards.get(self.last).is_none_or(|(before, _)| *before != shard) {
-            let next = self.shards.len();
-            self.last = *self.places.entry(shard.clone()).or_insert(next);
-            if self.last == next {
-                self.shards.push((shard, self.entries.len()));
-            }
+impl Part {
+    fn add(&mut self, name: TensorName, shard: &str) {
+        if self.entries.is_empty() || self.last.0 != shard {
+            let next = self.numbers.len();
+            self.last = (shard.to_owned(), *self.numbers.entry(shard.to_owned()).or_insert(next));
         }
-        self.entries.push((name, self.last));
+        self.is_unsorted |= self.entries.last().is_some_and(|(before, _)| *before >= name);
+        self.entries.push((name, self.last.1));
     }
-}
 
-impl<'a> RawIndex<'a> {
-    /// The index by a scan; `None` where it has another form than most, or an error.
-    fn scanned(json: &'a [u8]) -> Option<RawIndex<'a>> {
-        let mut scanner = Scanner::new(str::from_utf8(json).ok()?);
-        let (mut metadata, mut weight_map) = (None, None);
-        scanner.pass(b'{')?;
-        scanner.items(b'}', |scanner| match scanner.key()? {
-            "metadata" => metadata.replace(scanner.value()?).is_none().then_some(()),
-            "weight_map" => {
-                scanner.pass(b'{')?;
-                let mut map = WeightMap { entries: Vec::with_capacity(json.len() / ENTRY_LEN), ..WeightMap::default() };
-                scanner.items(b'}', |scanner| {
-                    let name = scanner.key()?;
-                    scanner.string().map(|shard| map.add(name.into(), shard.into()))
-                })?;
-                weight_map.replace(map).is_none().then_some(())
-            }
-            _ => None,
-        })?;
-        let metadata = metadata.unwrap_or_default();
-        weight_map.filter(|_| scanner.is_at_end()).map(|weight_map| RawIndex { metadata, weight_map })
+    /// Tensor name and the place of its shard, of every entry.
+    fn entries(&self) -> impl Iterator<Item = (&TensorName, usize)> + Clone {
+        self.entries.iter().map(|(name, number)| (name, self.places[*number]))
     }
-}
 
-impl<'de: 'a, 'a> Deserialize<'de> for WeightMap<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct MapVisitor;
-
-        impl<'de> Visitor<'de> for MapVisitor {
-            type Value = WeightMap<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<WeightMap<'de>, A::Error> {
-                let mut weight_map = WeightMap::default();
-                while let Some((Text(name), Text(shard))) = map.next_entry()? {
-                    weight_map.add(name, shard);
-                }
-                Ok(weight_map)
-            }
-        }
-
-        deserializer.deserialize_map(MapVisitor)
+    /// Takes the value that comes next as the metadata, of which there may be one.
+    fn take_metadata(&mut self, scanner: &mut Scanner<'_>) -> Option<()> {
+        self.metadata.replace(scanner.value()?).is_none().then_some(())
     }
 }
 
 /// A checked index.
 #[derive(Debug)]
-pub(crate) struct HfIndex<'a> {
+pub(crate) struct HfIndex {
     /// Its `metadata` object, kept for export.
     pub(crate) metadata: Value,
-    /// Tensor name to place in `shards`; no name twice.
-    pub(crate) weight_map: Vec<(Cow<'a, str>, usize)>,
     /// Names of the shards, relative to the directory, sorted.
     pub(crate) shards: Vec<String>,
+    parts: Vec<Part>,
 }
 
-/// Parses the index; `path` is only named in errors.
-pub(crate) fn parse<'a>(path: &Path, json: &'a [u8]) -> Result<HfIndex<'a>, FormatError> {
-    let raw = match RawIndex::scanned(json) {
-        Some(raw) => raw,
-        None => {
-            serde_json::from_slice(json).map_err(|e| FormatError::new(path, format!("it is not a valid index: {e}")))?
+impl HfIndex {
+    /// Puts together what the pieces of an index have, and checks it; `path` is only named in errors.
+    pub(crate) fn of(path: &Path, mut parts: Vec<Part>) -> Result<HfIndex, FormatError> {
+        let fail = |reason: &str| FormatError::new(path, reason);
+        let mut metadata = parts.iter_mut().filter_map(|part| part.metadata.take());
+        let (metadata, second) = (metadata.next().unwrap_or_default(), metadata.next());
+        if second.is_some() {
+            return Err(fail("its metadata occurs twice"));
         }
-    };
-    let WeightMap { entries: mut weight_map, shards, .. } = raw.weight_map;
-    if let Some(name) = repeated(weight_map.iter().map(|(name, _)| &**name)) {
-        return Err(FormatError::new(path, "the name occurs twice in weight_map").tensor(name));
+        let mut shards: Vec<String> = parts.iter().flat_map(|part| part.numbers.keys()).cloned().collect();
+        shards.sort_unstable();
+        shards.dedup();
+        for part in &mut parts {
+            part.places = vec![0; part.numbers.len()];
+            for (shard, number) in &part.numbers {
+                part.places[*number] = shards.binary_search(shard).unwrap_or_default(); // it is there
+            }
+        }
+        let index = HfIndex { metadata, shards, parts };
+        if !index.is_sorted()
+            && let Some(name) = repeated(index.weight_map().map(|(name, _)| name.as_str()))
+        {
+            return Err(fail("the name occurs twice in weight_map").tensor(name));
+        }
+        if !index.shards.iter().all(|shard| is_plain_relative(shard))
+            && let Some((name, shard)) = index.weight_map().find(|(_, shard)| !is_plain_relative(&index.shards[*shard]))
+        {
+            let shard = &index.shards[shard];
+            let reason = format!("its shard {shard:?} is not a path inside the model directory, or has needless parts");
+            return Err(fail(&reason).tensor(name));
+        }
+        Ok(index)
     }
-    if let Some((shard, first)) = shards.iter().find(|(shard, _)| !is_plain_relative(shard)) {
-        let reason = format!("its shard {shard:?} is not a path inside the model directory, or has needless parts");
-        let name = weight_map.get(*first).map_or("", |(name, _)| name);
-        return Err(FormatError::new(path, reason).tensor(name));
+
+    /// Whether every name comes after the one before it.
+    fn is_sorted(&self) -> bool {
+        let ends = self.parts.iter().filter_map(|part| Some((part.entries.first()?, part.entries.last()?)));
+        !self.parts.iter().any(|part| part.is_unsorted) && ends.is_sorted_by(|(_, (a, _)), ((b, _), _)| a < b)
     }
-    let mut order: Vec<usize> = (0..shards.len()).collect();
-    order.sort_unstable_by_key(|&place| &shards[place].0);
-    let mut ranks = vec![0; shards.len()];
-    order.iter().enumerate().for_each(|(rank, &place)| ranks[place] = rank);
-    weight_map.iter_mut().for_each(|(_, place)| *place = ranks[*place]);
-    let shards = order.into_iter().map(|place| shards[place].0.to_string()).collect();
-    Ok(HfIndex { metadata: raw.metadata, weight_map, shards })
+
+    /// Tensor name and place in `shards` of every entry, in the order in which they are written; no name twice.
+    pub(crate) fn weight_map(&self) -> impl Iterator<Item = (&TensorName, usize)> + Clone {
+        self.parts.iter().flat_map(Part::entries)
+    }
+}
+
+/// An index, or a piece of it, by a scan; `None` where it has another form than most, or an error.
+pub(crate) fn scan(piece: &Piece) -> Option<Part> {
+    let mut part = Part { entries: Vec::with_capacity(piece.text.len() / ENTRY_LEN), ..Part::default() };
+    let mut scanner = Scanner::new(&piece.text);
+    if piece.is_first {
+        scanner.pass(b'{')?;
+        let mut key = scanner.key()?;
+        if key == "metadata" {
+            part.take_metadata(&mut scanner)?;
+            scanner.pass(b',')?;
+            key = scanner.key()?;
+        }
+        if key != "weight_map" {
+            return None;
+        }
+        scanner.pass(b'{')?;
+    }
+    scanner.items_in(piece, b'}', |scanner| {
+        let name = TensorName::read_from(&piece.text, scanner.key()?.into());
+        scanner.string().map(|shard| part.add(name, shard))
+    })?;
+    if piece.is_last {
+        if scanner.has(b',') {
+            scanner.pass_key("metadata")?;
+            part.take_metadata(&mut scanner)?;
+        }
+        scanner.pass(b'}')?;
+    }
+    scanner.is_at_end().then_some(part)
+}
+
+/// Parses a whole index, whatever its form; `path` is only named in errors.
+pub(crate) fn parse(path: &Path, json: &[u8]) -> Result<Part, FormatError> {
+    let raw: RawIndex<'_> =
+        serde_json::from_slice(json).map_err(|e| FormatError::new(path, format!("it is not a valid index: {e}")))?;
+    let mut part = Part { metadata: Some(raw.metadata), ..Part::default() };
+    for (Text(name), Text(shard)) in raw.weight_map.0 {
+        part.add(name.into_owned().into(), &shard);
+    }
+    Ok(part)
 }
 
 /// Whether a path names something below its directory in the one way that it can be written: without `..`, `.`, a root or
@@ -147,57 +168,68 @@ pub(crate) fn is_plain_relative(path: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::scan::tests::changed;
+    use super::super::scan::tests::{changed, cuts};
     use super::*;
 
     #[test]
     fn shards_are_named_once_and_stay_inside() {
         let json = r#"{"metadata":{"total_size":3},"weight_map":{"a":"2.safetensors","b":"1.safetensors","c":"2.safetensors"}}"#;
-        let index = parse(Path::new("i"), json.as_bytes()).unwrap();
+        let index = index_of(json).unwrap();
         assert_eq!(index.shards, ["1.safetensors", "2.safetensors"]);
-        assert_eq!(index.weight_map, [("a".into(), 1), ("b".into(), 0), ("c".into(), 1)]);
+        let entries: Vec<_> = index.weight_map().map(|(name, shard)| (name.as_str(), shard)).collect();
+        assert_eq!(entries, [("a", 1), ("b", 0), ("c", 1)]);
         assert_eq!(index.metadata["total_size"], 3);
         for shard in
             ["../x", "/etc/passwd", "a/../../b", "", ".", "a\\u0000b", "a//b", "a/./b", "./a", "a/", "a/.", "/", "a/.."]
         {
             let json = format!(r#"{{"weight_map":{{"w":"{shard}"}}}}"#);
-            let error = parse(Path::new("i"), json.as_bytes()).unwrap_err();
+            let error = index_of(&json).unwrap_err();
             assert_eq!(error.tensor.as_deref(), Some("w"), "{shard}");
         }
-        let second = br#"{"weight_map":{"w":"a","v":"a","u":"../x","t":"../x"}}"#;
-        assert_eq!(parse(Path::new("i"), second).unwrap_err().tensor.as_deref(), Some("u"));
+        let second = r#"{"weight_map":{"w":"a","v":"a","u":"../x","t":"../x"}}"#;
+        assert_eq!(index_of(second).unwrap_err().tensor.as_deref(), Some("u"));
         for twice in [r#"{"w":"a","w":"b"}"#, r#"{"w":"a","v":"a","x":"b","\u0077":"a"}"#] {
             let json = format!(r#"{{"weight_map":{twice}}}"#);
-            let error = parse(Path::new("i"), json.as_bytes()).unwrap_err();
+            let error = index_of(&json).unwrap_err();
             assert!(error.reason.contains("twice"));
             assert_eq!(error.tensor.as_deref(), Some("w"));
         }
     }
 
+    fn told(index: &HfIndex) -> String {
+        format!("{:?}", (&index.metadata, &index.shards, index.weight_map().collect::<Vec<_>>()))
+    }
+
+    fn index_of(json: &str) -> Result<HfIndex, FormatError> {
+        HfIndex::of(Path::new("i"), vec![parse(Path::new("i"), json.as_bytes())?])
+    }
+
     #[test]
-    fn a_scan_gives_what_parsing_gives_or_nothing() {
+    fn a_scan_gives_what_parsing_gives_or_nothing_wherever_a_text_is_cut() {
         let forms = [
             r#"{"metadata":{"total_size":3},"weight_map":{"a":"2.s","é":"1.s","c":"2.s"}} "#,
-            "{\n  \"weight_map\": {\n    \"a\": \"1.s\", \"a\": \"1.s\"\n  }, \"metadata\": null\n}",
+            "{\n  \"weight_map\": {\n    \"a\": \"1.s\", \"b\": \"1.s\"\n  }, \"metadata\": null\n}",
             r#"{"weight_map":{}}"#,
         ];
-        let mut scanned = 0;
+        let mut scanned = [0; 2];
         for json in forms.iter().flat_map(|form| changed(form)) {
-            let Some(index) = RawIndex::scanned(json.as_bytes()) else { continue };
-            let parsed: RawIndex<'_> = serde_json::from_str(&json).unwrap();
-            assert_eq!(index.metadata, parsed.metadata, "{json}");
-            assert_eq!(index.weight_map.entries, parsed.weight_map.entries, "{json}");
-            assert_eq!(index.weight_map.shards, parsed.weight_map.shards, "{json}");
-            scanned += 1;
+            let parsed = index_of(&json).map(|index| told(&index));
+            for pieces in cuts(&json, b'"') {
+                let Some(parts) = pieces.iter().map(scan).collect::<Option<Vec<Part>>>() else { continue };
+                let index = HfIndex::of(Path::new("i"), parts).map(|index| told(&index));
+                assert_eq!(index.ok(), parsed.clone().ok(), "{json}");
+                scanned[pieces.len() - 1] += 1;
+            }
         }
-        assert!(scanned > 500, "{scanned}");
+        assert!(scanned.iter().all(|&scanned| scanned > 500), "{scanned:?}");
     }
 
     #[test]
     fn escapes_are_read() {
-        let json = br#"{"weight_map":{"a\n\u00e9":"1.safetensors","b":"\u0031.safetensors","c":"\u0032.safetensors"}}"#;
-        let index = parse(Path::new("i"), json).unwrap();
+        let json = r#"{"weight_map":{"a\n\u00e9":"1.safetensors","b":"\u0031.safetensors","c":"\u0032.safetensors"}}"#;
+        let index = index_of(json).unwrap();
         assert_eq!(index.shards, ["1.safetensors", "2.safetensors"]);
-        assert_eq!(index.weight_map, [("a\n\u{e9}".into(), 0), ("b".into(), 0), ("c".into(), 1)]);
+        let entries: Vec<_> = index.weight_map().map(|(name, shard)| (name.as_str(), shard)).collect();
+        assert_eq!(entries, [("a\n\u{e9}", 0), ("b", 0), ("c", 1)]);
     }
 }

@@ -4,7 +4,7 @@ pub(crate) mod hf_index;
 pub(crate) mod manifest;
 pub(crate) mod original;
 pub(crate) mod safetensors;
-mod scan;
+pub(crate) mod scan;
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -24,12 +24,12 @@ pub(crate) const PAGE_BYTES: usize = 4096;
 pub(crate) struct Text<'a>(#[serde(borrow)] pub(crate) Cow<'a, str>);
 
 /// The first of these names that occurs a second time.
-pub(crate) fn repeated<'a>(mut names: impl ExactSizeIterator<Item = &'a str> + Clone) -> Option<&'a str> {
+pub(crate) fn repeated<'a>(mut names: impl Iterator<Item = &'a str> + Clone) -> Option<&'a str> {
     // As most writers leave them.
     if names.clone().is_sorted_by(|a, b| a < b) {
         return None;
     }
-    let mut seen = HashSet::with_capacity(names.len());
+    let mut seen = HashSet::with_capacity(names.clone().count());
     names.find(|&name| !seen.insert(name))
 }
 

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, Visitor};
 
-use super::scan::Scanner;
-use super::{Text, repeated};
+use super::Text;
+use super::scan::{Piece, Scanner};
 use crate::dtype::Dtype;
 use crate::error::FormatError;
 use crate::tensor::{Shape, TensorInfo, TensorName};
@@ -27,11 +27,21 @@ const ENTRY_LEN: usize = 90;
 /// Bytes of the length field before the JSON.
 pub(crate) const LENGTH_FIELD: u64 = 8;
 
-/// A checked header, its tensors in the order of their bytes, as those of a checkpoint's first file.
+/// A header, or a piece of one. Each tensor is checked by itself, and none beside the others yet.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Header {
     pub(crate) tensors: Vec<TensorInfo>,
     pub(crate) metadata: Option<BTreeMap<String, String>>,
+}
+
+/// The file that a header is of.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct OfFile<'a> {
+    pub(crate) path: &'a Path,
+    /// Its place among a checkpoint's.
+    pub(crate) number: usize,
+    /// Bytes of the header's JSON.
+    pub(crate) json_len: u64,
 }
 
 #[derive(Deserialize)]
@@ -44,21 +54,30 @@ struct RawTensor<'a> {
 
 /// Reads the entries of a header as tensors.
 struct Reader<'a> {
-    path: &'a Path,
+    file: OfFile<'a>,
     text: &'a Arc<String>,
     /// The first tensor that is none.
     fault: &'a mut Option<FormatError>,
 }
 
+impl OfFile<'_> {
+    /// The first byte after the header.
+    fn data_start(&self) -> u64 {
+        LENGTH_FIELD + self.json_len
+    }
+}
+
 impl Reader<'_> {
     fn checked(&self, name: Cow<'_, str>, raw: RawTensor<'_>) -> Result<TensorInfo, FormatError> {
-        let fail = |reason: String| FormatError::new(self.path, reason).tensor(&name);
+        let fail = |reason: String| FormatError::new(self.file.path, reason).tensor(&name);
         let dtype = Dtype::from_name(&raw.dtype).ok_or_else(|| fail(format!("unknown dtype {:?}", raw.dtype)))?;
         let expected = dtype.byte_len(&raw.shape).map_err(|why| fail(why.to_owned()))?;
         let (start, end) = raw.data_offsets;
         let len =
             end.checked_sub(start).ok_or_else(|| fail(format!("its data_offsets [{start}, {end}] run backwards")))?;
-        let offset = (LENGTH_FIELD + self.text.len() as u64)
+        let offset = self
+            .file
+            .data_start()
             .checked_add(start)
             .filter(|offset| offset.checked_add(len).is_some())
             .ok_or_else(|| fail(format!("its data_offsets [{start}, {end}] overflow 64 bits")))?;
@@ -67,23 +86,23 @@ impl Reader<'_> {
             return Err(fail(reason).at(offset));
         }
         let name = TensorName::read_from(self.text, name);
-        Ok(TensorInfo { name, dtype, shape: raw.shape, strides: None, file: 0, offset, len, shard: 0 })
+        let file = self.file.number;
+        Ok(TensorInfo { name, dtype, shape: raw.shape, strides: None, file, offset, len, shard: file })
     }
-}
 
-impl Reader<'_> {
     /// A header with room for as many tensors as most headers of this length have, and no more than twice as many: memory
     /// that grows is moved, of which every processor has to be told.
     fn header(&self) -> Header {
         Header { tensors: Vec::with_capacity(self.text.len() / ENTRY_LEN), metadata: None }
     }
 
-    /// The header by a scan; `None` where it has another form than most, or an error.
-    fn scanned(&self) -> Option<Header> {
+    fn scanned(&self, piece: &Piece) -> Option<Header> {
         let mut header = self.header();
         let mut scanner = Scanner::new(self.text);
-        scanner.pass(b'{')?;
-        scanner.items(b'}', |scanner| {
+        if piece.is_first {
+            scanner.pass(b'{')?;
+        }
+        scanner.items_in(piece, b'}', |scanner| {
             let name = scanner.key()?;
             if name == METADATA {
                 return header.metadata.replace(scanner.value()?).is_none().then_some(());
@@ -162,63 +181,67 @@ pub(crate) fn json_len(path: &Path, field: [u8; 8], file_len: u64) -> Result<u64
     Ok(len)
 }
 
-/// Parses and checks the JSON of a file of `file_len` bytes.
-///
-/// Rejects what safetensors rejects: names that repeat, unknown dtypes, a shape that does not fit its bytes, overlaps,
-/// holes, and bytes after the last tensor.
-pub(crate) fn parse(path: &Path, json: Vec<u8>, file_len: u64) -> Result<Header, FormatError> {
+/// The header, or a piece of it, by a scan; `None` where it has another form than most, or an error.
+pub(crate) fn scan(file: OfFile<'_>, piece: &Piece) -> Option<Header> {
+    Reader { file, text: &piece.text, fault: &mut None }.scanned(piece)
+}
+
+/// Parses a whole header, whatever its form.
+pub(crate) fn parse(file: OfFile<'_>, json: Vec<u8>) -> Result<Header, FormatError> {
     let invalid = |e: serde_json::Error| {
-        let error = FormatError::new(path, format!("its header is not valid: {e}"));
+        let error = FormatError::new(file.path, format!("its header is not valid: {e}"));
         if e.line() == 1 { error.at(LENGTH_FIELD + e.column() as u64) } else { error }
     };
     let text = String::from_utf8(json).map_err(|e| {
         let at = e.utf8_error().valid_up_to() as u64;
-        FormatError::new(path, "its header is not valid: it is not UTF-8").at(LENGTH_FIELD + at)
+        FormatError::new(file.path, "its header is not valid: it is not UTF-8").at(LENGTH_FIELD + at)
     })?;
     let text = Arc::new(text);
     let mut fault = None;
     let mut json = serde_json::Deserializer::from_str(&text);
-    let reader = Reader { path, text: &text, fault: &mut fault };
-    let header = match reader.scanned() {
-        Some(header) => header,
-        None => reader.deserialize(&mut json).and_then(|header| json.end().map(|()| header)).map_err(invalid)?,
-    };
-    let Header { mut tensors, metadata } = header;
-    if let Some(fault) = fault {
-        return Err(fault);
-    }
-    if let Some(name) = repeated(tensors.iter().map(|tensor| tensor.name.as_str())) {
-        return Err(FormatError::new(path, "the name occurs twice").tensor(name));
-    }
+    let reader = Reader { file, text: &text, fault: &mut fault };
+    let header = reader.deserialize(&mut json).and_then(|header| json.end().map(|()| header)).map_err(invalid)?;
+    fault.map_or(Ok(header), Err)
+}
 
+/// Sorts a file's tensors by their places and checks these.
+///
+/// Rejects what safetensors rejects: overlaps, holes, and bytes after the last tensor.
+pub(crate) fn check_places(file: OfFile<'_>, tensors: &mut [TensorInfo], file_len: u64) -> Result<(), FormatError> {
     tensors.sort_by_key(|tensor| (tensor.offset, tensor.len));
-    let mut end = LENGTH_FIELD + text.len() as u64;
-    for tensor in &tensors {
+    let mut end = file.data_start();
+    for tensor in tensors {
         if tensor.offset != end {
             let what = if tensor.offset < end { "overlaps the tensor before it" } else { "leaves a hole before it" };
             let reason = format!("{what}, which ends at byte {end}");
-            return Err(FormatError::new(path, reason).tensor(&tensor.name).at(tensor.offset));
+            return Err(FormatError::new(file.path, reason).tensor(&tensor.name).at(tensor.offset));
         }
         end += tensor.len;
         if end > file_len {
             let reason = format!("it ends at byte {end}, but the file has only {file_len}: it is truncated");
-            return Err(FormatError::new(path, reason).tensor(&tensor.name).at(tensor.offset));
+            return Err(FormatError::new(file.path, reason).tensor(&tensor.name).at(tensor.offset));
         }
     }
     if end != file_len {
         let reason = format!("{} bytes follow the last tensor, which no tensor names", file_len - end);
-        return Err(FormatError::new(path, reason).at(end));
+        return Err(FormatError::new(file.path, reason).at(end));
     }
-    Ok(Header { tensors, metadata })
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::scan::tests::changed;
+    use super::super::scan::tests::{changed, cuts};
     use super::*;
 
+    fn of(json: &str) -> OfFile<'static> {
+        OfFile { path: Path::new("m.safetensors"), number: 0, json_len: json.len() as u64 }
+    }
+
     fn parse_str(json: &str, data: u64) -> Result<Header, FormatError> {
-        parse(Path::new("m.safetensors"), json.into(), LENGTH_FIELD + json.len() as u64 + data)
+        let mut header = parse(of(json), json.into())?;
+        check_places(of(json), &mut header.tensors, LENGTH_FIELD + json.len() as u64 + data)?;
+        Ok(header)
     }
 
     fn reason(json: &str, data: u64) -> String {
@@ -240,24 +263,29 @@ mod tests {
     }
 
     #[test]
-    fn a_scan_gives_what_parsing_gives_or_nothing() {
+    fn a_scan_gives_what_parsing_gives_or_nothing_wherever_a_text_is_cut() {
         let forms = [
             r#"{"__metadata__":{"format":"pt"},"é":{"dtype":"U8","shape":[2,1],"data_offsets":[0,2]},"b":{"dtype":"F4","shape":[0],"data_offsets":[2,2]}} "#,
             "{\"a\": {\"dtype\": \"I8\", \"shape\": [1, 1, 1, 10], \"data_offsets\": [0, 10]}, \n\"__metadata__\": {}}",
         ];
-        let path = Path::new("m");
-        let mut scanned = 0;
+        let mut scanned = [0; 2];
         for json in forms.iter().flat_map(|form| changed(form)) {
-            let text = Arc::new(json);
-            let (mut none, mut fault) = (None, None);
-            let Some(header) = Reader { path, text: &text, fault: &mut none }.scanned() else { continue };
-            let mut json = serde_json::Deserializer::from_str(&text);
-            let parsed = Reader { path, text: &text, fault: &mut fault }.deserialize(&mut json);
-            json.end().unwrap();
-            assert_eq!((header, None), (parsed.unwrap(), fault), "{text}");
-            scanned += 1;
+            let parsed = parse(of(&json), json.clone().into());
+            for pieces in cuts(&json, b'}') {
+                let Some(headers) = pieces.iter().map(|piece| scan(of(&json), piece)).collect::<Option<Vec<_>>>()
+                else {
+                    continue;
+                };
+                scanned[headers.len() - 1] += 1;
+                let metadata: Vec<_> = headers.iter().filter_map(|header| header.metadata.clone()).collect();
+                let tensors: Vec<_> = headers.into_iter().flat_map(|header| header.tensors).collect();
+                assert_eq!(metadata.len() < 2, parsed.is_ok(), "{json}");
+                if let Ok(parsed) = &parsed {
+                    assert_eq!((&tensors, metadata.first()), (&parsed.tensors, parsed.metadata.as_ref()), "{json}");
+                }
+            }
         }
-        assert!(scanned > 500, "{scanned}");
+        assert!(scanned.iter().all(|&scanned| scanned > 500), "{scanned:?}");
         assert!(forms.iter().all(|form| parse_str(form, 2).is_ok() || parse_str(form, 10).is_ok()));
     }
 
@@ -286,10 +314,6 @@ mod tests {
             let message = reason(&json, data);
             assert!(message.contains(expected), "{json}: {message}");
         }
-        let twice = r#"{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"w":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#;
-        assert!(reason(twice, 2).contains("tensor \"w\": the name occurs twice"));
-        let apart = r#"{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"v":{"dtype":"U8","shape":[1],"data_offsets":[1,2]},"w":{"dtype":"U8","shape":[1],"data_offsets":[2,3]}}"#;
-        assert!(reason(apart, 3).contains("tensor \"w\": the name occurs twice"));
         let overlap = r#"{"v":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"w":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}"#;
         assert!(reason(overlap, 3).contains("tensor \"w\""), "{}", reason(overlap, 3));
         assert!(reason(overlap, 3).contains("overlaps"));

@@ -4,7 +4,28 @@
 //! anything else, be it allowed (escapes, keys in another order) or an error, a scan gives nothing, and `serde_json`
 //! decides. So a scan only ever gives what parsing gives, and errors are told in one way.
 
+use std::sync::Arc;
+
 use serde::Deserialize;
+
+/// A text, or a piece of one that was cut before items of its list. Who scans all pieces up to their ends has scanned the
+/// text, wherever it was cut: a piece begins where the one before it was seen to end.
+#[derive(Debug, Clone)]
+pub(crate) struct Piece {
+    pub(crate) text: Arc<String>,
+    pub(crate) is_first: bool,
+    pub(crate) is_last: bool,
+}
+
+/// Where, in all likelihood, the first item begins that follows a comma after one that ends with `end`. Items begin with a
+/// string.
+pub(crate) fn next_item(text: &[u8], end: u8) -> Option<usize> {
+    memchr::memchr_iter(end, text).find_map(|at| {
+        let after = |at: usize| Some(at + text.get(at..)?.iter().position(|byte| !byte.is_ascii_whitespace())?);
+        let comma = after(at + 1).filter(|&comma| text[comma] == b',')?;
+        after(comma + 1).filter(|&item| text[item] == b'"')
+    })
+}
 
 /// A place in a text.
 pub(super) struct Scanner<'a> {
@@ -114,6 +135,24 @@ impl<'a> Scanner<'a> {
             }
         }
     }
+
+    /// The same of the items that are in a piece of a text: to `close` in the last one, in others to where it was cut.
+    #[inline]
+    pub(super) fn items_in(
+        &mut self,
+        piece: &Piece,
+        close: u8,
+        mut item: impl FnMut(&mut Self) -> Option<()>,
+    ) -> Option<()> {
+        if piece.is_last {
+            return self.items(close, item);
+        }
+        while !self.is_at_end() {
+            item(self)?;
+            self.pass(b',')?;
+        }
+        Some(())
+    }
 }
 
 #[cfg(test)]
@@ -133,6 +172,16 @@ pub(super) mod tests {
             }
         }
         texts
+    }
+
+    /// A text whole, and in two pieces, wherever it can be cut.
+    pub(in crate::format) fn cuts(text: &str, end: u8) -> Vec<Vec<Piece>> {
+        let piece = |text: &str, is_first, is_last| Piece { text: Arc::new(text.into()), is_first, is_last };
+        let mut places: Vec<usize> =
+            (0..text.len()).filter_map(|from| Some(from + next_item(&text.as_bytes()[from..], end)?)).collect();
+        places.dedup();
+        let cut = places.into_iter().map(|at| vec![piece(&text[..at], true, false), piece(&text[at..], false, true)]);
+        cut.chain([vec![piece(text, true, true)]]).collect()
     }
 
     #[test]

@@ -1,0 +1,132 @@
+//! JSON texts of files, read and scanned in pieces by several threads: a checkpoint of tens of thousands of tensors is opened
+//! before the first byte of them moves.
+
+use std::ops::Range;
+
+use super::DataFile;
+use crate::format::scan::{Piece, next_item};
+use crate::read::choose::MAX_LANES;
+use crate::threads;
+
+/// Bytes of a piece, about: half a millisecond.
+pub(super) const PIECE: u64 = 256 << 10;
+
+/// Bytes after a piece in which its last item ends, if the text is to be scanned at all.
+const MARGIN: u64 = 4 << 10;
+
+/// What one piece of a text takes.
+pub(super) type Task<'a> = Box<dyn FnOnce() + Send + 'a>;
+
+/// A JSON text in a file, and what was found in its pieces.
+pub(super) struct JsonText<'a, T> {
+    file: &'a DataFile,
+    place: Range<u64>,
+    /// The byte with which the items of its list end.
+    item_end: u8,
+    found: Vec<Option<T>>,
+}
+
+impl<'a, T: Send> JsonText<'a, T> {
+    pub(super) fn new(file: &'a DataFile, place: Range<u64>, item_end: u8) -> Self {
+        Self::in_pieces(file, place, item_end, PIECE)
+    }
+
+    fn in_pieces(file: &'a DataFile, place: Range<u64>, item_end: u8, piece_len: u64) -> Self {
+        let pieces = usize::try_from((place.end - place.start) / piece_len).unwrap_or(usize::MAX).max(1);
+        JsonText { file, place, item_end, found: std::iter::repeat_with(|| None).take(pieces).collect() }
+    }
+
+    /// A task for each piece.
+    pub(super) fn tasks<'t>(
+        &'t mut self,
+        scan: impl Fn(&Piece) -> Option<T> + Copy + Send + 't,
+    ) -> impl Iterator<Item = Task<'t>> {
+        let (file, place, item_end, pieces) = (self.file, &self.place, self.item_end, self.found.len());
+        self.found.iter_mut().enumerate().map(move |(number, found)| -> Task<'t> {
+            Box::new(move || *found = read_piece(file, place, item_end, number, pieces).and_then(|piece| scan(&piece)))
+        })
+    }
+
+    /// What was found in each piece; `None` where one has another form than most, or an error.
+    pub(super) fn into_found(self) -> Option<Vec<T>> {
+        self.found.into_iter().collect()
+    }
+}
+
+/// Threads that texts of `len` bytes in all are worth.
+fn threads_for(len: u64) -> usize {
+    let most = threads::processors().min(MAX_LANES);
+    usize::try_from(len / PIECE).map_or(most, |worth| worth.clamp(1, most))
+}
+
+/// Does the tasks of texts of `len` bytes in all, in as many threads as these are worth.
+pub(super) fn share<'a>(len: u64, tasks: impl Iterator<Item = Task<'a>>) {
+    let tasks: Vec<Task<'a>> = tasks.collect();
+    threads::share(threads_for(len).min(tasks.len()), "sllm-open", tasks.into_iter(), |task| task());
+}
+
+/// Reads the piece `number` of `pieces` that a text is cut in: from its first item to the first of the next.
+fn read_piece(file: &DataFile, place: &Range<u64>, item_end: u8, number: usize, pieces: usize) -> Option<Piece> {
+    let len = place.end - place.start;
+    let cut = |number: usize| u64::try_from(u128::from(len) * number as u128 / pieces as u128).ok();
+    let (from, to) = (cut(number)?, cut(number + 1)?);
+    let (is_first, is_last) = (number == 0, number + 1 == pieces);
+    let read_to = if is_last { len } else { (to + MARGIN).min(len) };
+    let mut bytes = vec![0; usize::try_from(read_to - from).ok()?];
+    file.read_exact_at(&mut bytes, place.start + from).ok()?;
+    if !is_last {
+        let to = usize::try_from(to - from).ok()?;
+        bytes.truncate(to + next_item(&bytes[to..], item_end)?);
+    }
+    if !is_first {
+        bytes.drain(..next_item(&bytes, item_end)?);
+    }
+    Some(Piece { text: String::from_utf8(bytes).ok()?.into(), is_first, is_last })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Keys of an object of numbers.
+    fn keys(piece: &Piece) -> Option<Vec<String>> {
+        let text = format!("{}{}", if piece.is_first { "" } else { "{" }, piece.text);
+        let text = if piece.is_last { text } else { format!("{}}}", text.trim_end().strip_suffix(',')?) };
+        let object: std::collections::BTreeMap<String, [u64; 1]> = serde_json::from_str(&text).ok()?;
+        Some(object.into_keys().collect())
+    }
+
+    fn found(entries: &[String], piece_len: u64) -> Option<Vec<Vec<String>>> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("f");
+        let text = format!("{{{}}}\n", entries.join(",\n  "));
+        std::fs::write(&path, format!("before{text}after")).unwrap();
+        let file = DataFile::open(&path, "f", true).unwrap();
+        let mut text = JsonText::in_pieces(&file, 6..6 + text.len() as u64, b']', piece_len);
+        share(1 << 20, text.tasks(keys));
+        text.into_found()
+    }
+
+    #[test]
+    fn pieces_have_what_the_whole_has_wherever_it_is_cut() {
+        let entries: Vec<String> = (0..100).map(|i| format!(r#""{i:03}é{}" : [ {i} ]"#, "x".repeat(i % 17))).collect();
+        let whole = found(&entries, u64::MAX).unwrap().concat();
+        assert_eq!(whole.len(), 100);
+        for piece_len in 64..400 {
+            let pieces = found(&entries, piece_len).unwrap();
+            assert!(pieces.len() as u64 >= 3000 / 2 / piece_len, "{piece_len}");
+            assert_eq!(pieces.concat(), whole, "{piece_len}");
+        }
+    }
+
+    #[test]
+    fn a_text_that_cannot_be_cut_is_not_found_in_pieces() {
+        let long = [format!(r#""{}":[1]"#, "x".repeat(usize::try_from(2 * MARGIN).unwrap())), r#""y":[2]"#.to_owned()];
+        assert_eq!(found(&long, u64::MAX).unwrap().concat().len(), 2);
+        assert_eq!(found(&long, 1 << 10), None);
+        // Looks like the end of an item, but is in a name.
+        let odd: Vec<String> = (0..50).map(|i| format!(r#""{i}],":[1]"#)).collect();
+        assert_eq!(found(&odd, u64::MAX).unwrap().concat().len(), 50);
+        assert_eq!(found(&odd, 100), None);
+    }
+}
