@@ -196,17 +196,22 @@ fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex)
     Ok(checkpoint)
 }
 
-/// Whether every tensor has a name of its own, and is where an index says if that names it.
+/// Whether every tensor has a name of its own, and is where an index, which has each once, says if that names it.
 fn is_as_told(index: &HfIndex, tensors: &[TensorInfo]) -> bool {
-    if names_all(index, tensors) {
+    if index.is_sorted() && names_all(index, tensors) {
         return true;
     }
-    let files: HashMap<&str, usize> = tensors.iter().map(|tensor| (tensor.name.as_str(), tensor.file)).collect();
-    files.len() == tensors.len() && index.weight_map().all(|(name, shard)| files.get(name.as_str()) == Some(&shard))
+    // Its file, and whether the index named it already.
+    let mut found: HashMap<&str, (usize, bool)> =
+        tensors.iter().map(|tensor| (tensor.name.as_str(), (tensor.file, false))).collect();
+    found.len() == tensors.len()
+        && index.weight_map().all(|(name, shard)| {
+            let found = found.get_mut(name.as_str());
+            found.is_some_and(|(file, is_named)| *file == shard && !std::mem::replace(is_named, true))
+        })
 }
 
-/// Whether an index names every tensor in its file, those of a file in the file's order. Its names differ, so that those of
-/// the tensors do then.
+/// Whether an index names every tensor in its file, those of a file in the file's order.
 fn names_all(index: &HfIndex, tensors: &[TensorInfo]) -> bool {
     let first_of = |file| tensors.partition_point(|tensor| tensor.file < file);
     let mut next: Vec<usize> = (0..index.shards.len()).map(first_of).collect();
@@ -220,8 +225,11 @@ fn names_all(index: &HfIndex, tensors: &[TensorInfo]) -> bool {
     index.weight_map().all(&mut is_next) && named == tensors.len()
 }
 
-/// The first of an index's entries that is not as it says.
+/// The first of an index's entries that is there twice, or not as it says.
 fn check_index(path: &Path, index: &HfIndex, checkpoint: &Checkpoint) -> Result<()> {
+    if let Some(name) = index.repeated() {
+        return Err(FormatError::new(path, "the name occurs twice in weight_map").tensor(name).into());
+    }
     for (name, shard) in index.weight_map() {
         if checkpoint.tensor(name).map_or(true, |tensor| tensor.file != shard) {
             let shard = &index.shards[shard];
@@ -241,9 +249,11 @@ fn scan<'a>(
         files.map(|(number, file)| Some((file, of_file(file, number).ok()?))).collect();
     let index_len = index.map_or(0, |file| file.len().min(MAX_MANIFEST_LEN));
     let len = index_len + files.iter().flatten().map(|(_, header)| header.json_len).sum::<u64>();
-    let mut index = index.map(|file| JsonText::new(file, 0..index_len, b'"'));
-    let header =
-        |(file, header): (_, OfFile<'_>)| JsonText::new(file, LENGTH_FIELD..LENGTH_FIELD + header.json_len, b'}');
+    let piece_len = texts::piece_len(len);
+    let mut index = index.map(|file| JsonText::new(file, 0..index_len, b'"', piece_len));
+    let header = |(file, header): (_, OfFile<'_>)| {
+        JsonText::new(file, LENGTH_FIELD..LENGTH_FIELD + header.json_len, b'}', piece_len)
+    };
     let mut headers: Vec<Option<JsonText<'_, Header>>> = files.iter().map(|file| file.map(header)).collect();
     let of_index = index.iter_mut().flat_map(|text| text.tasks(hf_index::scan));
     let of_headers = files.iter().zip(&mut headers).filter_map(|(file, text)| Some((file.as_ref()?.1, text.as_mut()?)));
@@ -378,6 +388,51 @@ mod tests {
         check(2);
         let many = usize::try_from(PIECE).unwrap() / 100;
         check(many);
+    }
+
+    #[test]
+    fn a_header_in_pieces_is_that_of_a_whole() {
+        let count = usize::try_from(8 * PIECE).unwrap() / 100;
+        let entry = |i: usize| {
+            let (from, to) = (2 * i, 2 * i + 2);
+            format!(r#""w.{i:0200}": {{"dtype": "I8", "shape": [1, 2], "data_offsets": [{from}, {to}]}}"#)
+        };
+        let entries: Vec<String> = (0..count).map(entry).collect();
+        let open = |header: String, len: usize| {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("model.safetensors");
+            fs::write(&path, test_support::safetensors(header, &vec![7; len])).unwrap();
+            Checkpoint::open(&path).map_err(|e| e.to_string())
+        };
+        let metadata = r#""__metadata__": {"format": "pt"}"#;
+        let checkpoint = open(format!("{{{metadata}, {}}}", entries.join(", ")), 2 * count).unwrap();
+        assert_eq!(checkpoint.tensors().len(), count);
+        for (i, tensor) in checkpoint.tensors().iter().enumerate() {
+            let offset = tensor.offset - checkpoint.tensors()[0].offset;
+            assert_eq!((&*tensor.name, offset, tensor.len), (&*format!("w.{i:0200}"), 2 * i as u64, 2));
+        }
+        assert_eq!(checkpoint.origin().shards[0].metadata.as_ref().unwrap()["format"], "pt");
+
+        // Faults that no piece has by itself.
+        for (entries, len, says) in [
+            (format!("{}, {}", entries.join(", "), entry(0)), 2 * count, "overlaps"),
+            (
+                format!(
+                    "{}, {}",
+                    entries.join(", "),
+                    entry(0).replace("[0, 2]", &format!("[{0}, {1}]", 2 * count, 2 * count + 2))
+                ),
+                2 * count + 2,
+                "twice",
+            ),
+            (entries[1..].join(", "), 2 * count, "hole"),
+            (entries.join(", "), 2 * count - 1, "truncated"),
+            (entries.join(", "), 2 * count + 1, "1 bytes follow"),
+            (format!("{metadata}, {}, {metadata}", entries.join(", ")), 2 * count, "__metadata__ occurs twice"),
+        ] {
+            let error = open(format!("{{{entries}}}"), len).unwrap_err();
+            assert!(error.contains(says), "{error}");
+        }
     }
 
     #[test]

@@ -27,11 +27,8 @@ pub(super) struct JsonText<'a, T> {
 }
 
 impl<'a, T: Send> JsonText<'a, T> {
-    pub(super) fn new(file: &'a DataFile, place: Range<u64>, item_end: u8) -> Self {
-        Self::in_pieces(file, place, item_end, PIECE)
-    }
-
-    fn in_pieces(file: &'a DataFile, place: Range<u64>, item_end: u8, piece_len: u64) -> Self {
+    /// A text that is cut in pieces of `piece_len` bytes or more.
+    pub(super) fn new(file: &'a DataFile, place: Range<u64>, item_end: u8, piece_len: u64) -> Self {
         let pieces = usize::try_from((place.end - place.start) / piece_len).unwrap_or(usize::MAX).max(1);
         JsonText { file, place, item_end, found: std::iter::repeat_with(|| None).take(pieces).collect() }
     }
@@ -57,6 +54,11 @@ impl<'a, T: Send> JsonText<'a, T> {
 fn threads_for(len: u64) -> usize {
     let most = threads::processors().min(MAX_LANES);
     usize::try_from(len / PIECE).map_or(most, |worth| worth.clamp(1, most))
+}
+
+/// Bytes of the pieces of texts of `len` bytes in all: a few for each thread, since some take longer than others.
+pub(super) fn piece_len(len: u64) -> u64 {
+    (len / (2 * threads_for(len) as u64)).max(PIECE)
 }
 
 /// Does the tasks of texts of `len` bytes in all, in as many threads as these are worth.
@@ -102,7 +104,7 @@ mod tests {
         let text = format!("{{{}}}\n", entries.join(",\n  "));
         std::fs::write(&path, format!("before{text}after")).unwrap();
         let file = DataFile::open(&path, "f", true).unwrap();
-        let mut text = JsonText::in_pieces(&file, 6..6 + text.len() as u64, b']', piece_len);
+        let mut text = JsonText::new(&file, 6..6 + text.len() as u64, b']', piece_len);
         share(1 << 20, text.tasks(keys));
         text.into_found()
     }
