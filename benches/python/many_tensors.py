@@ -4,7 +4,7 @@
 
 Tensors are of 8 KiB, so that their bytes cost little. Each figure is of the first load of a process of its own, in
 microseconds a tensor: by the clock, and of the processor in the thread that calls. `open` opens the same tensors in two
-shards with an index, in the order of the files, and loads nothing: no byte moves before that is done. `deferred`
+shards with an index, all sorted, and loads nothing: no byte moves before that is done. `deferred`
 copies each tensor to its place in a parameter as vLLM does for experts, by seven operations of torch; `mapped` does the
 same without this package.
 """
@@ -47,14 +47,16 @@ def write(path: Path, names: list[str]) -> None:
 
 
 def write_shards(folder: Path, names: list[str]) -> None:
-    """The same in two files, with an index."""
+    """The same in two files, with an index, sorted by name as the library and transformers write them."""
     folder.mkdir()
     half = len(names) // 2
     shards = {"model-00001-of-00002.safetensors": names[:half], "model-00002-of-00002.safetensors": names[half:]}
     for file, part in shards.items():
-        write(folder / file, part)
+        write(folder / file, sorted(part))
     weight_map = {name: file for file, part in shards.items() for name in part}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2, sort_keys=True)
+    )
 
 
 def copies(tensors: Iterator[tuple[str, Any]], count: int, device: str) -> None:

@@ -198,8 +198,8 @@ fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex)
 
 /// Whether every tensor has a name of its own, and is where an index, which has each once, says if that names it.
 fn is_as_told(index: &HfIndex, tensors: &[TensorInfo]) -> bool {
-    if index.is_sorted() && names_all(index, tensors) {
-        return true;
+    if names_all(index, tensors) {
+        return index.is_sorted() || index.repeated().is_none();
     }
     // Its file, and whether the index named it already.
     let mut found: HashMap<&str, (usize, bool)> =
