@@ -168,7 +168,7 @@ fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex)
                 tensors.append(&mut piece.tensors);
             }
         }
-        // Few or none: all files are where they were taken to be, mostly.
+        // A file that was read as if it had another number.
         if tensors.get(first).is_some_and(|tensor| tensor.file != number) {
             tensors[first..].iter_mut().for_each(|tensor| (tensor.file, tensor.shard) = (number, number));
         }
