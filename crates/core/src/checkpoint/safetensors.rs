@@ -83,7 +83,7 @@ pub(super) fn open_files(root: &Path, paths: &[PathBuf]) -> Result<Checkpoint> {
 pub(super) fn open_dir(dir: &Path, listed: Option<&[OsString]>) -> Result<Option<Checkpoint>> {
     let index_path = dir.join(INDEX_NAME);
     if is_there(&index_path)? {
-        return open_indexed(dir, &index_path, listed).map(Some);
+        return open_indexed(dir, &index_path, listed, MAX_MANIFEST_LEN).map(Some);
     }
     let names = file_names(dir, listed)?;
     if names.is_empty() {
@@ -93,15 +93,17 @@ pub(super) fn open_dir(dir: &Path, listed: Option<&[OsString]>) -> Result<Option
     assemble(dir, files, None).map(Some)
 }
 
-fn open_indexed(dir: &Path, index_path: &Path, listed: Option<&[OsString]>) -> Result<Checkpoint> {
+/// Opens a directory by its index, of at most `limit` bytes.
+fn open_indexed(dir: &Path, index_path: &Path, listed: Option<&[OsString]>, limit: u64) -> Result<Checkpoint> {
     let index_file = open_inside(dir, INDEX_NAME)?;
     // A long index takes as long as the headers, which are read meanwhile; what fails there is tried again below.
     let likely = if index_file.len() < PIECE { Vec::new() } else { likely_shards(listed) };
     let likely: Vec<DataFile> = likely.iter().map_while(|name| open_inside(dir, name).ok()).collect();
-    let (parts, headers) = scan(Some(&index_file), likely.iter().enumerate());
+    let within_limit = (index_file.len() <= limit).then_some(&index_file);
+    let (parts, headers) = scan(within_limit, likely.iter().enumerate());
     let parts = match parts {
         Some(parts) => parts,
-        None => vec![hf_index::parse(index_path, &read_small(&index_file, MAX_MANIFEST_LEN)?)?],
+        None => vec![hf_index::parse(index_path, &read_small(&index_file, limit)?)?],
     };
     let index = HfIndex::of(index_path, parts)?;
     let mut likely: Vec<Opened> =
@@ -247,7 +249,7 @@ fn scan<'a>(
 ) -> (Option<Vec<Part>>, Vec<Option<Vec<Header>>>) {
     let files: Vec<Option<(&DataFile, OfFile<'_>)>> =
         files.map(|(number, file)| Some((file, of_file(file, number).ok()?))).collect();
-    let index_len = index.map_or(0, |file| file.len().min(MAX_MANIFEST_LEN));
+    let index_len = index.map_or(0, DataFile::len);
     let len = index_len + files.iter().flatten().map(|(_, header)| header.json_len).sum::<u64>();
     let piece_len = texts::piece_len(len);
     let mut index = index.map(|file| JsonText::new(file, 0..index_len, b'"', piece_len));
@@ -388,6 +390,20 @@ mod tests {
         check(2);
         let many = usize::try_from(PIECE).unwrap() / 100;
         check(many);
+    }
+
+    #[test]
+    fn an_index_is_read_to_its_end_or_refused() {
+        let dir = write([&["a".into()], &["b".into()]], &[(&"a".into(), FILES[0]), (&"b".into(), FILES[1])]);
+        let path = dir.path().join(INDEX_NAME);
+        let len = fs::metadata(&path).unwrap().len();
+        let open = |limit| open_indexed(dir.path(), &path, None, limit).map_err(|e| e.to_string());
+        assert_eq!(open(len).unwrap().tensors().len(), 2);
+        assert!(open(len - 1).unwrap_err().contains(&format!("more than the {} that are read", len - 1)));
+        // What is within the limit is an index by itself.
+        fs::write(&path, [fs::read(&path).unwrap(), b" x".to_vec()].concat()).unwrap();
+        assert!(open(len).unwrap_err().contains("that are read"));
+        assert!(open(len + 2).unwrap_err().contains("trailing characters"));
     }
 
     #[test]
