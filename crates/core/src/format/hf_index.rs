@@ -154,8 +154,9 @@ pub(crate) fn parse(path: &Path, json: &[u8]) -> Result<Part, FormatError> {
     let raw: RawIndex<'_> =
         serde_json::from_slice(json).map_err(|e| FormatError::new(path, format!("it is not a valid index: {e}")))?;
     let mut part = Part { metadata: Some(raw.metadata), ..Part::default() };
-    for (Text(name), Text(shard)) in raw.weight_map.0 {
-        part.add(name.into_owned().into(), &shard);
+    let names = TensorName::of_all(raw.weight_map.0.iter().map(|(Text(name), _)| &**name));
+    for (name, (_, Text(shard))) in names.zip(&raw.weight_map.0) {
+        part.add(name, shard);
     }
     Ok(part)
 }
@@ -229,5 +230,7 @@ mod tests {
         assert_eq!(index.shards, ["1.safetensors", "2.safetensors"]);
         let entries: Vec<_> = index.weight_map().map(|(name, shard)| (name.as_str(), shard)).collect();
         assert_eq!(entries, [("a\n\u{e9}", 0), ("b", 0), ("c", 1)]);
+        // One text: memory for each name would be several times the index.
+        assert!(entries.windows(2).all(|pair| pair[0].0.as_bytes().as_ptr_range().end == pair[1].0.as_ptr()));
     }
 }
