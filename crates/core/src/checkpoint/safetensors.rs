@@ -12,7 +12,6 @@ use crate::error::{Error, FormatError, Result};
 use crate::format::hf_index::{self, HfIndex, INDEX_NAME, Part};
 use crate::format::manifest::MAX_MANIFEST_LEN;
 use crate::format::safetensors::{self, Header, LENGTH_FIELD, METADATA, OfFile, check_places, json_len};
-use crate::read::choose::MAX_LANES;
 use crate::tensor::{TensorInfo, TensorName};
 use crate::threads;
 
@@ -275,8 +274,7 @@ fn read_headers(files: &mut [Opened]) {
     }
     // Those of another form than most.
     let others: Vec<_> = files.iter_mut().enumerate().filter(|(_, opened)| opened.header.is_none()).collect();
-    let threads = others.len().min(threads::processors()).min(MAX_LANES);
-    threads::share(threads, "sllm-open", others.into_iter(), |(number, opened)| {
+    threads::share(texts::threads_for(others.len()), "sllm-open", others.into_iter(), |(number, opened)| {
         opened.header = Some(parse_header(&opened.file, number).map(|header| vec![header]));
     });
 }

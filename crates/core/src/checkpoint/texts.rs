@@ -50,21 +50,25 @@ impl<'a, T: Send> JsonText<'a, T> {
     }
 }
 
+/// Threads for what is worth so many. Most checkpoints open sooner than a system tells how many processors there are.
+pub(super) fn threads_for(worth: usize) -> usize {
+    if worth < 2 { 1 } else { worth.min(threads::processors()).min(MAX_LANES) }
+}
+
 /// Threads that texts of `len` bytes in all are worth.
-fn threads_for(len: u64) -> usize {
-    let most = threads::processors().min(MAX_LANES);
-    usize::try_from(len / PIECE).map_or(most, |worth| worth.clamp(1, most))
+fn threads_for_len(len: u64) -> usize {
+    threads_for(usize::try_from(len / PIECE).unwrap_or(usize::MAX))
 }
 
 /// Bytes of the pieces of texts of `len` bytes in all: a few for each thread, since some take longer than others.
 pub(super) fn piece_len(len: u64) -> u64 {
-    (len / (2 * threads_for(len) as u64)).max(PIECE)
+    (len / (2 * threads_for_len(len) as u64)).max(PIECE)
 }
 
 /// Does the tasks of texts of `len` bytes in all, in as many threads as these are worth.
 pub(super) fn share<'a>(len: u64, tasks: impl Iterator<Item = Task<'a>>) {
     let tasks: Vec<Task<'a>> = tasks.collect();
-    threads::share(threads_for(len).min(tasks.len()), "sllm-open", tasks.into_iter(), |task| task());
+    threads::share(threads_for_len(len).min(tasks.len()), "sllm-open", tasks.into_iter(), |task| task());
 }
 
 /// Reads the piece `number` of `pieces` that a text is cut in: from its first item to the first of the next.
