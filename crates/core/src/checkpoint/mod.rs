@@ -195,7 +195,11 @@ impl Checkpoint {
             return original::open(dir);
         }
         let mut reason = "the directory has no manifest.json, no *.safetensors and no tensor_index.json".to_owned();
-        if has("rank_0")? {
+        if has(manifest::MANIFEST_NAME)? {
+            reason = "the directory has a manifest.json, but no *.safetensors and no tensor_index.json: if it is a \
+                      store, a part of it is missing; convert again"
+                .to_owned();
+        } else if has("rank_0")? {
             reason.push_str("; it holds one directory a rank: open rank_0");
         } else if has("pytorch_model.bin")? || has("pytorch_model.bin.index.json")? {
             reason.push_str("; it holds a pickled pytorch_model.bin: save it as safetensors first");
@@ -410,6 +414,17 @@ impl From<&Manifest> for Origin {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_directory_lacks_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let told = || Checkpoint::open(dir.path()).unwrap_err().to_string();
+        assert!(told().contains("no manifest.json, no *.safetensors and no tensor_index.json"));
+        std::fs::create_dir(dir.path().join("rank_0")).unwrap();
+        assert!(told().contains("open rank_0"));
+        std::fs::write(dir.path().join(crate::format::manifest::MANIFEST_NAME), "{}").unwrap();
+        assert!(told().contains("a part of it is missing"));
+    }
 
     #[test]
     fn sums_below_2_to_the_63_fit() {
