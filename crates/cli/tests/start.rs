@@ -296,4 +296,6 @@ fn flags_of_the_original_are_taken_and_go_before_the_file() {
     // It pins what the file says in the background.
     let (before, _) = server.log_until("cannot be preloaded");
     assert!(before.contains("--disk-size is not used"), "{before}");
+    server.signal("TERM");
+    server.end();
 }

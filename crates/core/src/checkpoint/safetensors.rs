@@ -18,10 +18,17 @@ use crate::threads;
 /// The one shard's name where there is no index.
 const SINGLE_NAME: &str = "model.safetensors";
 
-/// A data file, and its header, as its pieces have it, once it was read.
+/// A data file, and its header once it was read.
 struct Opened {
     file: DataFile,
-    header: Option<Result<Vec<Header>>>,
+    header: Option<Result<Found>>,
+}
+
+/// A file's header, as its pieces have it.
+struct Found {
+    /// Bytes of its JSON.
+    json_len: u64,
+    pieces: Vec<Header>,
 }
 
 impl From<DataFile> for Opened {
@@ -151,13 +158,15 @@ pub(crate) fn ensure_inside(dir: &Path, path: &Path) -> Result<()> {
 fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex)>) -> Result<Checkpoint> {
     read_headers(&mut opened);
     let (mut files, mut shards) = (Vec::with_capacity(opened.len()), Vec::with_capacity(opened.len()));
-    let pieces = opened.iter().filter_map(|opened| opened.header.as_ref()?.as_ref().ok()).flatten();
-    let total: usize = pieces.map(|piece| piece.tensors.len()).sum();
+    let found = opened.iter().filter_map(|opened| opened.header.as_ref()?.as_ref().ok());
+    let total: usize = found.flat_map(|found| &found.pieces).map(|piece| piece.tensors.len()).sum();
     let mut tensors: Vec<TensorInfo> = Vec::new();
     for Opened { file, header } in opened {
+        let Some(header) = header else { continue }; // `read_headers` leaves none out
+        let Found { json_len, pieces } = header?;
         let (number, first) = (files.len(), tensors.len());
         let mut metadata = None;
-        for mut piece in header.transpose()?.unwrap_or_default() {
+        for mut piece in pieces {
             if piece.metadata.is_some() && metadata.is_some() {
                 return Err(FormatError::new(file.path(), format!("its {METADATA} occurs twice")).into());
             }
@@ -173,7 +182,7 @@ fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex)
         if tensors.get(first).is_some_and(|tensor| tensor.file != number) {
             tensors[first..].iter_mut().for_each(|tensor| (tensor.file, tensor.shard) = (number, number));
         }
-        check_places(of_file(&file, number)?, &mut tensors[first..], file.len())?;
+        check_places(OfFile { path: file.path(), number, json_len }, &mut tensors[first..], file.len())?;
         shards.push(Shard { name: file.name().to_owned(), metadata });
         files.push(file);
     }
@@ -216,14 +225,13 @@ fn is_as_told(index: &HfIndex, tensors: &[TensorInfo]) -> bool {
 fn names_all(index: &HfIndex, tensors: &[TensorInfo]) -> bool {
     let first_of = |file| tensors.partition_point(|tensor| tensor.file < file);
     let mut next: Vec<usize> = (0..index.shards.len()).map(first_of).collect();
-    let mut named = 0;
-    let mut is_next = |(name, shard): (&TensorName, usize)| {
+    let is_next = |(name, shard): (&TensorName, usize)| {
         let Some(place) = next.get_mut(shard) else { return false };
         let tensor = tensors.get(*place);
-        (*place, named) = (*place + 1, named + 1);
+        *place += 1;
         tensor.is_some_and(|tensor| tensor.file == shard && tensor.name == *name)
     };
-    index.weight_map().all(&mut is_next) && named == tensors.len()
+    index.len() == tensors.len() && index.weight_map().all(is_next)
 }
 
 /// The first of an index's entries that is there twice, or not as it says.
@@ -245,22 +253,29 @@ fn check_index(path: &Path, index: &HfIndex, checkpoint: &Checkpoint) -> Result<
 fn scan<'a>(
     index: Option<&DataFile>,
     files: impl Iterator<Item = (usize, &'a DataFile)>,
-) -> (Option<Vec<Part>>, Vec<Option<Vec<Header>>>) {
+) -> (Option<Vec<Part>>, Vec<Option<Found>>) {
     let files: Vec<Option<(&DataFile, OfFile<'_>)>> =
         files.map(|(number, file)| Some((file, of_file(file, number).ok()?))).collect();
     let index_len = index.map_or(0, DataFile::len);
-    let len = index_len + files.iter().flatten().map(|(_, header)| header.json_len).sum::<u64>();
+    let len = index_len + files.iter().flatten().map(|(_, of_file)| of_file.json_len).sum::<u64>();
     let piece_len = texts::piece_len(len);
     let mut index = index.map(|file| JsonText::new(file, 0..index_len, b'"', piece_len));
-    let header = |(file, header): (_, OfFile<'_>)| {
-        JsonText::new(file, LENGTH_FIELD..LENGTH_FIELD + header.json_len, b'}', piece_len)
+    let header = |file: Option<(&'a DataFile, OfFile<'a>)>| {
+        let (file, of_file) = file?;
+        let place = LENGTH_FIELD..LENGTH_FIELD + of_file.json_len;
+        Some((of_file, JsonText::new(file, place, b'}', piece_len)))
     };
-    let mut headers: Vec<Option<JsonText<'_, Header>>> = files.iter().map(|file| file.map(header)).collect();
+    let mut headers: Vec<_> = files.into_iter().map(header).collect();
     let of_index = index.iter_mut().flat_map(|text| text.tasks(hf_index::scan));
-    let of_headers = files.iter().zip(&mut headers).filter_map(|(file, text)| Some((file.as_ref()?.1, text.as_mut()?)));
-    let of_headers = of_headers.flat_map(|(header, text)| text.tasks(move |piece| safetensors::scan(header, piece)));
+    let of_headers = headers.iter_mut().flatten().flat_map(|(of_file, text)| {
+        let of_file = *of_file;
+        text.tasks(move |piece| safetensors::scan(of_file, piece))
+    });
     texts::share(len, of_index.chain(of_headers));
-    let headers = headers.into_iter().map(|text| text?.into_found()).collect();
+    let found = |(of_file, text): (OfFile<'_>, JsonText<'_, Header>)| {
+        Some(Found { json_len: of_file.json_len, pieces: text.into_found()? })
+    };
+    let headers = headers.into_iter().map(|header| header.and_then(found)).collect();
     (index.and_then(JsonText::into_found), headers)
 }
 
@@ -275,7 +290,7 @@ fn read_headers(files: &mut [Opened]) {
     // Those of another form than most.
     let others: Vec<_> = files.iter_mut().enumerate().filter(|(_, opened)| opened.header.is_none()).collect();
     threads::share(texts::threads_for(others.len()), "sllm-open", others.into_iter(), |(number, opened)| {
-        opened.header = Some(parse_header(&opened.file, number).map(|header| vec![header]));
+        opened.header = Some(parse_header(&opened.file, number));
     });
 }
 
@@ -291,12 +306,12 @@ fn of_file(file: &DataFile, number: usize) -> Result<OfFile<'_>> {
     Ok(OfFile { path: file.path(), number, json_len })
 }
 
-fn parse_header(file: &DataFile, number: usize) -> Result<Header> {
+fn parse_header(file: &DataFile, number: usize) -> Result<Found> {
     let of_file = of_file(file, number)?;
     // At most MAX_HEADER_LEN, which fits usize.
     let mut json = vec![0; usize::try_from(of_file.json_len).unwrap_or(0)];
     file.read_exact_at(&mut json, LENGTH_FIELD)?;
-    Ok(safetensors::parse(of_file, json)?)
+    Ok(Found { json_len: of_file.json_len, pieces: vec![safetensors::parse(of_file, json)?] })
 }
 
 #[cfg(test)]

@@ -74,6 +74,7 @@ pub(super) fn share<'a>(len: u64, tasks: impl Iterator<Item = Task<'a>>) {
 /// Reads the piece `number` of `pieces` that a text is cut in: from its first item to the first of the next.
 fn read_piece(file: &DataFile, place: &Range<u64>, item_end: u8, number: usize, pieces: usize) -> Option<Piece> {
     let len = place.end - place.start;
+    // At most `len`, so that there always is one.
     let cut = |number: usize| u64::try_from(u128::from(len) * number as u128 / pieces as u128).ok();
     let (from, to) = (cut(number)?, cut(number + 1)?);
     let (is_first, is_last) = (number == 0, number + 1 == pieces);

@@ -101,7 +101,12 @@ impl HfIndex {
         Ok(index)
     }
 
-    /// Whether every name comes after the one before it, as in most.
+    /// Entries.
+    pub(crate) fn len(&self) -> usize {
+        self.parts.iter().map(|part| part.entries.len()).sum()
+    }
+
+    /// Whether every name comes after the one before it, as in most; in each part, whoever scanned it has seen that.
     pub(crate) fn is_sorted(&self) -> bool {
         let ends = self.parts.iter().filter_map(|part| Some((part.entries.first()?, part.entries.last()?)));
         !self.parts.iter().any(|part| part.is_unsorted) && ends.is_sorted_by(|(_, (a, _)), ((b, _), _)| a < b)
