@@ -6,10 +6,11 @@ mod loaded;
 mod outbox;
 mod remote;
 mod report;
+mod ring;
 mod session;
 mod staging;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -22,11 +23,12 @@ pub use report::{EngineReport, LoadReport};
 pub use session::Session;
 
 use crate::cache::{Cache, Split, Use};
-use crate::checkpoint::{Checkpoint, ChunkSums};
+use crate::checkpoint::{Checkpoint, ChunkSums, OpenOptions};
 use crate::control::{Control, check_threads};
 use crate::device::{Block, Claim, Device, DeviceError, Stream};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
+use crate::format::manifest::CHUNK_LEN;
 use crate::numa::{self, Node};
 use crate::plan::{Filter, LoadPlan, Placement, PlanOptions, Segment};
 use crate::read::choose::{self, Governor, Wishes, choose};
@@ -35,6 +37,7 @@ use crate::tensor::TensorInfo;
 use lane::{Buffers, Lane, Outcome, Shared};
 use outbox::Outbox;
 use remote::Helper;
+use ring::{Form, Ring};
 use staging::Staging;
 
 /// Bytes of one piece, and of one staging buffer: enough for the link to come near its peak, and so few that the ring
@@ -45,6 +48,8 @@ pub const PIECE_LEN: u64 = 3 << 20;
 pub const COLD_PIECE_LEN: u64 = 1 << 20;
 /// Pinned staging memory at most, unless asked otherwise.
 pub const PINNED_LEN: u64 = 256 << 20;
+/// Rings that a checkpoint must be as long as, for one to be worth pinning ahead.
+const WORTH_PINNING: u64 = 4;
 
 /// Loads checkpoints to devices. Make one by [`Loader::builder`].
 #[derive(Clone)]
@@ -54,6 +59,8 @@ pub struct Loader {
     pinned_len: u64,
     cache: Option<Cache>,
     helper: Option<Arc<Helper>>,
+    /// What was prepared for the next load, whichever clone of the loader it is of.
+    prepared: Arc<Mutex<Option<Ring>>>,
     control: Control,
     /// Where the system tells of its nodes and devices.
     system: PathBuf,
@@ -160,8 +167,35 @@ impl Loader {
         let control = Control::new();
         let (devices, wishes) = (vec![Device::host()], Wishes::default());
         let system = numa::SYSTEM.into();
-        let loader = Loader { devices, wishes, pinned_len: PINNED_LEN, cache: None, helper: None, control, system };
+        let prepared = Arc::default();
+        let loader =
+            Loader { devices, wishes, pinned_len: PINNED_LEN, cache: None, helper: None, prepared, control, system };
         LoaderBuilder { loader }
+    }
+
+    /// Begins to pin the memory that the next load will be staged by, in threads of its own, while the caller opens the
+    /// checkpoint at `path` with these options. It is for bytes that the page cache has; loads that need other memory, or
+    /// none, or are of a small checkpoint, are none the worse. What no load takes is released with the loader.
+    pub fn prepare(&self, path: impl AsRef<Path>, options: &OpenOptions) {
+        self.prepare_for(|| options.data_len(path.as_ref()));
+    }
+
+    /// The same for a checkpoint of so many bytes, which is asked for if it matters.
+    fn prepare_for(&self, len: impl FnOnce() -> u64) {
+        let Some((lanes, per_lane)) = choose::staged_lanes(&self.devices, &self.wishes) else { return };
+        let PlanOptions { piece_len, .. } = self.cut(self.wishes.verify.then_some(CHUNK_LEN), false);
+        let Some(form) = Form::of_lanes(lanes, per_lane, piece_len, self.pinned_len) else { return };
+        if self.helper.is_some() || len() / WORTH_PINNING < form.len() {
+            return;
+        }
+        // Where it fails, the load will say so.
+        let Ok(mut ring) = Ring::new(self, Node::of(&self.system, &self.devices), form) else { return };
+        ring.prepare();
+        *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = Some(ring);
+    }
+
+    fn take_prepared(&self) -> Option<Ring> {
+        self.prepared.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Loads every tensor to the first device.
@@ -269,12 +303,13 @@ impl Loader {
         Ok(sums)
     }
 
-    /// How a plan is cut: in chunks of the cache, in parts of chunks whose checksums are compared, or in pieces.
-    fn cut(&self, sums: Option<&ChunkSums>, is_cold: bool) -> PlanOptions {
+    /// How a plan is cut: in chunks of the cache, in parts of chunks of so many bytes whose checksums are compared, or in
+    /// pieces.
+    fn cut(&self, summed: Option<u64>, is_cold: bool) -> PlanOptions {
         let most = self.piece_len(if is_cold { COLD_PIECE_LEN } else { PIECE_LEN });
-        let (piece_len, chunk_len) = match (&self.cache, sums) {
+        let (piece_len, chunk_len) = match (&self.cache, summed) {
             (Some(cache), _) => (cache.chunk_len(), Some(cache.chunk_len())),
-            (None, Some(sums)) => (Chunks::piece_len(sums.chunk_len, most), Some(sums.chunk_len)),
+            (None, Some(len)) => (Chunks::piece_len(len, most), Some(len)),
             (None, None) => (most, None),
         };
         PlanOptions { piece_len, chunk_len, ..PlanOptions::default() }
@@ -290,7 +325,7 @@ impl Loader {
         started: Instant,
     ) -> Result<LoadReport> {
         let sums = self.sums(checkpoint)?;
-        let options = self.cut(sums, staging.is_cold);
+        let options = self.cut(sums.map(|sums| sums.chunk_len), staging.is_cold);
         let plan = plan(&options)?;
         let PlanOptions { piece_len, chunk_len, .. } = options;
         let is_used = |device: &&Device| blocks.iter().any(|block| block.device().same_as(device));

@@ -5,18 +5,18 @@ use std::sync::Arc;
 
 use super::Loader;
 use super::lane::{Buffers, Outcome};
+use super::ring::{Form, Ring};
 use crate::cache::Use;
 use crate::device::{Device, Stream};
 use crate::error::{Error, Result};
 use crate::numa::Node;
-use crate::pool::BufferPool;
 use crate::read::choose::{MAX_LANES, Share};
 use crate::read::depth::Depth;
 
 /// Streams, one a device, and the ring of buffers.
 #[derive(Debug, Default)]
 pub(super) struct Staging {
-    pool: Option<BufferPool>,
+    ring: Option<Ring>,
     streams: Vec<Stream>,
     /// Where the loader's devices are, once it was asked.
     node: OnceCell<Option<Node>>,
@@ -61,36 +61,32 @@ impl Staging {
         }
         let buffers = shares.iter().map(|share| share.lanes * share.buffers_per_lane).sum();
         let per_lane = shares.iter().map(|share| share.buffers_per_lane).max().unwrap_or(0);
-        let fits = |pool: &BufferPool| pool.buffer_len() == buffer_len && pool.buffers() >= buffers;
-        let pool = match self.pool.take().filter(fits) {
-            Some(pool) => pool,
-            None => {
-                // Each lane prepares and pins its own buffers, one at a time, while others read already.
-                let step = buffer_len * per_lane.clamp(1, 2);
-                let pinning = loader.devices.iter().find(|device| device.needs_pinning());
-                let pool = BufferPool::new(buffer_len, buffers, step, pinning)?;
-                if let Some(node) = node.map(|node| node.number())
-                    && let Err(e) = pool.prefer_node(node)
-                {
-                    outcome.note(format!("staging memory is not asked for on NUMA node {node}: {e}"));
+        let form = Form { buffer_len, buffers, per_lane };
+        let ring = match self.ring.take().or_else(|| loader.take_prepared()) {
+            Some(ring) if ring.fits(form) => ring,
+            other => {
+                if let Some(other) = other {
+                    let both = (other.pool.len() as u64).saturating_add(form.len());
+                    if both <= loader.pinned_len { other.release() } else { drop(other) }
                 }
-                pool
+                Ring::new(loader, node, form)?
             }
         };
-        Ok((Buffers::Ring(self.pool.insert(pool)), &self.streams))
+        ring.refusal.iter().for_each(|refusal| outcome.note(refusal.clone()));
+        Ok((Buffers::Ring(&self.ring.insert(ring).pool), &self.streams))
     }
 }
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        if let Some(pool) = self.pool.take() {
-            pool.release();
+        if let Some(ring) = self.ring.take() {
+            ring.release();
         }
     }
 }
 
 /// Lanes, and buffers of each, of a share that wants so many but may have only `buffers` in all. None of them is 0.
-fn divide(buffers: usize, lanes: usize, per_lane: usize) -> (usize, usize) {
+pub(super) fn divide(buffers: usize, lanes: usize, per_lane: usize) -> (usize, usize) {
     // Lanes beyond those of one device are worth less than a lane's second buffer.
     let lanes = lanes.min((buffers / per_lane).max(MAX_LANES)).min(buffers);
     (lanes, per_lane.min(buffers / lanes))

@@ -59,7 +59,7 @@ struct State {
     claimed_steps: usize,
     /// Of those, steps that are not ready yet.
     preparing: usize,
-    /// Calls of `prepare_all` that run. Who needs a buffer waits for their next step instead of taking one on: one
+    /// Threads that prepare one step after the other. Who needs a buffer waits for their next step instead of taking one on: one
     /// that has to be pinned keeps a reader from reading.
     preparers: usize,
     steps: Vec<Pin>,
@@ -134,15 +134,19 @@ impl BufferPool {
 
     /// Prepares every step, by this many threads.
     pub fn prepare_all(&self, threads: usize) {
-        self.shared.lock().preparers += 1;
         std::thread::scope(|scope| {
             for _ in 1..threads {
-                let work = || while self.shared.prepare_next() {};
                 // Where no thread can be had, this one does the work below.
-                let _ = std::thread::Builder::new().spawn_scoped(scope, work);
+                let _ = std::thread::Builder::new().spawn_scoped(scope, || self.prepare_while(|| true));
             }
-            while self.shared.prepare_next() {}
+            self.prepare_while(|| true);
         });
+    }
+
+    /// Prepares one step after the other while some are left and `goes_on` says so.
+    pub(crate) fn prepare_while(&self, goes_on: impl Fn() -> bool) {
+        self.shared.lock().preparers += 1;
+        while goes_on() && self.shared.prepare_next() {}
         self.shared.lock().preparers -= 1;
         self.shared.prepared.notify_all();
     }
@@ -201,6 +205,11 @@ impl BufferPool {
     /// Bytes of one buffer.
     pub fn buffer_len(&self) -> usize {
         self.shared.buffer_len
+    }
+
+    /// Bytes of all buffers.
+    pub(crate) fn len(&self) -> usize {
+        self.shared.buffer_len * self.shared.buffers
     }
 
     /// Buffers in all.

@@ -44,6 +44,28 @@ pub fn cached_lanes(processors: usize, devices: usize) -> usize {
     processors.min(MAX_LANES.saturating_mul(devices.max(1)))
 }
 
+/// Lanes, and buffers of each, by which cached bytes are staged, where they are.
+pub(crate) fn staged_lanes(devices: &[Device], wishes: &Wishes) -> Option<(usize, usize)> {
+    let is_staged = match wishes.engine {
+        EngineChoice::Auto => copies_pages(processors(), wishes),
+        EngineChoice::Pread => true,
+        EngineChoice::Uring | EngineChoice::Mapped => false,
+    };
+    let is_staged = is_staged && wishes.direct != Some(true) && !wishes.caches;
+    let pins = devices.iter().any(Device::needs_pinning);
+    (is_staged && pins).then(|| (wishes.threads.unwrap_or_else(|| warm_lanes(devices)), PREAD_BUFFERS))
+}
+
+/// Threads that read cached bytes for these devices.
+fn warm_lanes(devices: &[Device]) -> usize {
+    cached_lanes(processors(), devices.iter().filter(|device| !device.is_host()).count())
+}
+
+/// Whether threads copy cached bytes out of the page cache sooner than its pages are registered.
+fn copies_pages(cpus: usize, wishes: &Wishes) -> bool {
+    cpus >= PREAD_CPUS || wishes.verify
+}
+
 /// Where bytes are, in reports.
 pub(crate) const PINNED_MEMORY: &str = "pinned memory";
 const PAGE_CACHE: &str = "page cache";
@@ -271,7 +293,7 @@ fn auto(files: &[DataFile], first: &Piece, warm: bool, devices: &[Device], wishe
         (EngineChoice::Pread, "reads go straight to their places".into())
     } else if wishes.caches {
         (EngineChoice::Pread, "pages are copied into the cache".into())
-    } else if cpus >= PREAD_CPUS || wishes.verify {
+    } else if copies_pages(cpus, wishes) {
         (EngineChoice::Pread, format!("{cpus} processors copy faster than pages are registered"))
     } else {
         match Mapped::new(devices, false).probe(files, first) {
@@ -295,12 +317,11 @@ fn share<'a>(
         depth.begin();
     }
     let (direct, source) = (!warm, if warm { PAGE_CACHE } else { DISK });
-    let warm_lanes = || cached_lanes(processors(), devices.iter().filter(|device| !device.is_host()).count());
     let lanes = |wanted: usize| wishes.threads.unwrap_or(wanted).clamp(1, pieces.len().max(1));
     Ok(match engine {
         EngineChoice::Uring => {
             Uring::probe()?;
-            let lanes = lanes(if warm { warm_lanes() } else { URING_LANES });
+            let lanes = lanes(if warm { warm_lanes(devices) } else { URING_LANES });
             let lanes = lanes.min(MOST_READS);
             let governed = match governor {
                 Some(Governor::Depth(depth)) => Some(Governed::new(Arc::clone(depth))),
@@ -332,7 +353,7 @@ fn share<'a>(
         }
         EngineChoice::Auto | EngineChoice::Pread => {
             let (wanted, buffers_per_lane, pace) = match governor {
-                _ if warm => (warm_lanes(), PREAD_BUFFERS, Pace::Free),
+                _ if warm => (warm_lanes(devices), PREAD_BUFFERS, Pace::Free),
                 None => (COLD_LANES, PREAD_BUFFERS, Pace::Free),
                 Some(Governor::Depth(depth)) => (MOST_READS, COLD_BUFFERS, Pace::Turns(Turns::new(Arc::clone(depth)))),
                 Some(Governor::Bounce(bounce)) => (MOST_READS, PREAD_BUFFERS, Pace::Bounce(Arc::clone(bounce))),

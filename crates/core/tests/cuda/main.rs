@@ -5,6 +5,7 @@ mod cache;
 #[path = "../common/mod.rs"]
 mod common;
 mod devices;
+mod prepare;
 
 use std::time::{Duration, Instant};
 
