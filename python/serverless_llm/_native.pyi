@@ -13,6 +13,8 @@ _Placed = tuple[str, str, tuple[int, ...], tuple[int, ...] | None, int, int, int
 __version__: Final[str]
 __all__ = [
     "Checkpoint",
+    "Loader",
+    "Opening",
     "Placement",
     "Session",
     "StoreClient",
@@ -24,7 +26,6 @@ __all__ = [
     "driver_failure",
     "dtypes",
     "export",
-    "fill",
     "link_peak",
     "open",
     "open_files",
@@ -94,6 +95,11 @@ class Checkpoint:
 def open(path: _Path, *, revision: str | None = None) -> Checkpoint: ...
 
 @final
+class Opening:
+    def __new__(cls, path: _Path, *, revision: str | None = None) -> Opening: ...
+    def checkpoint(self) -> Checkpoint: ...
+
+@final
 class Placement:
     def __new__(
         cls, checkpoint: Checkpoint, selected: list[int] | None, devices: list[int] | None = None
@@ -106,29 +112,11 @@ class Placement:
     def tensors(self) -> list[_Placed]: ...
 
 def select(checkpoint: Checkpoint, globs: list[str] | None) -> list[int]: ...
-def fill(
-    placement: Placement,
-    devices: list[str],
-    addresses: list[int],
-    *,
-    engine: str,
-    direct: bool | None,
-    verify: bool,
-    threads: int | None,
-    pinned_bytes: int | None,
-    alloc_s: float,
-    progress: _Progress,
-    server: str | None = None,
-    token: str | None = None,
-    meanwhile: Iterator[object] | None = None,
-) -> tuple[str, str]: ...
-def open_files(root: _Path, files: Sequence[_Path]) -> Checkpoint: ...
 
 @final
-class Session:
+class Loader:
     def __new__(
         cls,
-        checkpoint: Checkpoint,
         devices: list[str],
         *,
         engine: str,
@@ -138,7 +126,23 @@ class Session:
         pinned_bytes: int | None,
         server: str | None = None,
         token: str | None = None,
-    ) -> Session: ...
+    ) -> Loader: ...
+    def prepare(self, path: _Path, *, revision: str | None = None) -> None: ...
+    def fill(
+        self,
+        placement: Placement,
+        addresses: list[int],
+        *,
+        alloc_s: float,
+        progress: _Progress,
+        meanwhile: Iterator[object] | None = None,
+    ) -> tuple[str, str]: ...
+
+def open_files(root: _Path, files: Sequence[_Path]) -> Checkpoint: ...
+
+@final
+class Session:
+    def __new__(cls, checkpoint: Checkpoint, loader: Loader) -> Session: ...
     def copy(
         self,
         file: int,

@@ -191,7 +191,7 @@ class Deferred(_native.ViewsFirst, TorchDispatchMode):
         """The checkpoint's names and tensors, in the order of its files; all, or those at these places. At its end all
         copies have arrived."""
         mapping = _Mapping(checkpoint, self._options["verify"])
-        session = _native.Session(checkpoint, self._ids, **self._options)
+        session = _native.Session(checkpoint, _native.Loader(self._ids, **self._options))
         self._sources.append((mapping, session))
         self._ranges.extend((start, end, number, session, mapping) for start, end, number in mapping.ranges)
         self._ranges.sort(key=_START)

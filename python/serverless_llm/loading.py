@@ -14,7 +14,7 @@ from ._native import Checkpoint
 from .errors import InvalidError
 from .reports import LoadReport
 from .staging import Staged
-from .store import Progress, Source, opened
+from .store import Progress, Source, opened, opening
 
 Server = str | bool | None
 
@@ -57,11 +57,15 @@ def load(
 
     A dtype is never changed. Tied tensors share memory.
     """
-    arrays = _arrays_of(framework)
-    checkpoint = opened(source, revision)
-    selected = _selected(checkpoint, tensors)
     options = _options(engine, direct, verify, threads, pinned_bytes, server, token)
-    return _fill(arrays, checkpoint, selected, [arrays.device_id(device)], None, options, progress)
+    checkpoint_of = opening(source, revision)
+    arrays = _arrays_of(framework)
+    devices = [arrays.device_id(device)]
+    loader = _native.Loader(devices, **options)
+    if tensors is None:
+        _prepare(loader, source, revision)
+    checkpoint = checkpoint_of()
+    return _fill(arrays, loader, checkpoint, _selected(checkpoint, tensors), devices, None, progress)
 
 
 def load_dict(
@@ -80,17 +84,20 @@ def load_dict(
     `{"": 0, "lm_head": "cpu"}`: the longest name that a tensor's name begins with decides, and `""` fits all.
     `server` and `token` are as in `load`.
     """
+    options = _options("auto", None, verify, None, None, server, token)
+    checkpoint_of = opening(path, revision)
     arrays = _arrays_of("torch")
-    checkpoint = opened(path, revision)
     if not isinstance(device_map, Mapping):
         device_map = {"": device_map}
     ids = {module: arrays.device_id(device) for module, device in device_map.items()}
-    devices = sorted(set(ids.values()))
+    devices = sorted(set(ids.values())) or ["cpu"]
+    loader = _native.Loader(devices, **options)
+    _prepare(loader, path, revision)
+    checkpoint = checkpoint_of()
     numbers = None
     if ids.keys() != {""}:
         numbers = [devices.index(_device_of(name, ids)) for name in checkpoint.names]
-    options = _options("auto", None, verify, None, None, server, token)
-    return _fill(arrays, checkpoint, None, devices or ["cpu"], numbers, options, progress)
+    return _fill(arrays, loader, checkpoint, None, devices, numbers, progress)
 
 
 def iter_tensors(
@@ -127,11 +134,11 @@ def iter_tensors(
 
 def _fill(
     arrays: Any,
+    loader: Any,
     checkpoint: Checkpoint,
     selected: list[int] | None,
     devices: list[str],
     numbers: list[int] | None,
-    options: dict[str, Any],
     progress: Progress | None,
 ) -> LoadedDict:
     placement = _native.Placement(checkpoint, selected, numbers)
@@ -142,17 +149,21 @@ def _fill(
     alloc_s = time.perf_counter() - start
     loaded = LoadedDict()
     # Many tensors take as long to make as to load: they are made while their bytes are under way.
-    report, text = _native.fill(
+    report, text = loader.fill(
         placement,
-        devices,
         [address for _, address in blocks],
-        **options,
         alloc_s=alloc_s,
         progress=progress,
         meanwhile=_make(loaded, arrays, [block for block, _ in blocks], placement),
     )
     loaded.report = LoadReport._from_json(report, text)
     return loaded
+
+
+def _prepare(loader: Any, source: Source, revision: str | None) -> None:
+    """Begins to pin memory for the load, while the source is opened."""
+    if not isinstance(source, Checkpoint):
+        loader.prepare(source, revision=revision)
 
 
 def _make(loaded: LoadedDict, arrays: Any, blocks: list[Any], placement: Any) -> Iterator[None]:

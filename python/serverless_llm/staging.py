@@ -37,7 +37,7 @@ class Staged:
     def tensors(self, checkpoint: Checkpoint, selected: list[int] | None = None) -> Iterator[tuple[str, Any]]:
         """Names and tensors, in the order of the checkpoint's files; all, or those at these places."""
         selected = list(range(len(checkpoint))) if selected is None else selected
-        session = _native.Session(checkpoint, [self._device], **self._options)
+        session = _native.Session(checkpoint, _native.Loader([self._device], **self._options))
         try:
             under_way: list[Any] = []
             # The caller still holds the last tensor of one group while the next is used and another comes.

@@ -25,6 +25,14 @@ def opened(source: Source, revision: str | None = None) -> Checkpoint:
     return source
 
 
+def opening(source: Source, revision: str | None = None) -> Callable[[], Checkpoint]:
+    """Begins to open a path in a thread; what this gives waits for the checkpoint."""
+    if isinstance(source, Checkpoint):
+        checkpoint = opened(source, revision)
+        return lambda: checkpoint
+    return _native.Opening(source, revision=revision).checkpoint
+
+
 def convert(
     source: Source,
     target: Path,

@@ -3,26 +3,54 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{Builder, JoinHandle};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyIterator, PyList, PyTuple};
-use sllm_core::OpenOptions;
+use sllm_core::{Error, OpenOptions, Result};
 
-use crate::error::raise;
+use crate::error::{named, raise};
 use crate::load::{Placed, placed_at};
 
 /// Opens a model directory, a safetensors file, or a repository id that the Hugging Face cache holds.
 #[pyfunction]
 #[pyo3(signature = (path, *, revision=None))]
 pub(crate) fn open(py: Python<'_>, path: PathBuf, revision: Option<String>) -> PyResult<Checkpoint> {
-    let opened = py.detach(|| {
-        let options = OpenOptions::new();
-        let options = if let Some(revision) = revision { options.revision(revision) } else { options };
-        options.open(&path)
-    });
-    let inner = Arc::new(opened.map_err(|e| raise(py, &e))?);
-    Ok(Checkpoint { inner })
+    let opened = py.detach(|| open_options(revision).open(&path));
+    Ok(Checkpoint { inner: Arc::new(opened.map_err(|e| raise(py, &e))?) })
+}
+
+pub(crate) fn open_options(revision: Option<String>) -> OpenOptions {
+    let options = OpenOptions::new();
+    if let Some(revision) = revision { options.revision(revision) } else { options }
+}
+
+/// A checkpoint that a thread opens while the caller does something else.
+#[pyclass(frozen, module = "serverless_llm._native")]
+pub(crate) struct Opening {
+    /// Until it was asked for.
+    thread: Mutex<Option<JoinHandle<Result<sllm_core::Checkpoint>>>>,
+}
+
+#[pymethods]
+impl Opening {
+    #[new]
+    #[pyo3(signature = (path, *, revision=None))]
+    fn new(py: Python<'_>, path: PathBuf, revision: Option<String>) -> PyResult<Opening> {
+        let options = open_options(revision);
+        let thread = Builder::new().name("sllm-open".into()).spawn(move || options.open(path));
+        let thread = thread.map_err(|e| named(py, "ReadWriteError", &format!("cannot start a thread to open: {e}")))?;
+        Ok(Opening { thread: Mutex::new(Some(thread)) })
+    }
+
+    /// Waits for it; what opening raises is raised here. It is given once.
+    fn checkpoint(&self, py: Python<'_>) -> PyResult<Checkpoint> {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = thread.ok_or_else(|| raise(py, &Error::Invalid("the checkpoint was given already".into())))?;
+        let opened = py.detach(|| thread.join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok(Checkpoint { inner: Arc::new(opened.map_err(|e| raise(py, &e))?) })
+    }
 }
 
 /// An opened checkpoint: a mapping of names to `TensorInfo`, in the order of the files.

@@ -21,9 +21,9 @@ mod _native {
     use pyo3::prelude::*;
 
     #[pymodule_export]
-    use crate::checkpoint::{Checkpoint, TensorInfo, open};
+    use crate::checkpoint::{Checkpoint, Opening, TensorInfo, open};
     #[pymodule_export]
-    use crate::load::{Placement, check_room, driver_failure, fill, link_peak, select};
+    use crate::load::{Loader, Placement, check_room, driver_failure, link_peak, select};
     #[pymodule_export]
     use crate::server::StoreClient;
     #[pymodule_export]

@@ -1,12 +1,13 @@
 //! Loads into memory that Python objects own.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
-use sllm_core::{Block, Device, DeviceError, EngineChoice, Filter, Loader, LoaderBuilder, free_memory};
+use sllm_core::{Block, Control, Device, DeviceError, EngineChoice, Filter, LoaderBuilder, free_memory};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, open_options};
 use crate::error::raise;
 use crate::memory::HostBytes;
 use crate::number::{bytes_of, threads_of};
@@ -95,71 +96,91 @@ pub(crate) fn placed_at<'a, 'py>(
     Ok((&info.name, info.dtype.name(), PyTuple::new(py, &*info.shape)?, strides, info.len, block, offset))
 }
 
-/// The devices of these names, and a builder of loads to them by these settings.
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn builder(
-    devices: &[String],
-    engine: &str,
-    direct: Option<bool>,
-    verify: bool,
-    threads: Option<usize>,
-    pinned_bytes: Option<u64>,
-    server: Option<&str>,
-    token: Option<String>,
-) -> sllm_core::Result<(Vec<Device>, LoaderBuilder)> {
-    let devices = devices.iter().map(|id| Device::parse(id)).collect::<sllm_core::Result<Vec<_>>>()?;
-    let loader = server::asked(Loader::builder(), server, token)?
-        .devices(devices.clone())
-        .engine(engine.parse::<EngineChoice>()?)
-        .direct(direct)
-        .verify(verify)
-        .threads(threads)
-        .pinned_bytes(pinned_bytes);
-    Ok((devices, loader))
+/// Loads to these devices by these settings.
+#[pyclass(frozen, module = "serverless_llm._native")]
+pub(crate) struct Loader {
+    pub(crate) devices: Vec<Device>,
+    builder: LoaderBuilder,
 }
 
-/// Fills the blocks of a placement, which lie at `addresses`, and gives the report as JSON and as text.
-///
-/// `alloc_s` is the time that allocating them took, for the report. The caller keeps every block allocated, and does not
-/// touch it, until this returns. The iterator `meanwhile` is taken to its end in this
-/// thread while the bytes move; what a step raises stops the load.
-#[pyfunction]
-#[pyo3(signature = (placement, devices, addresses, *, engine, direct, verify, threads, pinned_bytes, alloc_s, progress, server=None, token=None, meanwhile=None))]
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn fill(
-    py: Python<'_>,
-    placement: &Placement,
-    devices: Vec<String>,
-    addresses: Vec<u64>,
-    engine: &str,
-    direct: Option<bool>,
-    verify: bool,
-    #[pyo3(from_py_with = threads_of)] threads: Option<usize>,
-    #[pyo3(from_py_with = bytes_of)] pinned_bytes: Option<u64>,
-    alloc_s: f64,
-    progress: Option<&Bound<'_, PyAny>>,
-    server: Option<&str>,
-    token: Option<String>,
-    meanwhile: Option<&Bound<'_, PyAny>>,
-) -> PyResult<(String, String)> {
-    let mut report = wait::run_beside(py, progress, meanwhile, |control| {
-        let (devices, loader) = builder(&devices, engine, direct, verify, threads, pinned_bytes, server, token)?;
-        let invalid = |what: &str| sllm_core::Error::Invalid(what.into());
-        if addresses.len() != placement.inner.blocks.len() {
-            return Err(invalid("there is not one address a block"));
-        }
-        let mut blocks = Vec::with_capacity(addresses.len());
-        for (spec, &address) in placement.inner.blocks.iter().zip(&addresses) {
-            let device = devices.get(spec.device).ok_or_else(|| invalid("a block names a device that is not given"))?;
-            HostBytes::new(address, spec.len)?;
-            // SAFETY: `serverless_llm.loading` allocated as many bytes there, on that device, waited for what was queued on
-            // them, and holds them until this call returns.
-            blocks.push(unsafe { Block::from_raw(device, address, spec.len) });
-        }
-        loader.control(control).build()?.fill(&placement.checkpoint, &placement.inner, blocks)
-    })?;
-    report.add_alloc(alloc_s);
-    Ok((json(py, &report)?, report.to_string()))
+impl Loader {
+    pub(crate) fn with(&self, control: Control) -> sllm_core::Result<sllm_core::Loader> {
+        self.builder.clone().control(control).build()
+    }
+}
+
+#[pymethods]
+impl Loader {
+    #[new]
+    #[pyo3(signature = (devices, *, engine, direct, verify, threads, pinned_bytes, server=None, token=None))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        py: Python<'_>,
+        devices: Vec<String>,
+        engine: &str,
+        direct: Option<bool>,
+        verify: bool,
+        #[pyo3(from_py_with = threads_of)] threads: Option<usize>,
+        #[pyo3(from_py_with = bytes_of)] pinned_bytes: Option<u64>,
+        server: Option<&str>,
+        token: Option<String>,
+    ) -> PyResult<Loader> {
+        let build = || {
+            let devices = devices.iter().map(|id| Device::parse(id)).collect::<sllm_core::Result<Vec<_>>>()?;
+            let builder = server::asked(sllm_core::Loader::builder(), server, token)?
+                .devices(devices.clone())
+                .engine(engine.parse::<EngineChoice>()?)
+                .direct(direct)
+                .verify(verify)
+                .threads(threads)
+                .pinned_bytes(pinned_bytes);
+            builder.clone().build()?;
+            Ok(Loader { devices, builder })
+        };
+        py.detach(build).map_err(|e| raise(py, &e))
+    }
+
+    /// Begins to pin what the next load is staged by, while the caller opens a checkpoint.
+    #[pyo3(signature = (path, *, revision=None))]
+    fn prepare(&self, py: Python<'_>, path: PathBuf, revision: Option<String>) -> PyResult<()> {
+        let prepare = || self.with(Control::new()).map(|loader| loader.prepare(path, &open_options(revision)));
+        py.detach(prepare).map_err(|e| raise(py, &e))
+    }
+
+    /// Fills the blocks of a placement, which lie at `addresses`, and gives the report as JSON and as text.
+    ///
+    /// `alloc_s` is the time that allocating them took, for the report. The caller keeps every block allocated, and does not
+    /// touch it, until this returns. The iterator `meanwhile` is taken to its end in this
+    /// thread while the bytes move; what a step raises stops the load.
+    #[pyo3(signature = (placement, addresses, *, alloc_s, progress, meanwhile=None))]
+    fn fill(
+        &self,
+        py: Python<'_>,
+        placement: &Placement,
+        addresses: Vec<u64>,
+        alloc_s: f64,
+        progress: Option<&Bound<'_, PyAny>>,
+        meanwhile: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<(String, String)> {
+        let mut report = wait::run_beside(py, progress, meanwhile, |control| {
+            let invalid = |what: &str| sllm_core::Error::Invalid(what.into());
+            if addresses.len() != placement.inner.blocks.len() {
+                return Err(invalid("there is not one address a block"));
+            }
+            let mut blocks = Vec::with_capacity(addresses.len());
+            for (spec, &address) in placement.inner.blocks.iter().zip(&addresses) {
+                let device = self.devices.get(spec.device);
+                let device = device.ok_or_else(|| invalid("a block names a device that is not given"))?;
+                HostBytes::new(address, spec.len)?;
+                // SAFETY: `serverless_llm.loading` allocated as many bytes there, on that device, waited for what was queued
+                // on them, and holds them until this call returns.
+                blocks.push(unsafe { Block::from_raw(device, address, spec.len) });
+            }
+            self.with(control)?.fill(&placement.checkpoint, &placement.inner, blocks)
+        })?;
+        report.add_alloc(alloc_s);
+        Ok((json(py, &report)?, report.to_string()))
+    }
 }
 
 /// Raises where the system, or the limit of the control group, leaves fewer bytes of the host's memory: who takes more is

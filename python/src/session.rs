@@ -6,13 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use pyo3::prelude::*;
-use sllm_core::{Block, Device, Error, Result, Strided};
+use sllm_core::{Block, Control, Device, Error, Result, Strided};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::raise;
-use crate::load::{Placement, builder};
+use crate::load::{Loader, Placement};
 use crate::memory::HostBytes;
-use crate::number::{bytes_of, threads_of};
 use crate::work::json;
 
 /// Opens safetensors files that the caller chose, found below `root`.
@@ -25,7 +24,7 @@ pub(crate) fn open_files(py: Python<'_>, root: PathBuf, files: Vec<PathBuf>) -> 
 /// A load to which copies are added while it runs.
 #[pyclass(frozen, module = "serverless_llm._native")]
 pub(crate) struct Session {
-    devices: Vec<Device>,
+    loader: Py<Loader>,
     /// Taken when it is finished or closed.
     inner: Mutex<Option<Inner>>,
 }
@@ -61,26 +60,10 @@ impl Session {
 #[pymethods]
 impl Session {
     #[new]
-    #[pyo3(signature = (checkpoint, devices, *, engine, direct, verify, threads, pinned_bytes, server=None, token=None))]
-    #[allow(clippy::too_many_arguments)]
-    fn new(
-        py: Python<'_>,
-        checkpoint: &Checkpoint,
-        devices: Vec<String>,
-        engine: &str,
-        direct: Option<bool>,
-        verify: bool,
-        #[pyo3(from_py_with = threads_of)] threads: Option<usize>,
-        #[pyo3(from_py_with = bytes_of)] pinned_bytes: Option<u64>,
-        server: Option<&str>,
-        token: Option<String>,
-    ) -> PyResult<Session> {
-        let start = || {
-            let (devices, loader) = builder(&devices, engine, direct, verify, threads, pinned_bytes, server, token)?;
-            let session = Arc::new(loader.build()?.session(Arc::clone(&checkpoint.inner))?);
-            Ok(Session { devices, inner: Mutex::new(Some(Inner { session, blocks: HashMap::new() })) })
-        };
-        start().map_err(|e| raise(py, &e))
+    fn new(py: Python<'_>, checkpoint: &Checkpoint, loader: Py<Loader>) -> PyResult<Session> {
+        let start = || loader.get().with(Control::new())?.session(Arc::clone(&checkpoint.inner));
+        let session = Arc::new(py.detach(start).map_err(|e| raise(py, &e))?);
+        Ok(Session { loader, inner: Mutex::new(Some(Inner { session, blocks: HashMap::new() })) })
     }
 
     /// Adds an elementwise copy of a strided view of file bytes to a view of the same shape in memory that begins at
@@ -107,7 +90,7 @@ impl Session {
         let strided = Strided { file, offset, dst_offset, item_len, shape, src_strides, dst_strides };
         let Some(segments) = strided.segments() else { return Ok(false) };
         let added = self.with(|inner| {
-            let block = inner.block(&self.devices, device, base, len)?.clone();
+            let block = inner.block(&self.loader.get().devices, device, base, len)?.clone();
             inner.session.add(&block, segments)
         });
         added.map(|()| true).map_err(|e| raise(py, &e))
@@ -121,7 +104,7 @@ impl Session {
                 return Err(Error::Invalid("there is not one address a block".into()));
             }
             for (number, (spec, &address)) in placed.blocks.iter().zip(&addresses).enumerate() {
-                let block = inner.block(&self.devices, 0, address, spec.len)?.clone();
+                let block = inner.block(&self.loader.get().devices, 0, address, spec.len)?.clone();
                 inner.session.add(&block, placed.segments.iter().filter(|s| s.block == number).copied())?;
             }
             Ok(())

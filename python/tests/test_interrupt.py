@@ -137,10 +137,11 @@ def fill(checkpoint, **changed):
         call("cuCtxSetCurrent", context)
         call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(nbytes))
         addresses.append(address.value)
-    options = dict(engine="auto", direct=None, verify=False, threads=None)
-    options.update(pinned_bytes=None, alloc_s=0.0, progress=None)
-    report, text = _native.fill(placement, ["cuda:0", "cuda:1"], addresses, **{**options, **changed})
+    report, text = loader("cuda:0", "cuda:1", **changed).fill(placement, addresses, alloc_s=0.0, progress=None)
     return placement, addresses, report
+def loader(*devices, **changed):
+    options = dict(engine="auto", direct=None, verify=False, threads=None, pinned_bytes=None)
+    return _native.Loader(list(devices), **{**options, **changed})
 call("cuInit", 0)
 """
 
@@ -203,8 +204,7 @@ if child == 0:
     selected = _native.select(checkpoint, ["odd"])
     placement = _native.Placement(checkpoint, selected, [0])
     try:
-        _native.fill(placement, ["cuda:0"], [4096], engine="auto", direct=None, verify=False, threads=None,
-                     pinned_bytes=None, alloc_s=0.0, progress=None)
+        loader("cuda:0").fill(placement, [4096], alloc_s=0.0, progress=None)
     except sllm.DeviceError as e:
         os._exit(0 if "forked" in str(e) else 3)
     os._exit(4)
@@ -223,8 +223,7 @@ try:
 except AssertionError:
     pass
 try:
-    _native.fill(_native.Placement(sllm.open({str(store)!r}), [], []), ["cuda:7"], [], engine="auto", direct=None,
-                 verify=False, threads=None, pinned_bytes=None, alloc_s=0.0, progress=None)
+    loader("cuda:7")
 except sllm.DeviceError as e:
     assert "no device cuda:7: 1 are visible" in str(e), e
 else:
