@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::sync::{Mutex, PoisonError};
+use std::thread::{Builder, Scope};
 
 /// Processors that this process may use.
 pub(crate) fn processors() -> usize {
@@ -49,15 +50,23 @@ pub(crate) fn try_share<I: Iterator + Send, S, E: Send>(
             }
         }
     };
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            if std::thread::Builder::new().name(name.into()).spawn_scoped(scope, run).is_err() {
-                break;
-            }
-        }
-        run();
-    });
+    std::thread::scope(|scope| fan_out(scope, threads, name, &run));
     shared.into_inner().unwrap_or_else(PoisonError::into_inner).1
+}
+
+/// Runs `run` in this thread and in as many more as make `threads`, or in fewer where no more can be had. To start a thread
+/// takes as long as short work: so each starts others before it begins.
+fn fan_out<'s>(scope: &'s Scope<'s, '_>, threads: usize, name: &'s str, run: &'s (dyn Fn() + Sync)) {
+    let mut left = threads.saturating_sub(1);
+    while left > 0 {
+        let theirs = left.div_ceil(2);
+        let start = move || fan_out(scope, theirs, name, run);
+        if Builder::new().name(name.into()).spawn_scoped(scope, start).is_err() {
+            break;
+        }
+        left -= theirs;
+    }
+    run();
 }
 
 #[cfg(test)]

@@ -183,11 +183,53 @@ struct Parts {
     tensors: Vec<TensorInfo>,
     /// Each name is known to be there once.
     names_differ: bool,
+    /// Tensors are known to be in order, and each to begin where the one before it in its file ends.
+    are_in_line: bool,
     sums: Option<ChunkSums>,
     identity: Option<String>,
     origin: Origin,
     /// The file that errors about names and places are told of.
     told_by: PathBuf,
+}
+
+impl Parts {
+    /// Whether each name is there once; if they have to be sorted for that, `by_name` keeps their order.
+    fn check_names(&self, by_name: &OnceLock<Vec<usize>>) -> Result<()> {
+        if self.names_differ || self.tensors.is_sorted_by(|a, b| a.name < b.name) {
+            return Ok(());
+        }
+        let by_name = by_name.get_or_init(|| sorted_by_name(&self.tensors));
+        for pair in by_name.windows(2) {
+            let (a, b) = (&self.tensors[pair[0]], &self.tensors[pair[1]]);
+            if a.name == b.name {
+                let reason = match (self.files.get(a.file), self.files.get(b.file)) {
+                    (Some(one), Some(two)) if a.file != b.file => {
+                        format!("the tensor is in two files, {} and {}", one.name(), two.name())
+                    }
+                    (Some(file), _) => format!("the name occurs twice in {}", file.name()),
+                    _ => "the name occurs twice".to_owned(),
+                };
+                return Err(FormatError::new(&self.told_by, reason).tensor(&a.name).into());
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether tensors, which are in order, have their bytes for themselves, but for tied ones.
+    fn check_overlaps(&self) -> Result<()> {
+        let mut last: Option<&TensorInfo> = None;
+        for tensor in self.tensors.iter().filter(|t| t.len > 0) {
+            if let Some(before) = last.filter(|before| before.file == tensor.file) {
+                let shares_storage = self.layout == Layout::Original && before.offset == tensor.offset;
+                if before.offset + before.len > tensor.offset && !tensor.is_tied_with(before) && !shares_storage {
+                    let reason = format!("it overlaps tensor {:?}", before.name);
+                    return Err(FormatError::new(&self.told_by, reason).tensor(&tensor.name).at(tensor.offset).into());
+                }
+            }
+            last = Some(tensor);
+        }
+        Ok(())
+    }
 }
 
 impl Checkpoint {
@@ -236,45 +278,26 @@ impl Checkpoint {
     }
 
     fn from_parts(mut parts: Parts) -> Result<Checkpoint> {
-        if let Some(tensor) = parts.tensors.iter().find(|tensor| tensor.file >= parts.files.len()) {
+        if !parts.are_in_line
+            && let Some(tensor) = parts.tensors.iter().find(|tensor| tensor.file >= parts.files.len())
+        {
             let reason = format!("there is no data file {} for it", tensor.file);
             return Err(FormatError::new(&parts.told_by, reason).tensor(&tensor.name).at(tensor.offset).into());
         }
         // Whoever adds lengths up, each rounded to a page or not, need not look at the sums.
-        let few =
-            fit_63_bits(parts.files.iter().map(DataFile::len)) && fit_63_bits(parts.tensors.iter().map(|t| t.len));
+        let few = fit_63_bits(parts.files.iter().map(DataFile::len))
+            && (parts.are_in_line || fit_63_bits(parts.tensors.iter().map(|tensor| tensor.len)));
         if !few {
             let reason = "the lengths of its files, or of its tensors, add up to 2^63 bytes or more";
             return Err(FormatError::new(&parts.told_by, reason).into());
         }
-        parts.tensors.sort_by(|a, b| (a.file, a.offset, a.len, &a.name).cmp(&(b.file, b.offset, b.len, &b.name)));
         let by_name = OnceLock::new();
-        if !parts.names_differ && !parts.tensors.is_sorted_by(|a, b| a.name < b.name) {
-            let by_name = by_name.get_or_init(|| sorted_by_name(&parts.tensors));
-            for pair in by_name.windows(2) {
-                let (a, b) = (&parts.tensors[pair[0]], &parts.tensors[pair[1]]);
-                if a.name == b.name {
-                    let reason = match (parts.files.get(a.file), parts.files.get(b.file)) {
-                        (Some(one), Some(two)) if a.file != b.file => {
-                            format!("the tensor is in two files, {} and {}", one.name(), two.name())
-                        }
-                        (Some(file), _) => format!("the name occurs twice in {}", file.name()),
-                        _ => "the name occurs twice".to_owned(),
-                    };
-                    return Err(FormatError::new(&parts.told_by, reason).tensor(&a.name).into());
-                }
-            }
-        }
-        let mut last: Option<&TensorInfo> = None;
-        for tensor in parts.tensors.iter().filter(|t| t.len > 0) {
-            if let Some(before) = last.filter(|before| before.file == tensor.file) {
-                let shares_storage = parts.layout == Layout::Original && before.offset == tensor.offset;
-                if before.offset + before.len > tensor.offset && !tensor.is_tied_with(before) && !shares_storage {
-                    let reason = format!("it overlaps tensor {:?}", before.name);
-                    return Err(FormatError::new(&parts.told_by, reason).tensor(&tensor.name).at(tensor.offset).into());
-                }
-            }
-            last = Some(tensor);
+        if parts.are_in_line {
+            parts.check_names(&by_name)?;
+        } else {
+            parts.tensors.sort_by(|a, b| (a.file, a.offset, a.len, &a.name).cmp(&(b.file, b.offset, b.len, &b.name)));
+            parts.check_names(&by_name)?;
+            parts.check_overlaps()?;
         }
         let Parts { root, layout, files, tensors, sums, identity, origin, .. } = parts;
         Ok(Checkpoint { root, layout, files, tensors, by_name, sums, identity, origin, contents: None })

@@ -65,6 +65,7 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
         files,
         tensors,
         names_differ: true,
+        are_in_line: false,
         sums: None,
         identity: None,
         origin: Origin { layout: "original".into(), shards, index: None, seen: None },

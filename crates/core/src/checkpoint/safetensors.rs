@@ -196,6 +196,7 @@ fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex)
         files,
         tensors,
         names_differ: is_as_told,
+        are_in_line: true,
         sums: None,
         identity: None,
         origin: Origin { layout: Layout::Safetensors.name().into(), shards, index: metadata, seen: None },

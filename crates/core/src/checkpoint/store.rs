@@ -47,6 +47,7 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
         files,
         tensors: tensors.collect(),
         names_differ: false,
+        are_in_line: false,
         sums: Some(sums),
         identity: Some(manifest.identity),
         origin,

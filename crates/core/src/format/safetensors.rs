@@ -204,11 +204,15 @@ pub(crate) fn parse(file: OfFile<'_>, json: Vec<u8>) -> Result<Header, FormatErr
     fault.map_or(Ok(header), Err)
 }
 
-/// Sorts a file's tensors by their places and checks these.
+/// Sorts a file's tensors by their places, those of no bytes by their names, and checks that each begins where the one before
+/// it ends.
 ///
 /// Rejects what safetensors rejects: overlaps, holes, and bytes after the last tensor.
 pub(crate) fn check_places(file: OfFile<'_>, tensors: &mut [TensorInfo], file_len: u64) -> Result<(), FormatError> {
-    tensors.sort_by_key(|tensor| (tensor.offset, tensor.len));
+    let order = |a: &TensorInfo, b: &TensorInfo| (a.offset, a.len, &a.name).cmp(&(b.offset, b.len, &b.name));
+    if !tensors.is_sorted_by(|a, b| order(a, b).is_le()) {
+        tensors.sort_unstable_by(order);
+    }
     let mut end = file.data_start();
     for tensor in tensors {
         if tensor.offset != end {

@@ -125,7 +125,7 @@ impl Placement {
         selected: &[usize],
         mut device_of: impl FnMut(&TensorInfo) -> usize,
     ) -> Result<Placement> {
-        let mut placement = Placement::default();
+        let mut placement = Placement { tensors: Vec::with_capacity(selected.len()), ..Placement::default() };
         let mut cursors: Vec<(usize, Cursor)> = Vec::new();
         let mut tied: Vec<(usize, Placed)> = Vec::new(); // placed tensors of the same bytes, one a device
         let too_large = || Error::Invalid("the tensors do not fit 64-bit addresses".into());
