@@ -10,9 +10,10 @@ use super::staging::divide;
 use crate::error::Result;
 use crate::numa::Node;
 use crate::pool::BufferPool;
+use crate::threads::processors;
 
-/// Threads that pin a ring ahead: while the driver pins for one, the others touch the next steps.
-const THREADS: usize = 3;
+/// Threads that pin a ring ahead: while the driver pins for one, the others touch the next steps, which takes longer.
+const THREADS: usize = 5;
 
 /// What a ring is made of.
 #[derive(Debug, Clone, Copy)]
@@ -62,7 +63,7 @@ impl Ring {
 
     /// Prepares and pins all of it by threads of its own; loads may use it meanwhile.
     pub(super) fn prepare(&mut self) {
-        for _ in 0..THREADS {
+        for _ in 0..THREADS.min(processors()) {
             let (pool, stopped) = (self.pool.clone(), Arc::clone(&self.threads.stopped));
             let work = move || pool.prepare_while(|| !stopped.load(Ordering::Relaxed));
             // What no thread can be had for, lanes prepare.
