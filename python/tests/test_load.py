@@ -306,7 +306,7 @@ def test_too_little_memory_is_said_before_anything_moves(store: Path, monkeypatc
         raise torch.cuda.OutOfMemoryError("no room")
 
     monkeypatch.setattr(_torch.torch, "empty", full)
-    monkeypatch.setattr(sllm._native, "fill", None)
+    monkeypatch.setattr(sllm.loading, "_make", None)
     with pytest.raises(sllm.DeviceMemoryError, match=r"cpu: \d+ bytes are needed: no room"):
         sllm.load(store, device="cpu", framework="torch", tensors="large")
 
