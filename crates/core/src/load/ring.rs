@@ -13,7 +13,7 @@ use crate::pool::BufferPool;
 use crate::threads::processors;
 
 /// Threads that pin a ring ahead: while the driver pins for one, the others touch the next steps, which takes longer.
-const THREADS: usize = 5;
+const THREADS: usize = 3;
 
 /// What a ring is made of.
 #[derive(Debug, Clone, Copy)]
