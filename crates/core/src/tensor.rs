@@ -12,6 +12,7 @@ use std::sync::Arc;
 use serde::de::{Deserialize, Deserializer, SeqAccess, Visitor};
 
 use crate::dtype::Dtype;
+use crate::pool::SharedText;
 
 /// One tensor and the place of its bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,7 +46,7 @@ impl TensorInfo {
 /// A tensor's name: a text, which it may share with other names.
 #[derive(Clone)]
 pub struct TensorName {
-    text: Arc<String>,
+    text: Arc<SharedText>,
     start: usize,
     len: usize,
 }
@@ -58,7 +59,7 @@ impl TensorName {
     }
 
     /// A name that was read out of `text`, of which it is a part unless it had escapes there.
-    pub(crate) fn read_from(text: &Arc<String>, name: Cow<'_, str>) -> TensorName {
+    pub(crate) fn read_from(text: &Arc<SharedText>, name: Cow<'_, str>) -> TensorName {
         let start = name.as_ptr().addr().wrapping_sub(text.as_ptr().addr());
         let is_part = start.checked_add(name.len()).and_then(|end| text.get(start..end)).is_some();
         if is_part { TensorName { text: Arc::clone(text), start, len: name.len() } } else { name.into_owned().into() }
@@ -66,7 +67,7 @@ impl TensorName {
 
     /// Names that share one text.
     pub(crate) fn of_all<'a>(names: impl Iterator<Item = &'a str> + Clone) -> impl Iterator<Item = TensorName> {
-        let text = Arc::new(names.clone().collect::<String>());
+        let text: Arc<SharedText> = Arc::new(names.clone().collect::<String>().into());
         names.scan(0, move |end, name| {
             let start = *end;
             *end += name.len();
@@ -77,7 +78,7 @@ impl TensorName {
 
 impl From<String> for TensorName {
     fn from(name: String) -> Self {
-        TensorName { len: name.len(), text: Arc::new(name), start: 0 }
+        TensorName { len: name.len(), text: Arc::new(name.into()), start: 0 }
     }
 }
 
@@ -234,7 +235,7 @@ mod tests {
 
     #[test]
     fn names_are_parts_of_the_text_they_were_read_from_unless_they_differ_from_it() {
-        let text = Arc::new(String::from("{\"é\":1,\"b\\n\":2}"));
+        let text: Arc<SharedText> = Arc::new(String::from("{\"é\":1,\"b\\n\":2}").into());
         let part = TensorName::read_from(&text, Cow::Borrowed(&text[2..4]));
         assert!(part == "é" && Arc::ptr_eq(&part.text, &text));
         assert_eq!(TensorName::read_from(&text, Cow::Borrowed(&text[2..2])), "");

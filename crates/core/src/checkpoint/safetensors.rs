@@ -267,10 +267,12 @@ fn scan<'a>(
         Some((of_file, JsonText::new(file, place, b'}', piece_len)))
     };
     let mut headers: Vec<_> = files.into_iter().map(header).collect();
-    let of_index = index.iter_mut().flat_map(|text| text.tasks(hf_index::scan));
+    let of_all = headers.iter().flatten().map(|(_, text)| text.pieces());
+    let buffers = texts::buffers(len, of_all.chain(index.iter().map(JsonText::pieces)));
+    let of_index = index.iter_mut().flat_map(|text| text.tasks(buffers.as_ref(), hf_index::scan));
     let of_headers = headers.iter_mut().flatten().flat_map(|(of_file, text)| {
         let of_file = *of_file;
-        text.tasks(move |piece| safetensors::scan(of_file, piece))
+        text.tasks(buffers.as_ref(), move |piece| safetensors::scan(of_file, piece))
     });
     texts::share(len, of_index.chain(of_headers));
     let found = |(of_file, text): (OfFile<'_>, JsonText<'_, Header>)| {

@@ -2,9 +2,12 @@
 //! before the first byte of them moves.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::DataFile;
+use crate::format::PAGE;
 use crate::format::scan::{Piece, next_item};
+use crate::pool::{BufferPool, SharedText};
 use crate::read::choose::MAX_LANES;
 use crate::threads;
 
@@ -14,33 +17,54 @@ pub(super) const PIECE: u64 = 256 << 10;
 /// Bytes after a piece in which its last item ends, if the text is to be scanned at all.
 const MARGIN: u64 = 4 << 10;
 
+/// Bytes of texts that are worth buffers: half a huge page.
+const IN_BUFFERS: u64 = 1 << 20;
+
+/// Bytes of buffers that one thread makes be there: a huge page.
+const STEP_LEN: usize = 2 << 20;
+
 /// What one piece of a text takes.
 pub(super) type Task<'a> = Box<dyn FnOnce() + Send + 'a>;
 
 /// A JSON text in a file, and what was found in its pieces.
 pub(super) struct JsonText<'a, T> {
+    pieces: Pieces<'a>,
+    found: Vec<Option<T>>,
+}
+
+/// A text that is cut in so many pieces.
+#[derive(Clone)]
+struct Pieces<'a> {
     file: &'a DataFile,
     place: Range<u64>,
     /// The byte with which the items of its list end.
     item_end: u8,
-    found: Vec<Option<T>>,
+    count: usize,
 }
 
 impl<'a, T: Send> JsonText<'a, T> {
     /// A text that is cut in pieces of `piece_len` bytes or more.
     pub(super) fn new(file: &'a DataFile, place: Range<u64>, item_end: u8, piece_len: u64) -> Self {
-        let pieces = usize::try_from((place.end - place.start) / piece_len).unwrap_or(usize::MAX).max(1);
-        JsonText { file, place, item_end, found: std::iter::repeat_with(|| None).take(pieces).collect() }
+        let count = usize::try_from((place.end - place.start) / piece_len).unwrap_or(usize::MAX).max(1);
+        let pieces = Pieces { file, place, item_end, count };
+        JsonText { pieces, found: std::iter::repeat_with(|| None).take(count).collect() }
     }
 
-    /// A task for each piece.
+    /// How many pieces it has, and the most bytes that are read for one.
+    pub(super) fn pieces(&self) -> (usize, u64) {
+        let Pieces { place, count, .. } = &self.pieces;
+        (*count, (place.end - place.start).div_ceil(*count as u64) + MARGIN)
+    }
+
+    /// A task for each piece, which is read into a buffer if there is one that is long enough.
     pub(super) fn tasks<'t>(
         &'t mut self,
+        buffers: Option<&'t BufferPool>,
         scan: impl Fn(&Piece) -> Option<T> + Copy + Send + 't,
     ) -> impl Iterator<Item = Task<'t>> {
-        let (file, place, item_end, pieces) = (self.file, &self.place, self.item_end, self.found.len());
+        let pieces = &self.pieces;
         self.found.iter_mut().enumerate().map(move |(number, found)| -> Task<'t> {
-            Box::new(move || *found = read_piece(file, place, item_end, number, pieces).and_then(|piece| scan(&piece)))
+            Box::new(move || *found = pieces.read(number, buffers).and_then(|piece| scan(&piece)))
         })
     }
 
@@ -71,24 +95,48 @@ pub(super) fn share<'a>(len: u64, tasks: impl Iterator<Item = Task<'a>>) {
     threads::share(threads_for_len(len).min(tasks.len()), "sllm-open", tasks.into_iter(), |task| task());
 }
 
-/// Reads the piece `number` of `pieces` that a text is cut in: from its first item to the first of the next.
-fn read_piece(file: &DataFile, place: &Range<u64>, item_end: u8, number: usize, pieces: usize) -> Option<Piece> {
-    let len = place.end - place.start;
-    // At most `len`, so that there always is one.
-    let cut = |number: usize| u64::try_from(u128::from(len) * number as u128 / pieces as u128).ok();
-    let (from, to) = (cut(number)?, cut(number + 1)?);
-    let (is_first, is_last) = (number == 0, number + 1 == pieces);
-    let read_to = if is_last { len } else { (to + MARGIN).min(len) };
-    let mut bytes = vec![0; usize::try_from(read_to - from).ok()?];
-    file.read_exact_at(&mut bytes, place.start + from).ok()?;
-    if !is_last {
-        let to = usize::try_from(to - from).ok()?;
-        bytes.truncate(to + next_item(&bytes[to..], item_end)?);
+/// Buffers for the pieces of texts of `len` bytes in all, if these are long: so they lie in huge pages. A system takes longer to
+/// give the small pages for a text than to read it.
+pub(super) fn buffers(len: u64, pieces: impl Iterator<Item = (usize, u64)>) -> Option<BufferPool> {
+    if len < IN_BUFFERS {
+        return None;
     }
-    if !is_first {
-        bytes.drain(..next_item(&bytes, item_end)?);
+    let (count, longest) = pieces.fold((0, 0), |(count, longest), (more, len)| (count + more, len.max(longest)));
+    let buffer_len = usize::try_from(longest.next_multiple_of(PAGE)).ok()?;
+    BufferPool::new(buffer_len, count, STEP_LEN, None).ok()
+}
+
+impl Pieces<'_> {
+    /// Reads a piece: from its first item to the first of the next.
+    fn read(&self, number: usize, buffers: Option<&BufferPool>) -> Option<Piece> {
+        let len = self.place.end - self.place.start;
+        // At most `len`, so that there always is one.
+        let cut = |number: usize| u64::try_from(u128::from(len) * number as u128 / self.count as u128).ok();
+        let (from, to) = (cut(number)?, cut(number + 1)?);
+        let (is_first, is_last) = (number == 0, number + 1 == self.count);
+        let read_to = if is_last { len } else { (to + MARGIN).min(len) };
+        let (read_len, to) = (usize::try_from(read_to - from).ok()?, usize::try_from(to - from).ok()?);
+        let fill = |bytes: &mut [u8]| -> Option<Range<usize>> {
+            self.file.read_exact_at(bytes, self.place.start + from).ok()?;
+            let end = if is_last { bytes.len() } else { to + next_item(&bytes[to..], self.item_end)? };
+            let start = if is_first { 0 } else { next_item(&bytes[..end], self.item_end)? };
+            Some(start..end)
+        };
+        let text = match buffers.filter(|buffers| buffers.buffer_len() >= read_len).and_then(BufferPool::try_acquire) {
+            Some(mut buffer) => {
+                let range = fill(&mut buffer.as_mut_slice()[..read_len])?;
+                SharedText::read(buffer, range)?
+            }
+            None => {
+                let mut bytes = vec![0; read_len];
+                let Range { start, end } = fill(&mut bytes)?;
+                bytes.truncate(end);
+                bytes.drain(..start);
+                String::from_utf8(bytes).ok()?.into()
+            }
+        };
+        Some(Piece { text: Arc::new(text), is_first, is_last })
     }
-    Some(Piece { text: String::from_utf8(bytes).ok()?.into(), is_first, is_last })
 }
 
 #[cfg(test)]
@@ -97,21 +145,28 @@ mod tests {
 
     /// Keys of an object of numbers.
     fn keys(piece: &Piece) -> Option<Vec<String>> {
-        let text = format!("{}{}", if piece.is_first { "" } else { "{" }, piece.text);
+        let text = format!("{}{}", if piece.is_first { "" } else { "{" }, &**piece.text);
         let text = if piece.is_last { text } else { format!("{}}}", text.trim_end().strip_suffix(',')?) };
         let object: std::collections::BTreeMap<String, [u64; 1]> = serde_json::from_str(&text).ok()?;
         Some(object.into_keys().collect())
     }
 
+    /// What is found in pieces, in buffers or without, as in both.
     fn found(entries: &[String], piece_len: u64) -> Option<Vec<Vec<String>>> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
         let text = format!("{{{}}}\n", entries.join(",\n  "));
         std::fs::write(&path, format!("before{text}after")).unwrap();
         let file = DataFile::open(&path, "f", true).unwrap();
-        let mut text = JsonText::new(&file, 6..6 + text.len() as u64, b']', piece_len);
-        share(1 << 20, text.tasks(keys));
-        text.into_found()
+        let [in_buffers, without] = [IN_BUFFERS, 0].map(|len| {
+            let mut text = JsonText::new(&file, 6..6 + text.len() as u64, b']', piece_len);
+            let buffers = buffers(len, std::iter::once(text.pieces()));
+            assert_eq!(buffers.is_some(), len > 0);
+            share(1 << 20, text.tasks(buffers.as_ref(), keys));
+            text.into_found()
+        });
+        assert_eq!(in_buffers, without);
+        without
     }
 
     #[test]

@@ -13,6 +13,7 @@ use super::Text;
 use super::scan::{Piece, Scanner};
 use crate::dtype::Dtype;
 use crate::error::FormatError;
+use crate::pool::SharedText;
 use crate::tensor::{Shape, TensorInfo, TensorName};
 
 /// safetensors' own limit on the JSON's length (`MAX_HEADER_SIZE` in its source).
@@ -55,7 +56,7 @@ struct RawTensor<'a> {
 /// Reads the entries of a header as tensors.
 struct Reader<'a> {
     file: OfFile<'a>,
-    text: &'a Arc<String>,
+    text: &'a Arc<SharedText>,
     /// The first tensor that is none.
     fault: &'a mut Option<FormatError>,
 }
@@ -196,7 +197,7 @@ pub(crate) fn parse(file: OfFile<'_>, json: Vec<u8>) -> Result<Header, FormatErr
         let at = e.utf8_error().valid_up_to() as u64;
         FormatError::new(file.path, "its header is not valid: it is not UTF-8").at(LENGTH_FIELD + at)
     })?;
-    let text = Arc::new(text);
+    let text = Arc::new(SharedText::from(text));
     let mut fault = None;
     let mut json = serde_json::Deserializer::from_str(&text);
     let reader = Reader { file, text: &text, fault: &mut fault };

@@ -8,11 +8,13 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 
+use crate::pool::SharedText;
+
 /// A text, or a piece of one that was cut before items of its list. Who scans all pieces up to their ends has scanned the
 /// text, wherever it was cut: a piece begins where the one before it was seen to end.
 #[derive(Debug, Clone)]
 pub(crate) struct Piece {
-    pub(crate) text: Arc<String>,
+    pub(crate) text: Arc<SharedText>,
     pub(crate) is_first: bool,
     pub(crate) is_last: bool,
 }
@@ -176,7 +178,7 @@ pub(super) mod tests {
 
     /// A text whole, and in two pieces, wherever it can be cut.
     pub(in crate::format) fn cuts(text: &str, end: u8) -> Vec<Vec<Piece>> {
-        let piece = |text: &str, is_first, is_last| Piece { text: Arc::new(text.into()), is_first, is_last };
+        let piece = |text: &str, is_first, is_last| Piece { text: Arc::new(text.to_owned().into()), is_first, is_last };
         let mut places: Vec<usize> =
             (0..text.len()).filter_map(|from| Some(from + next_item(&text.as_bytes()[from..], end)?)).collect();
         places.dedup();

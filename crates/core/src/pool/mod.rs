@@ -7,6 +7,7 @@
 //! device's context; whoever copies out of a step then pins it again.
 
 mod memory;
+mod text;
 
 use std::any::Any;
 use std::ops::Range;
@@ -15,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 pub(crate) use memory::{HostMemory, ask_for_huge_pages};
+pub(crate) use text::SharedText;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
