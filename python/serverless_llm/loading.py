@@ -62,8 +62,6 @@ def load(
     arrays = _arrays_of(framework)
     devices = [arrays.device_id(device)]
     loader = _native.Loader(devices, **options)
-    if tensors is None:
-        _prepare(loader, source, revision)
     checkpoint = checkpoint_of()
     return _fill(arrays, loader, checkpoint, _selected(checkpoint, tensors), devices, None, progress)
 
@@ -92,7 +90,6 @@ def load_dict(
     ids = {module: arrays.device_id(device) for module, device in device_map.items()}
     devices = sorted(set(ids.values())) or ["cpu"]
     loader = _native.Loader(devices, **options)
-    _prepare(loader, path, revision)
     checkpoint = checkpoint_of()
     numbers = None
     if ids.keys() != {""}:
@@ -141,6 +138,8 @@ def _fill(
     numbers: list[int] | None,
     progress: Progress | None,
 ) -> LoadedDict:
+    if selected is None:  # what is selected may be little
+        loader.prepare(checkpoint)
     placement = _native.Placement(checkpoint, selected, numbers)
     for name, dtype in placement.dtypes:
         arrays.check(name, dtype)
@@ -158,12 +157,6 @@ def _fill(
     )
     loaded.report = LoadReport._from_json(report, text)
     return loaded
-
-
-def _prepare(loader: Any, source: Source, revision: str | None) -> None:
-    """Begins to pin memory for the load, while the source is opened."""
-    if not isinstance(source, Checkpoint):
-        loader.prepare(source, revision=revision)
 
 
 def _make(loaded: LoadedDict, arrays: Any, blocks: list[Any], placement: Any) -> Iterator[None]:

@@ -21,7 +21,7 @@ pub(crate) fn open(py: Python<'_>, path: PathBuf, revision: Option<String>) -> P
     Ok(Checkpoint { inner: Arc::new(opened.map_err(|e| raise(py, &e))?) })
 }
 
-pub(crate) fn open_options(revision: Option<String>) -> OpenOptions {
+fn open_options(revision: Option<String>) -> OpenOptions {
     let options = OpenOptions::new();
     if let Some(revision) = revision { options.revision(revision) } else { options }
 }

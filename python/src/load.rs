@@ -1,13 +1,12 @@
 //! Loads into memory that Python objects own.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use sllm_core::{Block, Control, Device, DeviceError, EngineChoice, Filter, LoaderBuilder, free_memory};
 
-use crate::checkpoint::{Checkpoint, open_options};
+use crate::checkpoint::Checkpoint;
 use crate::error::raise;
 use crate::memory::HostBytes;
 use crate::number::{bytes_of, threads_of};
@@ -140,10 +139,9 @@ impl Loader {
         py.detach(build).map_err(|e| raise(py, &e))
     }
 
-    /// Begins to pin what the next load is staged by, while the caller opens a checkpoint.
-    #[pyo3(signature = (path, *, revision=None))]
-    fn prepare(&self, py: Python<'_>, path: PathBuf, revision: Option<String>) -> PyResult<()> {
-        let prepare = || self.with(Control::new()).map(|loader| loader.prepare(path, &open_options(revision)));
+    /// Begins to pin what the next load of the checkpoint is staged by, while the caller allocates what it loads to.
+    fn prepare(&self, py: Python<'_>, checkpoint: &Checkpoint) -> PyResult<()> {
+        let prepare = || self.with(Control::new()).map(|loader| loader.prepare(&checkpoint.inner));
         py.detach(prepare).map_err(|e| raise(py, &e))
     }
 

@@ -322,13 +322,8 @@ pub(crate) struct Tensors {
 }
 
 impl Tensors {
-    /// Whether all are wanted.
-    pub(crate) fn is_all(&self) -> bool {
-        self.globs.is_empty()
-    }
-
     pub(crate) fn resolve(&self) -> sllm_core::Result<sllm_core::Filter> {
-        if self.is_all() { Ok(sllm_core::Filter::all()) } else { sllm_core::Filter::globs(&self.globs) }
+        if self.globs.is_empty() { Ok(sllm_core::Filter::all()) } else { sllm_core::Filter::globs(&self.globs) }
     }
 }
 
@@ -340,14 +335,11 @@ pub(crate) struct Revision {
 }
 
 impl Revision {
-    /// How to open a checkpoint at this revision.
-    pub(crate) fn options(&self) -> OpenOptions {
-        let options = OpenOptions::new();
-        if let Some(revision) = &self.revision { options.revision(revision) } else { options }
-    }
-
     /// Opens a checkpoint at this revision.
     pub(crate) fn open(&self, path: &std::path::Path) -> sllm_core::Result<Checkpoint> {
-        self.options().open(path)
+        match &self.revision {
+            None => Checkpoint::open(path),
+            Some(revision) => OpenOptions::new().revision(revision).open(path),
+        }
     }
 }

@@ -33,17 +33,13 @@ struct Median {
 }
 
 pub(crate) fn run(args: &LoadArgs, session: &Session) -> Result<Answer, Fault> {
+    let checkpoint = args.revision.open(&args.path)?;
     let filter = args.tensors.resolve()?;
     let (device, failed) = if args.device == "auto" { Device::auto()? } else { (Device::parse(&args.device)?, None) };
     let mut builder = builder(args, device.clone())?;
     if let Some(address) = &args.server {
         builder = builder.remote(Box::new(remote(address, args.token_file.as_deref(), args.pinned)?));
     }
-    let options = args.revision.options();
-    if args.tensors.is_all() {
-        builder.clone().build()?.prepare(&args.path, &options);
-    }
-    let checkpoint = options.open(&args.path)?;
     let mut runs = Vec::new();
     for _ in 0..args.repeat {
         let progress = session.progress("load");

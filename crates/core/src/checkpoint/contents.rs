@@ -25,13 +25,9 @@ impl Contents {
     pub(super) fn of(dir: &Path) -> Contents {
         let stamp = |name| std::fs::metadata(dir.join(name)).ok().map(|metadata| Stamp::of(&metadata));
         let telling = [manifest::MANIFEST_NAME, hf_index::INDEX_NAME, original::INDEX_NAME].map(stamp);
-        Contents { telling, data: data_names(dir).ok() }
+        let may_be_data = |name: &[u8]| name.ends_with(SAFETENSORS) || name.starts_with(DATA_PREFIX);
+        Contents { telling, data: names_in(dir, may_be_data).ok() }
     }
-}
-
-/// Names of what may be a directory's data files, sorted.
-pub(super) fn data_names(dir: &Path) -> std::io::Result<Vec<OsString>> {
-    names_in(dir, |name| name.ends_with(SAFETENSORS) || name.starts_with(DATA_PREFIX))
 }
 
 /// Those names in a directory that are wanted, sorted.

@@ -112,32 +112,12 @@ impl OpenOptions {
 
     /// Opens a directory, a safetensors file, or a repository id that the Hugging Face cache holds.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Checkpoint> {
-        match self.locate(path.as_ref())? {
-            Place::Dir(dir) => Checkpoint::open_dir(&dir),
-            Place::File(path, _) => safetensors::open_file(&path),
-        }
-    }
-
-    /// Bytes of what seem to be the data files of what would be opened; 0 where that cannot be told.
-    pub(crate) fn data_len(&self, path: &Path) -> u64 {
-        match self.locate(path) {
-            Ok(Place::Dir(dir)) => {
-                let names = contents::data_names(&dir).unwrap_or_default();
-                let len = |name| std::fs::metadata(dir.join(name)).map_or(0, |metadata| metadata.len());
-                names.iter().map(len).fold(0, u64::saturating_add)
-            }
-            Ok(Place::File(_, len)) => len,
-            Err(_) => 0,
-        }
-    }
-
-    /// What a path, or a repository id, leads to.
-    fn locate(&self, path: &Path) -> Result<Place> {
+        let path = path.as_ref();
         let metadata = match std::fs::metadata(path) {
             Ok(metadata) => metadata,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
                 let snapshot = hub::resolve(path, self.revision.as_deref(), self.cache_dir.as_deref())?;
-                return Ok(Place::Dir(snapshot));
+                return Checkpoint::open_dir(&snapshot);
             }
             Err(e) => return Err(Error::io("open", path)(e)),
         };
@@ -147,16 +127,8 @@ impl OpenOptions {
                 "{path} is a path on disk, which has no revisions: a revision (--revision) goes with a repository id"
             )));
         }
-        let path = path.to_owned();
-        Ok(if metadata.is_dir() { Place::Dir(path) } else { Place::File(path, metadata.len()) })
+        if metadata.is_dir() { Checkpoint::open_dir(path) } else { safetensors::open_file(path) }
     }
-}
-
-/// What is opened.
-enum Place {
-    Dir(PathBuf),
-    /// A file, and its bytes.
-    File(PathBuf, u64),
 }
 
 /// An opened checkpoint. Its files stay open, so that a load reads what was checked.

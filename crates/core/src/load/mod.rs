@@ -10,7 +10,7 @@ mod ring;
 mod session;
 mod staging;
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -23,12 +23,11 @@ pub use report::{EngineReport, LoadReport};
 pub use session::Session;
 
 use crate::cache::{Cache, Split, Use};
-use crate::checkpoint::{Checkpoint, ChunkSums, OpenOptions};
+use crate::checkpoint::{Checkpoint, ChunkSums, DataFile};
 use crate::control::{Control, check_threads};
 use crate::device::{Block, Claim, Device, DeviceError, Stream};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
-use crate::format::manifest::CHUNK_LEN;
 use crate::numa::{self, Node};
 use crate::plan::{Filter, LoadPlan, Placement, PlanOptions, Segment};
 use crate::read::choose::{self, Governor, Wishes, choose};
@@ -173,25 +172,43 @@ impl Loader {
         LoaderBuilder { loader }
     }
 
-    /// Begins to pin the memory that the next load will be staged by, in threads of its own, while the caller opens the
-    /// checkpoint at `path` with these options. It is for bytes that the page cache has; loads that need other memory, or
-    /// none, or are of a small checkpoint, are none the worse. What no load takes is released with the loader.
-    pub fn prepare(&self, path: impl AsRef<Path>, options: &OpenOptions) {
-        self.prepare_for(|| options.data_len(path.as_ref()));
+    /// Begins to pin the memory that the next load of a checkpoint will be staged by, in threads of its own, while the caller
+    /// allocates what it loads to. Loads that allocate do it themselves.
+    ///
+    /// It is for bytes that the page cache has: of others, or of few, nothing is pinned. What no load takes is given back
+    /// with the loader.
+    pub fn prepare(&self, checkpoint: &Checkpoint) {
+        let whole = |(file, data): (usize, &DataFile)| Segment::contiguous(file, 0, data.len(), 0, 0);
+        let whole: Vec<Segment> = checkpoint.files().iter().enumerate().map(whole).collect();
+        self.prepare_for(checkpoint, &whole);
     }
 
-    /// The same for a checkpoint of so many bytes, which is asked for if it matters.
-    fn prepare_for(&self, len: impl FnOnce() -> u64) {
-        let Some((lanes, per_lane)) = choose::staged_lanes(&self.devices, &self.wishes) else { return };
-        let PlanOptions { piece_len, .. } = self.cut(self.wishes.verify.then_some(CHUNK_LEN), false);
-        let Some(form) = Form::of_lanes(lanes, per_lane, piece_len, self.pinned_len) else { return };
-        if self.helper.is_some() || len() / WORTH_PINNING < form.len() {
-            return;
+    fn prepare_for(&self, checkpoint: &Checkpoint, segments: &[Segment]) {
+        let Some(form) = self.worth_preparing(checkpoint, segments) else { return };
+        let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_there = prepared.as_ref().is_some_and(|ring| ring.fits(form));
+        if !is_there && !choose::is_cold(checkpoint.files(), segments, &self.wishes) {
+            drop(prepared.take()); // both would be more than is allowed
+            *prepared = self.prepared_ring(form);
         }
-        // Where it fails, the load will say so.
-        let Ok(mut ring) = Ring::new(self, Node::of(&self.system, &self.devices), form) else { return };
+    }
+
+    /// The form of the ring by which these segments are staged if they are cached; `None` where they are not, or are so few
+    /// that each lane may as well pin what it needs.
+    fn worth_preparing(&self, checkpoint: &Checkpoint, segments: &[Segment]) -> Option<Form> {
+        let (lanes, per_lane) = choose::staged_lanes(&self.devices, &self.wishes)?;
+        let sums = self.sums(checkpoint).ok()?;
+        let PlanOptions { piece_len, .. } = self.cut(sums, false);
+        let form = Form::of_lanes(lanes, per_lane, piece_len, self.pinned_len)?;
+        let len = segments.iter().map(Segment::len).fold(0, u64::saturating_add);
+        (self.helper.is_none() && len / WORTH_PINNING >= form.len()).then_some(form)
+    }
+
+    /// A ring that is being pinned; where that fails, the load will say so.
+    fn prepared_ring(&self, form: Form) -> Option<Ring> {
+        let mut ring = Ring::new(self, Node::of(&self.system, &self.devices), form).ok()?;
         ring.prepare();
-        *self.prepared.lock().unwrap_or_else(PoisonError::into_inner) = Some(ring);
+        Some(ring)
     }
 
     fn take_prepared(&self) -> Option<Ring> {
@@ -217,6 +234,7 @@ impl Loader {
     ) -> Result<Loaded> {
         let placement = Placement::new(checkpoint, &filter.select(checkpoint)?, device_of)?;
         self.check_room(&placement)?;
+        self.prepare_for(checkpoint, &placement.segments);
         let started = Instant::now();
         let blocks = placement.blocks.iter().map(|spec| Block::alloc(self.device(spec.device)?, spec.len));
         let blocks = blocks.collect::<Result<Vec<Block>>>()?;
@@ -277,6 +295,10 @@ impl Loader {
         let lens: Vec<u64> = blocks.iter().map(Block::len).collect();
         staging.is_cold =
             staging.is_cold || self.stages(&blocks) && choose::is_cold(checkpoint.files(), segments, &self.wishes);
+        if !staging.is_cold && self.stages(&blocks) {
+            // While it is planned.
+            staging.prepare(self, || self.worth_preparing(checkpoint, segments));
+        }
         let plan = |options: &PlanOptions| LoadPlan::build(&files, &lens, segments, options);
         self.execute(checkpoint, plan, blocks, staging, started)
     }
@@ -303,13 +325,12 @@ impl Loader {
         Ok(sums)
     }
 
-    /// How a plan is cut: in chunks of the cache, in parts of chunks of so many bytes whose checksums are compared, or in
-    /// pieces.
-    fn cut(&self, summed: Option<u64>, is_cold: bool) -> PlanOptions {
+    /// How a plan is cut: in chunks of the cache, in parts of chunks whose checksums are compared, or in pieces.
+    fn cut(&self, sums: Option<&ChunkSums>, is_cold: bool) -> PlanOptions {
         let most = self.piece_len(if is_cold { COLD_PIECE_LEN } else { PIECE_LEN });
-        let (piece_len, chunk_len) = match (&self.cache, summed) {
+        let (piece_len, chunk_len) = match (&self.cache, sums) {
             (Some(cache), _) => (cache.chunk_len(), Some(cache.chunk_len())),
-            (None, Some(len)) => (Chunks::piece_len(len, most), Some(len)),
+            (None, Some(sums)) => (Chunks::piece_len(sums.chunk_len, most), Some(sums.chunk_len)),
             (None, None) => (most, None),
         };
         PlanOptions { piece_len, chunk_len, ..PlanOptions::default() }
@@ -325,7 +346,7 @@ impl Loader {
         started: Instant,
     ) -> Result<LoadReport> {
         let sums = self.sums(checkpoint)?;
-        let options = self.cut(sums.map(|sums| sums.chunk_len), staging.is_cold);
+        let options = self.cut(sums, staging.is_cold);
         let plan = plan(&options)?;
         let PlanOptions { piece_len, chunk_len, .. } = options;
         let is_used = |device: &&Device| blocks.iter().any(|block| block.device().same_as(device));

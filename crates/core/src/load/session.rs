@@ -16,7 +16,6 @@ use crate::control::{Cancel, Progress};
 use crate::device::Block;
 use crate::error::{Error, Result};
 use crate::plan::{Segment, destinations_meet};
-use crate::read::choose::is_cold;
 
 /// Bytes that a batch should have: fewer are not worth starting the readers for.
 const BATCH_LEN: u64 = 128 << 20;
@@ -204,13 +203,9 @@ impl Session {
             outer.tell(progress);
         };
         loader.control = loader.control.on_progress(tell).cancelled_by(cancel.clone());
-        let files: Vec<u64> = checkpoint.files().iter().map(|file| file.len()).collect();
+        let files = checkpoint.files().iter().map(|file| file.len()).collect();
         // The first batch is still to gather.
-        loader.prepare_for(|| {
-            let whole = |(file, &len): (usize, &u64)| Segment::contiguous(file, 0, len, 0, 0);
-            let whole: Vec<Segment> = files.iter().enumerate().map(whole).collect();
-            if is_cold(checkpoint.files(), &whole, &loader.wishes) { 0 } else { checkpoint.total_len() }
-        });
+        loader.prepare(&checkpoint);
         let (path, work) = (checkpoint.path().to_owned(), Arc::clone(&shared));
         let lock = checkpoint.lock_for_load();
         let work = move || {

@@ -32,6 +32,13 @@ impl Staging {
         *self.node.get_or_init(|| Node::of(&loader.system, &loader.devices))
     }
 
+    /// Takes the ring that the loader has prepared, or begins to pin one of this form, if there is none yet.
+    pub(super) fn prepare(&mut self, loader: &Loader, form: impl FnOnce() -> Option<Form>) {
+        if self.ring.is_none() {
+            self.ring = loader.take_prepared().or_else(|| loader.prepared_ring(form()?));
+        }
+    }
+
     /// A stream for each of the loader's devices, and buffers of `piece_len` bytes: those of a cache, or a pool that
     /// holds the shares' buffers, in memory of `node`. Shares get fewer lanes and buffers where the loader's limit, or the
     /// cache, is small.

@@ -1,9 +1,9 @@
-//! Rings that are pinned while a checkpoint is opened.
+//! Rings that are pinned while the caller allocates what is loaded to.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use sllm_core::{Checkpoint, Device, EngineChoice, Loader, LoaderBuilder, OpenOptions};
+use sllm_core::{Checkpoint, Device, EngineChoice, Loader, LoaderBuilder};
 
 use super::{Model, assert_nothing_left, driver, model};
 use cuda::Driver;
@@ -17,9 +17,9 @@ fn builder() -> LoaderBuilder {
     builder.direct(Some(false)).pinned_bytes(PINNED)
 }
 
-/// Prepares for a path, and waits until so many bytes are pinned.
+/// Prepares for what is at a path, and waits until so many bytes are pinned.
 fn prepare(driver: &Driver, loader: &Loader, path: &Path, bytes: u64) {
-    loader.prepare(path, &OpenOptions::new());
+    loader.prepare(&Checkpoint::open(path).unwrap());
     let begun = Instant::now();
     while driver.registered_now() < bytes {
         assert!(begun.elapsed() < Duration::from_secs(20), "{} bytes are pinned", driver.registered_now());
@@ -65,7 +65,7 @@ fn a_load_begins_while_its_ring_is_prepared() {
     let model = model();
     for _ in 0..20 {
         let loader = builder().pinned_bytes(64 << 20).threads(8).build().unwrap();
-        loader.prepare(&model.source, &OpenOptions::new());
+        loader.prepare(&Checkpoint::open(&model.source).unwrap());
         load(&driver, &loader, &model, &model.source);
         assert_nothing_left(&driver);
     }
@@ -78,8 +78,7 @@ fn nothing_is_pinned_where_it_is_not_worth_it_or_for_nobody() {
     let small = model.source.with_file_name("small.safetensors");
     std::fs::write(&small, test_support::safetensors(test_support::header(1 << 20), &vec![1; 1 << 20])).unwrap();
     let loader = builder().build().unwrap();
-    loader.prepare(&small, &OpenOptions::new());
-    loader.prepare("no/such/file", &OpenOptions::new());
+    loader.prepare(&Checkpoint::open(&small).unwrap());
     let all = [
         builder().engine(EngineChoice::Mapped),
         builder().engine(EngineChoice::Uring),
@@ -87,7 +86,7 @@ fn nothing_is_pinned_where_it_is_not_worth_it_or_for_nobody() {
         builder().device(Device::host()),
     ];
     for builder in all {
-        builder.build().unwrap().prepare(&model.source, &OpenOptions::new());
+        builder.build().unwrap().prepare(&Checkpoint::open(&model.source).unwrap());
     }
     assert_eq!(driver.count("cuMemHostRegister_v2"), 0);
 
