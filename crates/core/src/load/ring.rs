@@ -93,7 +93,7 @@ struct Threads {
 impl Drop for Threads {
     fn drop(&mut self) {
         self.stopped.store(true, Ordering::Relaxed);
-        // One that panicked leaves its step to nobody, which whoever wants a buffer would have been told.
+        // They do not panic.
         self.started.drain(..).for_each(|thread| drop(thread.join()));
     }
 }

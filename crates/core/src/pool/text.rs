@@ -1,4 +1,4 @@
-//! SharedText that was read into a buffer, so that it lies in huge pages, or that somebody made.
+//! Text that was read into a buffer, so that it lies in huge pages, or that somebody made.
 
 use std::ops::{Deref, Range};
 
