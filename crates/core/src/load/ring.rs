@@ -1,5 +1,5 @@
-//! The ring of pinned buffers that a load is staged by. It may be pinned while the checkpoint is opened: the driver pins
-//! one step after the other, and what else it is asked for, such as copies, waits meanwhile.
+//! The ring of pinned buffers that a load is staged by. It may be pinned before the load begins to move: the driver
+//! pins one step after the other, and what else it is asked for, such as copies, waits meanwhile.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
