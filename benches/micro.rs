@@ -69,7 +69,7 @@ fn plan(c: &mut Criterion) {
         let files: Vec<u64> = model.files().iter().map(|file| file.len()).collect();
         let options = PlanOptions::default();
 
-        let place = || Placement::new(&model, &all, |_| 0).expect("the tensors fit");
+        let place = || Placement::new(&model, all.iter().copied(), |_| 0).expect("the tensors fit");
         group.bench_function(format!("place/{tensors}"), |b| b.iter(place));
         let placement = place();
         let blocks = placement.block_lens();

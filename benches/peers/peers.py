@@ -109,12 +109,11 @@ def tasks(args: argparse.Namespace) -> list[dict[str, Any]]:
     kind = "cuda" if args.device.startswith("cuda") else "cpu"
     threads = [int(n) for n in args.floor_threads.split(",")]
     found = []
-    for model in args.models:
-        directory = os.path.join(args.work, model.replace(":", "-"))
-        for state in args.states:
-            for number in range(args.repeat):
+    for state in args.states:
+        for number in range(args.repeat):
+            for model in args.models:
                 common = {"model": model, "state": state, "cpus": args.cpus, "round": number}
-                common |= {"directory": directory, "device": args.device}
+                common |= {"directory": os.path.join(args.work, model.replace(":", "-")), "device": args.device}
                 takes_limits = args.limit_rounds is None or number < args.limit_rounds
                 for name, spec in limits.limits_of(state, kind == "cuda", threads).items() if takes_limits else ():
                     found.append({**common, "name": name, "limit": spec, "most": args.floor_gb * inputs.GB})

@@ -216,7 +216,7 @@ impl TensorInfo {
     /// Strides in elements, or `None` where the elements are contiguous.
     #[getter]
     fn strides<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyTuple>>> {
-        self.tensor.strides.as_ref().map(|strides| PyTuple::new(py, strides)).transpose()
+        self.tensor.strides.as_deref().map(|strides| PyTuple::new(py, &**strides)).transpose()
     }
 
     /// Its bytes in the file.

@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
-use sllm_core::{Block, Control, Device, DeviceError, EngineChoice, Filter, LoaderBuilder, free_memory};
+use sllm_core::{
+    Block, Control, Device, DeviceError, Dtype, EngineChoice, Filter, LoaderBuilder, TensorName, free_memory,
+};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::raise;
@@ -30,6 +32,8 @@ pub(crate) fn select(py: Python<'_>, checkpoint: &Checkpoint, globs: Option<Vec<
 pub(crate) struct Placement {
     checkpoint: Arc<sllm_core::Checkpoint>,
     pub(crate) inner: sllm_core::Placement,
+    /// The first tensor of each dtype.
+    dtypes: Vec<(TensorName, Dtype)>,
 }
 
 #[pymethods]
@@ -44,12 +48,21 @@ impl Placement {
         selected: Option<Vec<usize>>,
         devices: Option<Vec<usize>>,
     ) -> PyResult<Self> {
-        let selected = selected.unwrap_or_else(|| (0..checkpoint.inner.tensors().len()).collect());
+        let checkpoint = Arc::clone(&checkpoint.inner);
         let mut devices = devices.map(Vec::into_iter);
-        let device_of = |_: &_| devices.as_mut().map_or(0, |devices| devices.next().unwrap_or(usize::MAX));
-        let placed = sllm_core::Placement::new(&checkpoint.inner, &selected, device_of);
+        let mut dtypes = Vec::new();
+        let device_of = |tensor: &sllm_core::TensorInfo| {
+            if !dtypes.iter().any(|(_, dtype)| *dtype == tensor.dtype) {
+                dtypes.push((tensor.name.clone(), tensor.dtype));
+            }
+            devices.as_mut().map_or(0, |devices| devices.next().unwrap_or(usize::MAX))
+        };
+        let placed = match selected {
+            Some(selected) => sllm_core::Placement::new(&checkpoint, selected, device_of),
+            None => sllm_core::Placement::new(&checkpoint, 0..checkpoint.tensors().len(), device_of),
+        };
         let inner = placed.map_err(|e| raise(py, &e))?;
-        Ok(Placement { checkpoint: Arc::clone(&checkpoint.inner), inner })
+        Ok(Placement { checkpoint, inner, dtypes })
     }
 
     /// Device number and bytes of each block.
@@ -61,14 +74,7 @@ impl Placement {
     /// The name of the first tensor of each dtype, and the dtype.
     #[getter]
     fn dtypes(&self) -> Vec<(&str, &'static str)> {
-        let mut seen = Vec::new(); // few, and looked through for every tensor before a byte moves
-        let infos = self.inner.tensors.iter().map(|placed| &self.checkpoint.tensors()[placed.tensor]);
-        let first = infos.filter(|info| {
-            let is_new = !seen.contains(&info.dtype);
-            seen.extend(is_new.then_some(info.dtype));
-            is_new
-        });
-        first.map(|info| (&*info.name, info.dtype.name())).collect()
+        self.dtypes.iter().map(|(name, dtype)| (name.as_str(), dtype.name())).collect()
     }
 
     /// The tensors, each at its place in a block.
@@ -91,7 +97,7 @@ pub(crate) fn placed_at<'a, 'py>(
     block: usize,
     offset: u64,
 ) -> PyResult<Placed<'a, 'py>> {
-    let strides = info.strides.as_ref().map(|strides| PyTuple::new(py, strides)).transpose()?;
+    let strides = info.strides.as_deref().map(|strides| PyTuple::new(py, &**strides)).transpose()?;
     Ok((&info.name, info.dtype.name(), PyTuple::new(py, &*info.shape)?, strides, info.len, block, offset))
 }
 

@@ -81,7 +81,7 @@ impl Model {
             next = (next + 1) % devices;
             next
         };
-        let placement = Placement::new(&self.checkpoint, &Filter::all().select(&self.checkpoint)?, deal)?;
+        let placement = Placement::new(&self.checkpoint, Filter::all().select(&self.checkpoint)?, deal)?;
         let files: Vec<u64> = self.checkpoint.files().iter().map(|file| file.len()).collect();
         let options = PlanOptions {
             piece_len: way.piece_len,

@@ -87,7 +87,7 @@ impl<'a> Summary<'a> {
                 name: &tensor.name,
                 dtype: tensor.dtype.name(),
                 shape: &tensor.shape,
-                strides: tensor.strides.as_deref(),
+                strides: tensor.strides.as_deref().map(|strides| &**strides),
                 file: checkpoint.files()[tensor.file].name(),
                 offset: tensor.offset,
                 len: tensor.len,

@@ -56,6 +56,7 @@ mod releases;
 mod size;
 mod small_file;
 mod tensor;
+mod tensors;
 mod threads;
 mod verify;
 
@@ -78,6 +79,7 @@ pub use read::EngineChoice;
 pub use size::parse_size;
 pub use small_file::read_small_file;
 pub use tensor::{Shape, TensorInfo, TensorName};
+pub use tensors::Tensors;
 pub use verify::{VerifyReport, verify};
 
 /// The sizes that a load is cut by, which the simulation of the pipeline (`benches/simulate`) follows. No part of the

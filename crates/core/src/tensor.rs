@@ -25,7 +25,7 @@ pub struct TensorInfo {
     /// Its dimensions; empty for a scalar.
     pub shape: Shape,
     /// Strides in elements; `None` where the elements are contiguous and row-major, as nearly always.
-    pub strides: Option<Box<[u64]>>,
+    pub strides: Option<Box<Shape>>,
     /// Place of its file in [`Checkpoint::files`](crate::Checkpoint::files).
     pub file: usize,
     /// First byte in that file.
@@ -47,22 +47,35 @@ impl TensorInfo {
 #[derive(Clone)]
 pub struct TensorName {
     text: Arc<SharedText>,
-    start: usize,
-    len: usize,
+    /// Numbers of 32 bits, since a checkpoint has many: no text that is read is longer than 1 GiB.
+    start: u32,
+    len: u32,
 }
 
 impl TensorName {
     /// The name as a `str`.
     pub fn as_str(&self) -> &str {
+        let start = self.start as usize;
         // Always there: every constructor sees to it.
-        self.text.get(self.start..self.start + self.len).unwrap_or_default()
+        self.text.get(start..start + self.len as usize).unwrap_or_default()
     }
 
     /// A name that was read out of `text`, of which it is a part unless it had escapes there.
     pub(crate) fn read_from(text: &Arc<SharedText>, name: Cow<'_, str>) -> TensorName {
         let start = name.as_ptr().addr().wrapping_sub(text.as_ptr().addr());
         let is_part = start.checked_add(name.len()).and_then(|end| text.get(start..end)).is_some();
-        if is_part { TensorName { text: Arc::clone(text), start, len: name.len() } } else { name.into_owned().into() }
+        if is_part { TensorName::part(text, start, name.len()) } else { TensorName::own(name.into_owned()) }
+    }
+
+    /// A name that is a text by itself.
+    pub(crate) fn own(name: String) -> TensorName {
+        let len = name.len();
+        TensorName::part(&Arc::new(name.into()), 0, len)
+    }
+
+    fn part(text: &Arc<SharedText>, start: usize, len: usize) -> TensorName {
+        let [start, len] = [start, len].map(|number| u32::try_from(number).unwrap_or(u32::MAX));
+        TensorName { text: Arc::clone(text), start, len }
     }
 
     /// Names that share one text.
@@ -71,14 +84,8 @@ impl TensorName {
         names.scan(0, move |end, name| {
             let start = *end;
             *end += name.len();
-            Some(TensorName { text: Arc::clone(&text), start, len: name.len() })
+            Some(TensorName::part(&text, start, name.len()))
         })
-    }
-}
-
-impl From<String> for TensorName {
-    fn from(name: String) -> Self {
-        TensorName { len: name.len(), text: Arc::new(name.into()), start: 0 }
     }
 }
 
@@ -141,7 +148,7 @@ impl Hash for TensorName {
 }
 
 /// Dimensions that are kept in place.
-const FEW: usize = 3;
+const FEW: usize = 2;
 
 /// A tensor's dimensions; no memory of its own where they are few.
 #[derive(Clone)]
@@ -150,7 +157,8 @@ pub struct Shape(Dims);
 #[derive(Clone)]
 enum Dims {
     Few(u8, [u64; FEW]),
-    Many(Vec<u64>),
+    #[expect(clippy::box_collection, reason = "few shapes are long, and each has a place in a long list")]
+    Many(Box<Vec<u64>>),
 }
 
 impl Default for Shape {
@@ -165,7 +173,7 @@ impl Shape {
         match &mut self.0 {
             Dims::Few(len, dims) => match dims.get_mut(usize::from(*len)) {
                 Some(place) => (*place, *len) = (dim, *len + 1),
-                None => self.0 = Dims::Many([&dims[..], &[dim]].concat()),
+                None => self.0 = Dims::Many(Box::new([&dims[..], &[dim]].concat())),
             },
             Dims::Many(dims) => dims.push(dim),
         }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use common::{Made, assert_holds, bytes_of, every_dtype, noise, write_safetensors};
 use serde_json::{Map, Value, json};
-use sllm_core::{Checkpoint, ConvertOptions, Dtype, ErrorKind, Layout, WorkOptions, convert, export, verify};
+use sllm_core::{Checkpoint, ConvertOptions, Dtype, ErrorKind, Layout, Shape, WorkOptions, convert, export, verify};
 use tempfile::tempdir;
 
 /// Reads a directory as the original does: offsets count over the data files, as long as these are, one after another.
@@ -101,7 +101,7 @@ fn the_originals_directories_are_opened_and_converted() {
     assert_eq!((report.tensors, report.other_files), (32, 1));
     let store = Checkpoint::open(dir.path().join("store")).unwrap();
     assert_holds(&store, tensors.iter().chain([&transposed]));
-    assert_eq!(store.tensor("transposed").unwrap().strides.as_deref(), Some(&[1, 8][..]));
+    assert_eq!(store.tensor("transposed").unwrap().strides.as_deref(), Some(&Shape::from(&[1, 8][..])));
     assert!(verify(&store, &WorkOptions::new()).unwrap().corrupt.is_empty());
     let read = read_as_the_original(&dir.path().join("store"));
     assert_eq!(read["transposed"], json!(["torch.float32", [8, 5], [1, 8], transposed.bytes]));

@@ -12,7 +12,7 @@ use common::{
 };
 use proptest::prelude::*;
 use sllm_core::{
-    Cancel, Checkpoint, Control, ConvertOptions, ConvertReport, Dtype, Error, ErrorKind, Layout, MemoryTensor,
+    Cancel, Checkpoint, Control, ConvertOptions, ConvertReport, Dtype, Error, ErrorKind, Layout, MemoryTensor, Shape,
     WorkOptions, convert, export, save, verify,
 };
 use tempfile::tempdir;
@@ -167,7 +167,7 @@ fn saved_tensors_are_read_back_and_the_same_slice_is_tied() {
     let tied = |a: &str, b: &str| store.tensor(a).unwrap().is_tied_with(store.tensor(b).unwrap());
     assert!(tied("embed", "head") && tied("embed", "transposed"));
     assert!(!tied("embed", "equal but apart") && !tied("none", "none too"));
-    assert_eq!(store.tensor("transposed").unwrap().strides.as_deref(), Some(&[1, 100][..]));
+    assert_eq!(store.tensor("transposed").unwrap().strides.as_deref(), Some(&Shape::from(&[1, 100][..])));
     assert_eq!(store.tensor("contiguous after all").unwrap().strides, None);
     assert_eq!(store.total_len(), 140_600);
     assert!(verify(&store, &WorkOptions::new()).unwrap().corrupt.is_empty());

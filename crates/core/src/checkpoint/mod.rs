@@ -27,6 +27,7 @@ pub(crate) use safetensors::ensure_inside;
 use crate::error::{CorruptChunk, Error, FormatError, Result};
 use crate::format::manifest::{Manifest, Seen};
 use crate::tensor::TensorInfo;
+use crate::tensors::Tensors;
 
 /// How a checkpoint is laid out on disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -137,7 +138,7 @@ pub struct Checkpoint {
     root: PathBuf,
     layout: Layout,
     files: Vec<DataFile>,
-    tensors: Vec<TensorInfo>,
+    tensors: Tensors,
     /// Places in `tensors`, by ascending name, once they were asked for.
     by_name: OnceLock<Vec<usize>>,
     sums: Option<ChunkSums>,
@@ -152,7 +153,7 @@ struct Parts {
     root: PathBuf,
     layout: Layout,
     files: Vec<DataFile>,
-    tensors: Vec<TensorInfo>,
+    tensors: Tensors,
     /// Each name is known to be there once.
     names_differ: bool,
     /// Tensors are known to be in order, and each to begin where the one before it in its file ends.
@@ -167,7 +168,7 @@ struct Parts {
 impl Parts {
     /// Whether each name is there once; if they have to be sorted for that, `by_name` keeps their order.
     fn check_names(&self, by_name: &OnceLock<Vec<usize>>) -> Result<()> {
-        if self.names_differ || self.tensors.is_sorted_by(|a, b| a.name < b.name) {
+        if self.names_differ || self.tensors.iter().is_sorted_by(|a, b| a.name < b.name) {
             return Ok(());
         }
         let by_name = by_name.get_or_init(|| sorted_by_name(&self.tensors));
@@ -312,7 +313,7 @@ impl Checkpoint {
     }
 
     /// Its tensors, by file and offset.
-    pub fn tensors(&self) -> &[TensorInfo] {
+    pub fn tensors(&self) -> &Tensors {
         &self.tensors
     }
 
@@ -374,10 +375,9 @@ impl Checkpoint {
         let data = &self.files[file]; // it has checksums, so that it is there
         let offset = chunk * sums.chunk_len;
         let len = sums.chunk_len.min(data.len() - offset);
-        // Tensors are sorted by file and offset and do not overlap, so their ends are sorted too.
-        let first = self.tensors.partition_point(|t| (t.file, t.offset + t.len) <= (file, offset));
-        let inside = self.tensors[first..].iter().take_while(|t| (t.file, t.offset) < (file, offset + len));
-        let tensors = inside.filter(|t| t.len > 0).map(|t| t.name.to_string()).collect();
+        let ends_after = |t: &TensorInfo| t.len > 0 && t.offset + t.len > offset;
+        let is_inside = |t: &&TensorInfo| t.file == file && t.offset < offset + len && ends_after(t);
+        let tensors = self.tensors.iter().filter(is_inside).map(|t| t.name.to_string()).collect();
         let path = data.path().to_owned();
         Err(Error::Corrupt(Box::new(CorruptChunk { path, chunk, offset, len, expected, found, tensors })))
     }
@@ -398,7 +398,7 @@ impl Checkpoint {
 }
 
 /// Places of tensors by ascending name.
-fn sorted_by_name(tensors: &[TensorInfo]) -> Vec<usize> {
+fn sorted_by_name(tensors: &Tensors) -> Vec<usize> {
     let mut by_name: Vec<usize> = (0..tensors.len()).collect();
     // Stable, which makes use of files that are sorted each.
     by_name.sort_by(|&a, &b| tensors[a].name.cmp(&tensors[b].name));

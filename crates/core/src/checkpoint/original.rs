@@ -7,7 +7,7 @@ use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, is_there};
 use crate::error::{FormatError, Result};
 use crate::format::manifest::{MAX_MANIFEST_LEN, data_file_name};
 use crate::format::original::{INDEX_NAME, parse};
-use crate::tensor::TensorInfo;
+use crate::tensor::{TensorInfo, TensorName};
 
 pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
     let index_path = dir.join(INDEX_NAME);
@@ -49,10 +49,10 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
         }
         tensors.push(TensorInfo {
             offset: entry.offset - starts.get(file).copied().unwrap_or_default(),
-            name: entry.name.into(),
+            name: TensorName::own(entry.name),
             dtype: entry.dtype,
             shape: entry.shape[..].into(),
-            strides: entry.strides.map(Vec::into_boxed_slice),
+            strides: entry.strides.as_deref().map(|strides| Box::new(strides.into())),
             file,
             len: entry.len,
             shard: 0,
@@ -63,7 +63,7 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
         root: dir.to_owned(),
         layout: Layout::Original,
         files,
-        tensors,
+        tensors: tensors.into(),
         names_differ: true,
         are_in_line: false,
         sums: None,

@@ -11,8 +11,9 @@ use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, hub, is_there};
 use crate::error::{Error, FormatError, Result};
 use crate::format::hf_index::{self, HfIndex, INDEX_NAME, Part};
 use crate::format::manifest::MAX_MANIFEST_LEN;
-use crate::format::safetensors::{self, Header, LENGTH_FIELD, METADATA, OfFile, check_places, json_len};
-use crate::tensor::{TensorInfo, TensorName};
+use crate::format::safetensors::{self, Header, LENGTH_FIELD, METADATA, OfFile, in_line, json_len};
+use crate::tensor::TensorName;
+use crate::tensors::Tensors;
 use crate::threads;
 
 /// The one shard's name where there is no index.
@@ -158,31 +159,22 @@ pub(crate) fn ensure_inside(dir: &Path, path: &Path) -> Result<()> {
 fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex)>) -> Result<Checkpoint> {
     read_headers(&mut opened);
     let (mut files, mut shards) = (Vec::with_capacity(opened.len()), Vec::with_capacity(opened.len()));
-    let found = opened.iter().filter_map(|opened| opened.header.as_ref()?.as_ref().ok());
-    let total: usize = found.flat_map(|found| &found.pieces).map(|piece| piece.tensors.len()).sum();
-    let mut tensors: Vec<TensorInfo> = Vec::new();
+    let mut tensors = Tensors::default();
     for Opened { file, header } in opened {
         let Some(header) = header else { continue }; // `read_headers` leaves none out
-        let Found { json_len, pieces } = header?;
-        let (number, first) = (files.len(), tensors.len());
-        let mut metadata = None;
-        for mut piece in pieces {
-            if piece.metadata.is_some() && metadata.is_some() {
-                return Err(FormatError::new(file.path(), format!("its {METADATA} occurs twice")).into());
-            }
-            metadata = metadata.or(piece.metadata);
-            if tensors.is_empty() {
-                tensors = piece.tensors; // as it is: they may be many
-                tensors.reserve_exact(total - tensors.len());
-            } else {
-                tensors.append(&mut piece.tensors);
-            }
+        let Found { json_len, mut pieces } = header?;
+        let number = files.len();
+        let mut metadata = pieces.iter_mut().filter_map(|piece| piece.metadata.take());
+        let (metadata, second) = (metadata.next(), metadata.next());
+        if second.is_some() {
+            return Err(FormatError::new(file.path(), format!("its {METADATA} occurs twice")).into());
         }
+        let mut found = in_line(OfFile { path: file.path(), number, json_len }, pieces, file.len())?;
         // A file that was read as if it had another number.
-        if tensors.get(first).is_some_and(|tensor| tensor.file != number) {
-            tensors[first..].iter_mut().for_each(|tensor| (tensor.file, tensor.shard) = (number, number));
+        if found.first().is_some_and(|tensor| tensor.file != number) {
+            found.iter_mut().for_each(|tensor| (tensor.file, tensor.shard) = (number, number));
         }
-        check_places(OfFile { path: file.path(), number, json_len }, &mut tensors[first..], file.len())?;
+        tensors.append(found);
         shards.push(Shard { name: file.name().to_owned(), metadata });
         files.push(file);
     }
@@ -208,7 +200,7 @@ fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex)
 }
 
 /// Whether every tensor has a name of its own, and is where an index, which has each once, says if that names it.
-fn is_as_told(index: &HfIndex, tensors: &[TensorInfo]) -> bool {
+fn is_as_told(index: &HfIndex, tensors: &Tensors) -> bool {
     if names_all(index, tensors) {
         return index.is_sorted() || index.repeated().is_none();
     }
@@ -223,7 +215,7 @@ fn is_as_told(index: &HfIndex, tensors: &[TensorInfo]) -> bool {
 }
 
 /// Whether an index names every tensor in its file, those of a file in the file's order.
-fn names_all(index: &HfIndex, tensors: &[TensorInfo]) -> bool {
+fn names_all(index: &HfIndex, tensors: &Tensors) -> bool {
     let first_of = |file| tensors.partition_point(|tensor| tensor.file < file);
     let mut next: Vec<usize> = (0..index.shards.len()).map(first_of).collect();
     let is_next = |(name, shard): (&TensorName, usize)| {
@@ -437,13 +429,18 @@ mod tests {
             Checkpoint::open(&path).map_err(|e| e.to_string())
         };
         let metadata = r#""__metadata__": {"format": "pt"}"#;
-        let checkpoint = open(format!("{{{metadata}, {}}}", entries.join(", ")), 2 * count).unwrap();
-        assert_eq!(checkpoint.tensors().len(), count);
-        for (i, tensor) in checkpoint.tensors().iter().enumerate() {
-            let offset = tensor.offset - checkpoint.tensors()[0].offset;
-            assert_eq!((&*tensor.name, offset, tensor.len), (&*format!("w.{i:0200}"), 2 * i as u64, 2));
+        let (early, late) = entries.split_at(count / 3);
+        let mut swapped = entries.clone();
+        swapped.swap(count - 2, count - 1);
+        for ordered in [entries.clone(), [late, early].concat(), swapped] {
+            let checkpoint = open(format!("{{{metadata}, {}}}", ordered.join(", ")), 2 * count).unwrap();
+            assert_eq!(checkpoint.tensors().len(), count);
+            for (i, tensor) in checkpoint.tensors().iter().enumerate() {
+                let offset = tensor.offset - checkpoint.tensors()[0].offset;
+                assert_eq!((&*tensor.name, offset, tensor.len), (&*format!("w.{i:0200}"), 2 * i as u64, 2));
+            }
+            assert_eq!(checkpoint.origin().shards[0].metadata.as_ref().unwrap()["format"], "pt");
         }
-        assert_eq!(checkpoint.origin().shards[0].metadata.as_ref().unwrap()["format"], "pt");
 
         // Faults that no piece has by itself.
         for (entries, len, says) in [

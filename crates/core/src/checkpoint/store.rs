@@ -31,21 +31,26 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
         files: manifest.files.into_iter().map(|file| file.crc64.0).collect(),
     };
     let names = TensorName::of_all(manifest.tensors.iter().map(|t| t.name.as_str()));
-    let tensors = manifest.tensors.iter().zip(names).map(|(t, name)| TensorInfo {
-        name,
-        dtype: t.dtype,
-        shape: t.shape[..].into(),
-        strides: t.strides.as_deref().map(Box::from),
-        file: t.file,
-        offset: t.offset,
-        len: t.len,
-        shard: t.shard,
-    });
+    let tensors: Vec<TensorInfo> = manifest
+        .tensors
+        .iter()
+        .zip(names)
+        .map(|(t, name)| TensorInfo {
+            name,
+            dtype: t.dtype,
+            shape: t.shape[..].into(),
+            strides: t.strides.as_deref().map(|strides| Box::new(strides.into())),
+            file: t.file,
+            offset: t.offset,
+            len: t.len,
+            shard: t.shard,
+        })
+        .collect();
     Checkpoint::from_parts(Parts {
         root: dir.to_owned(),
         layout: Layout::Store,
         files,
-        tensors: tensors.collect(),
+        tensors: tensors.into(),
         names_differ: false,
         are_in_line: false,
         sums: Some(sums),

@@ -121,7 +121,7 @@ fn convert_in_files_of(
         name: tensor.name.to_string(),
         dtype: tensor.dtype,
         shape: tensor.shape.to_vec(),
-        strides: tensor.strides.as_deref().map(<[u64]>::to_vec),
+        strides: tensor.strides.as_deref().map(|strides| strides.to_vec()),
         file: 0,
         offset: 0,
         len: tensor.len,

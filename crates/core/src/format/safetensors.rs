@@ -1,6 +1,7 @@
 //! The safetensors header: 8 bytes of length, then JSON, then the tensors' bytes without holes.
 
 use std::borrow::Cow;
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
@@ -15,6 +16,7 @@ use crate::dtype::Dtype;
 use crate::error::FormatError;
 use crate::pool::SharedText;
 use crate::tensor::{Shape, TensorInfo, TensorName};
+use crate::tensors::Tensors;
 
 /// safetensors' own limit on the JSON's length (`MAX_HEADER_SIZE` in its source).
 pub(crate) const MAX_HEADER_LEN: u64 = 100_000_000;
@@ -32,7 +34,16 @@ pub(crate) const LENGTH_FIELD: u64 = 8;
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) struct Header {
     pub(crate) tensors: Vec<TensorInfo>,
+    /// Some tensor does not follow the one before it.
+    pub(crate) is_out_of_line: bool,
     pub(crate) metadata: Option<BTreeMap<String, String>>,
+}
+
+impl Header {
+    fn push(&mut self, tensor: TensorInfo) {
+        self.is_out_of_line |= self.tensors.last().is_some_and(|before| !follows(before, &tensor));
+        self.tensors.push(tensor);
+    }
 }
 
 /// The file that a header is of.
@@ -94,7 +105,7 @@ impl Reader<'_> {
     /// A header with room for as many tensors as most headers of this length have, and no more than twice as many: memory
     /// that grows is moved, of which every processor has to be told.
     fn header(&self) -> Header {
-        Header { tensors: Vec::with_capacity(self.text.len() / ENTRY_LEN), metadata: None }
+        Header { tensors: Vec::with_capacity(self.text.len() / ENTRY_LEN), ..Header::default() }
     }
 
     fn scanned(&self, piece: &Piece) -> Option<Header> {
@@ -124,7 +135,7 @@ impl Reader<'_> {
             let data_offsets = (start, scanner.number()?);
             scanner.pass(b']')?;
             scanner.pass(b'}')?;
-            header.tensors.push(self.checked(name.into(), RawTensor { dtype, shape, data_offsets }).ok()?);
+            header.push(self.checked(name.into(), RawTensor { dtype, shape, data_offsets }).ok()?);
             Some(())
         })?;
         scanner.is_at_end().then_some(header)
@@ -151,7 +162,7 @@ impl<'de> Visitor<'de> for Reader<'_> {
         while let Some(Text(name)) = map.next_key()? {
             if name != METADATA {
                 match self.checked(name, map.next_value()?) {
-                    Ok(tensor) => header.tensors.push(tensor),
+                    Ok(tensor) => header.push(tensor),
                     Err(error) => _ = self.fault.get_or_insert(error),
                 }
             } else if header.metadata.replace(map.next_value()?).is_some() {
@@ -205,15 +216,38 @@ pub(crate) fn parse(file: OfFile<'_>, json: Vec<u8>) -> Result<Header, FormatErr
     fault.map_or(Ok(header), Err)
 }
 
-/// Sorts a file's tensors by their places, those of no bytes by their names, and checks that each begins where the one before
-/// it ends.
+/// The order of a file's tensors: that of their places, of those without bytes that of their names.
+fn order(a: &TensorInfo, b: &TensorInfo) -> Ordering {
+    (a.offset, a.len, &a.name).cmp(&(b.offset, b.len, &b.name))
+}
+
+/// Whether a tensor comes after another in their file, and begins where that one ends.
+fn follows(before: &TensorInfo, tensor: &TensorInfo) -> bool {
+    before.offset + before.len == tensor.offset && order(before, tensor).is_le()
+}
+
+/// A file's tensors, as the pieces of its header have them, in their order; checks that each begins where the one before it ends.
 ///
 /// Rejects what safetensors rejects: overlaps, holes, and bytes after the last tensor.
-pub(crate) fn check_places(file: OfFile<'_>, tensors: &mut [TensorInfo], file_len: u64) -> Result<(), FormatError> {
-    let order = |a: &TensorInfo, b: &TensorInfo| (a.offset, a.len, &a.name).cmp(&(b.offset, b.len, &b.name));
-    if !tensors.is_sorted_by(|a, b| order(a, b).is_le()) {
-        tensors.sort_unstable_by(order);
+pub(crate) fn in_line(file: OfFile<'_>, pieces: Vec<Header>, file_len: u64) -> Result<Tensors, FormatError> {
+    let mut tensors = Tensors::default();
+    let mut are_in_line = true;
+    for piece in pieces {
+        let ends = tensors.last().zip(piece.tensors.first());
+        are_in_line &= !piece.is_out_of_line && ends.is_none_or(|(last, first)| follows(last, first));
+        tensors.push_part(piece.tensors);
     }
+    let start = tensors.first().map_or(file.data_start(), |first| first.offset);
+    let end = tensors.last().map_or(file.data_start(), |last| last.offset + last.len);
+    if !are_in_line || start != file.data_start() || end != file_len {
+        tensors.sort_by(order);
+        check_places(file, &tensors, file_len)?;
+    }
+    Ok(tensors)
+}
+
+/// The same of sorted tensors.
+fn check_places(file: OfFile<'_>, tensors: &Tensors, file_len: u64) -> Result<(), FormatError> {
     let mut end = file.data_start();
     for tensor in tensors {
         if tensor.offset != end {
@@ -245,8 +279,9 @@ mod tests {
 
     fn parse_str(json: &str, data: u64) -> Result<Header, FormatError> {
         let mut header = parse(of(json), json.into())?;
-        check_places(of(json), &mut header.tensors, LENGTH_FIELD + json.len() as u64 + data)?;
-        Ok(header)
+        let metadata = header.metadata.take();
+        let tensors = in_line(of(json), vec![header], LENGTH_FIELD + json.len() as u64 + data)?;
+        Ok(Header { tensors: tensors.iter().cloned().collect(), metadata, ..Header::default() })
     }
 
     fn reason(json: &str, data: u64) -> String {

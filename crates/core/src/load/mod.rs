@@ -232,7 +232,7 @@ impl Loader {
         filter: &Filter,
         device_of: impl FnMut(&TensorInfo) -> usize,
     ) -> Result<Loaded> {
-        let placement = Placement::new(checkpoint, &filter.select(checkpoint)?, device_of)?;
+        let placement = Placement::new(checkpoint, filter.select(checkpoint)?, device_of)?;
         self.check_room(&placement)?;
         self.prepare_for(checkpoint, &placement.segments);
         let started = Instant::now();

@@ -119,22 +119,25 @@ fn start_of(tensor: &TensorInfo, free: u64) -> Option<u64> {
 }
 
 impl Placement {
-    /// Places the selected tensors (places in [`Checkpoint::tensors`], ascending); `device_of` gives each one's device (a place in the loader's list).
+    /// Places the selected tensors (places in [`Checkpoint::tensors`], ascending, each once); `device_of` gives each one's device (a place in the loader's list).
     pub fn new(
         checkpoint: &Checkpoint,
-        selected: &[usize],
+        selected: impl IntoIterator<Item = usize>,
         mut device_of: impl FnMut(&TensorInfo) -> usize,
     ) -> Result<Placement> {
-        let mut placement = Placement { tensors: Vec::with_capacity(selected.len()), ..Placement::default() };
+        let selected = selected.into_iter();
+        let mut tensors = checkpoint.tensors().iter().enumerate();
+        let mut placement = Placement { tensors: Vec::with_capacity(selected.size_hint().0), ..Placement::default() };
         let mut cursors: Vec<(usize, Cursor)> = Vec::new();
-        let mut tied: Vec<(usize, Placed)> = Vec::new(); // placed tensors of the same bytes, one a device
+        // Placed tensors of the same bytes, one a device.
+        let mut tied: Vec<(usize, &TensorInfo, Placed)> = Vec::new();
         let too_large = || Error::Invalid("the tensors do not fit 64-bit addresses".into());
-        for &i in selected {
-            let missing = || Error::Invalid(format!("there is no tensor number {i}"));
-            let tensor = checkpoint.tensors().get(i).ok_or_else(missing)?;
+        for i in selected {
+            let missing = || Error::Invalid(format!("there is no tensor number {i}, or it does not come after others"));
+            let (_, tensor) = tensors.find(|(place, _)| *place == i).ok_or_else(missing)?;
             let device = device_of(tensor);
-            tied.retain(|(_, other)| checkpoint.tensors()[other.tensor].is_tied_with(tensor));
-            if let Some((_, other)) = tied.iter().find(|(d, _)| *d == device) {
+            tied.retain(|(_, other, _)| other.is_tied_with(tensor));
+            if let Some((.., other)) = tied.iter().find(|(d, ..)| *d == device) {
                 placement.tensors.push(Placed { tensor: i, ..*other });
                 continue;
             }
@@ -175,7 +178,7 @@ impl Placement {
             cursor.end = offset.checked_add(tensor.len).ok_or_else(too_large)?;
             let placed = Placed { tensor: i, block: cursor.block, offset };
             placement.tensors.push(placed);
-            tied.push((device, placed));
+            tied.push((device, tensor, placed));
         }
         for (_, cursor) in cursors {
             placement.blocks[cursor.block].len = cursor.end;
