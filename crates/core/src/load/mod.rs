@@ -41,7 +41,7 @@ use staging::Staging;
 
 /// Bytes of one piece, and of one staging buffer: enough for the link to come near its peak, and so few that the ring
 /// stays in the processor's cache (`docs/benchmarks.md`).
-pub const PIECE_LEN: u64 = 3 << 20;
+pub const PIECE_LEN: u64 = 2 << 20;
 /// The same where bytes come from a disk. A virtual disk whose host copies them is faster the less memory is read into
 /// (`docs/benchmarks.md`, "Disk").
 pub const COLD_PIECE_LEN: u64 = 1 << 20;

@@ -162,9 +162,9 @@ mod tests {
     #[test]
     fn few_buffers_are_divided_among_lanes() {
         for (buffers, lanes, per_lane, expected) in [
-            (85, 12, 2, (12, 2)),
-            (85, 96, 2, (42, 2)), // eight devices: each lane keeps its second buffer
-            (20, 24, 2, (12, 1)),
+            (128, 14, 2, (14, 2)),
+            (128, 112, 2, (64, 2)), // eight devices: each lane keeps its second buffer
+            (20, 28, 2, (14, 1)),
             (20, 8, 2, (8, 2)),
             (9, 12, 2, (9, 1)),
             (40, 2, 36, (2, 20)),

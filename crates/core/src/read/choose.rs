@@ -24,7 +24,7 @@ pub const URING_LANES: usize = 2;
 /// Processors from which threads that copy out of the page cache beat copying its pages in place.
 pub const PREAD_CPUS: usize = 8;
 /// Threads beyond which reading for one device does not get faster (measured, `docs/benchmarks.md`).
-pub const MAX_LANES: usize = 12;
+pub const MAX_LANES: usize = 14;
 /// Places that are looked at, or pieces where it is forced how all are read.
 const SAMPLES: usize = 64;
 /// Bytes of a place that are looked at, to tell whether it is cached.
@@ -420,7 +420,7 @@ mod tests {
     #[test]
     fn each_device_has_threads_while_there_are_processors() {
         let lanes = [(64, 0), (64, 1), (64, 2), (20, 2), (4, 8)].map(|(cpus, devices)| cached_lanes(cpus, devices));
-        assert_eq!(lanes, [12, 12, 24, 20, 4]);
+        assert_eq!(lanes, [14, 14, 28, 20, 4]);
     }
 
     #[test]

@@ -125,7 +125,7 @@ fn calls_grow_with_bytes_and_not_with_tensors() {
             let loaded = loader.build().unwrap().load(&checkpoint).unwrap();
             let report = loaded.report();
             assert_eq!(report.copies, report.pieces, "{engine}: one copy a piece");
-            assert!(report.pieces <= 6, "{}", report.pieces);
+            assert!(report.pieces <= 9, "{}", report.pieces);
             assert_eq!(driver.get("copies_h2d"), report.pieces, "{engine}");
             assert!(
                 driver.count("cuMemcpyHtoDAsync") + driver.count("cuMemcpyBatchAsync") <= report.pieces,
