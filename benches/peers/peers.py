@@ -4,7 +4,7 @@
                                   [--device cuda:0|cpu] [--cpus 0,1] [--out benches/results/NAME] [--resume]
 
 It makes the checkpoints in WORKDIR (random bf16 weights), converts them, and measures in rounds: in each, every limit
-and every loader once, so that a drift of the host meets them all. A loader that is not installed is skipped. Every
+and every loader once a model, so that a drift of the host meets them all. A loader that is not installed is skipped. Every
 loader's tensors are compared bit by bit with the safetensors library once a model. OUT.json and OUT.md are written
 after every measurement; OUT.svg and OUT.png at the end (where matplotlib is, or by plot.py elsewhere). After `--budget`
 seconds no measurement begins, and the status is 3; `--resume` goes on from OUT.json on the same host.

@@ -191,3 +191,30 @@ impl Placement {
         self.blocks.iter().map(|block| block.len).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_are_taken_in_ascending_order_and_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.safetensors");
+        let entry =
+            |i: u64| format!(r#""{i}":{{"dtype":"U8","shape":[256],"data_offsets":[{},{}]}}"#, 256 * i, 256 * i + 256);
+        let header = format!("{{{}}}", (0..4).map(entry).collect::<Vec<_>>().join(","));
+        std::fs::write(&path, test_support::safetensors(header, &[7; 1024])).unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let start = checkpoint.tensors()[0].offset;
+
+        let placement = Placement::new(&checkpoint, [0, 2, 3], |_| 0).unwrap();
+        let placed: Vec<_> = placement.tensors.iter().map(|placed| (placed.tensor, placed.offset)).collect();
+        assert_eq!(placed, [(0, 0), (2, 512), (3, 768)], "near ones keep their distance");
+        assert_eq!(placement.segments, [Segment::contiguous(0, start, 1024, 0, 0)]);
+        assert!(Placement::new(&checkpoint, [], |_| 0).unwrap().tensors.is_empty());
+        for (bad, told) in [(vec![1, 0], "number 0"), (vec![2, 2], "number 2"), (vec![0, 4], "number 4")] {
+            let error = Placement::new(&checkpoint, bad, |_| 0).unwrap_err().to_string();
+            assert!(error.contains(told), "{error}");
+        }
+    }
+}
