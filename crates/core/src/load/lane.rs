@@ -24,7 +24,7 @@ pub const MAPPED_IN_FLIGHT: usize = 64;
 
 /// Bytes of a piece that is verified that are read in one go: they are in the processor's nearest large cache when their
 /// checksum is taken.
-const VERIFY_STEP: usize = 256 << 10;
+const VERIFY_STEP: usize = 512 << 10;
 
 /// What all lanes of a load share.
 pub(super) struct Shared<'a> {
