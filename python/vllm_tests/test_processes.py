@@ -25,6 +25,8 @@ HERE = Path(__file__).parent
 BY_TENSOR = ("mixtral", {"tensor_parallel_size": 2})
 BY_PIPELINE = ("llama", {"pipeline_parallel_size": 2})
 BY_EXPERT = ("mixtral", {**BY_TENSOR[1], "enable_expert_parallel": True, "enable_ep_weight_filter": True})
+# On a processor without AVX-512 vLLM's own backend did not start by expert: "list index out of range".
+STARTS_BY_EXPERT = "avx512f" in Path("/proc/cpuinfo").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def on_two_ranks(model: Callable[..., Path], store_of: Callable[..., Path]) -> l
     if (os.cpu_count() or 1) < 2:
         pytest.skip("two ranks want two processors")
     layouts = []
-    for name, options in (BY_TENSOR, BY_PIPELINE, BY_EXPERT):
+    for name, options in (BY_TENSOR, BY_PIPELINE, BY_EXPERT)[: 3 if STARTS_BY_EXPERT else 2]:
         source, other = str(model(name)), str(model(f"{name}_again"))
         # vLLM's backend for the host dies of expert parallelism at the first word: there the weights are compared.
         layout = {"source": source, "other": other, "store": str(store_of(model(name))), "options": options}
@@ -49,8 +51,6 @@ def on_two_ranks(model: Callable[..., Path], store_of: Callable[..., Path]) -> l
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
     found = [json.loads(line.removeprefix("FOUND ")) for line in run.stdout.splitlines() if line.startswith("FOUND ")]
     for layout in found:
-        if "fails" in layout:
-            continue
         loaded = layout["ranks"]
         for way in ("deferred", "staging"):
             assert [rank["parameters"] for rank in loaded[way]] == [rank["parameters"] for rank in loaded["theirs"]]
@@ -86,9 +86,8 @@ def test_by_pipeline_a_rank_moves_its_layers(on_two_ranks: list[dict[str, Any]],
     assert moved(on_two_ranks[1], "deferred") == [layers[0] + ends[0], layers[1] + ends[1]]
 
 
+@pytest.mark.skipif(not STARTS_BY_EXPERT, reason="vLLM does not start by expert on this processor")
 def test_by_expert_a_rank_moves_its_experts(on_two_ranks: list[dict[str, Any]], model: Callable[..., Path]) -> None:
-    if "fails" in on_two_ranks[2]:
-        pytest.skip("vLLM's backend for this processor does not start by expert, whoever loads")
     of = sizes(model("mixtral"))
     experts = sum(size for name, size in of.items() if ".experts." in name)
     whole = sum(size for name, size in of.items() if "norm" in name or re.search(r"\.gate\.", name))

@@ -50,16 +50,6 @@ def fill(worker: Any, load_format: str, extra: dict[str, Any]) -> dict[str, Any]
     return {"moved": sum(moved), "parameters": {name: hashlib.sha256(d).hexdigest() for name, d in data.items()}}
 
 
-def fails(source: str, options: dict[str, Any]) -> bool:
-    """Whether vLLM does not start by its own loader either."""
-    end()
-    try:
-        start(source, "auto", **options)
-    except RuntimeError:
-        return True
-    return False
-
-
 def run(source: str, other: str, store: str, runs: bool, options: dict[str, Any]) -> dict[str, Any]:
     """What is loaded on each rank, by ways to load, and, where it runs, tokens: of each loader, and of weights that are
     loaded again."""
@@ -67,12 +57,7 @@ def run(source: str, other: str, store: str, runs: bool, options: dict[str, Any]
     if runs:
         found["theirs"] = tokens(start(source, "auto", **options))
         end()
-    try:
-        llm = start(store, "serverless_llm", **options)
-    except RuntimeError:
-        if runs or not fails(source, options):
-            raise
-        return {"fails": True}
+    llm = start(store, "serverless_llm", **options)
     if runs:
         found["ours"] = tokens(llm)
         for name, path in {"other": other, "again": source}.items():
