@@ -5,6 +5,7 @@ use std::cmp::Ordering;
 use std::iter::{Flatten, FusedIterator};
 use std::ops::Index;
 use std::slice;
+use std::sync::OnceLock;
 
 use crate::tensor::TensorInfo;
 
@@ -15,6 +16,8 @@ pub struct Tensors {
     parts: Vec<Vec<TensorInfo>>,
     /// Places of the first tensor after each part.
     ends: Vec<usize>,
+    /// Places by ascending name, once they were asked for.
+    by_name: OnceLock<Vec<usize>>,
 }
 
 /// Tensors in the order of their list.
@@ -46,6 +49,23 @@ impl Tensors {
         self.parts.get(part)?.get(place - self.start(part))
     }
 
+    /// Places of all, by ascending name.
+    pub fn by_name(&self) -> &[usize] {
+        self.by_name.get_or_init(|| {
+            let mut places: Vec<usize> = (0..self.len()).collect();
+            // Stable, which makes use of files that are sorted each.
+            places.sort_by(|&a, &b| self[a].name.cmp(&self[b].name));
+            places
+        })
+    }
+
+    /// The place of the tensor of this name.
+    pub fn position(&self, name: &str) -> Option<usize> {
+        let by_name = self.by_name();
+        let at = by_name.binary_search_by(|&place| self[place].name.as_str().cmp(name)).ok()?;
+        Some(by_name[at])
+    }
+
     /// The first tensor.
     pub fn first(&self) -> Option<&TensorInfo> {
         self.parts.first()?.first()
@@ -59,6 +79,7 @@ impl Tensors {
     /// Adds tensors at the end.
     pub(crate) fn push_part(&mut self, part: Vec<TensorInfo>) {
         if !part.is_empty() {
+            self.by_name.take();
             self.ends.push(self.len() + part.len());
             self.parts.push(part);
         }
@@ -71,6 +92,7 @@ impl Tensors {
 
     /// All of them, to be changed.
     pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut TensorInfo> {
+        self.by_name.take();
         self.parts.iter_mut().flatten()
     }
 
@@ -108,8 +130,8 @@ impl Index<usize> for Tensors {
 
     /// The tensor of a place; panics where there is none, as slices do.
     fn index(&self, place: usize) -> &TensorInfo {
-        let part = self.ends.partition_point(|&end| end <= place);
-        &self.parts[part][place - self.start(part)]
+        let Some(tensor) = self.get(place) else { panic!("there is no tensor {place} of {}", self.len()) };
+        tensor
     }
 }
 
@@ -204,5 +226,27 @@ mod tests {
         assert_eq!(offsets(&tensors), [4, 4, 3, 3, 2, 2, 1, 1, 0, 0]);
         assert_eq!(tensors.iter().map(|tensor| tensor.file).collect::<Vec<_>>(), [4, 9, 3, 8, 2, 7, 1, 6, 0, 5]);
         assert_eq!((tensors.len(), tensors[9].offset), (10, 0));
+    }
+
+    #[test]
+    fn tensors_are_found_by_name_after_every_change() {
+        let mut tensors = list(&[12, 3]);
+        let is_found = |tensors: &Tensors| {
+            let mut names: Vec<_> = tensors.by_name().iter().map(|&place| tensors[place].name.to_string()).collect();
+            let found = |tensor: &TensorInfo| tensors.position(&tensor.name).map(|place| tensors[place].offset);
+            assert!(tensors.iter().all(|tensor| found(tensor) == Some(tensor.offset)) && names.is_sorted());
+            names.dedup();
+            assert_eq!(names.len(), tensors.len());
+        };
+        is_found(&tensors);
+        assert_eq!((tensors.position("w2"), tensors.position("w15"), tensors.position("")), (Some(2), None, None));
+        tensors.append([tensor(15)].to_vec().into());
+        is_found(&tensors);
+        tensors.sort_by(|a, b| b.offset.cmp(&a.offset));
+        is_found(&tensors);
+        assert_eq!(tensors.position("w15"), Some(0));
+        tensors.iter_mut().for_each(|tensor| tensor.name = TensorName::own(format!("v{}", tensor.offset)));
+        is_found(&tensors);
+        assert_eq!(tensors.position("w15"), None);
     }
 }

@@ -84,8 +84,11 @@ fn a_glob_loads_what_it_names_and_nothing_else() {
     assert_eq!(loaded.tensors().len(), 23);
     assert!(loaded.report().read_bytes < 100_000, "{}", loaded.report().read_bytes);
     for tensor in loaded.tensors() {
-        assert_eq!(tensor.to_vec().unwrap(), expected[tensor.info().name.as_str()]);
+        let name = tensor.info().name.as_str();
+        assert_eq!(tensor.to_vec().unwrap(), expected[name]);
+        assert_eq!(loaded.tensor(name).unwrap().addr(), tensor.addr());
     }
+    assert_eq!(loaded.tensor("large").unwrap_err().kind(), ErrorKind::NotFound, "the checkpoint has it, the load not");
     let missing = loader.load_filtered(&checkpoint, &Filter::globs(["nothing.*"]).unwrap()).unwrap_err();
     assert_eq!(missing.kind(), ErrorKind::NotFound);
 }

@@ -15,7 +15,7 @@ mod texts;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::Arc;
 
 use contents::Contents;
 use serde_json::Value;
@@ -138,9 +138,7 @@ pub struct Checkpoint {
     root: PathBuf,
     layout: Layout,
     files: Vec<DataFile>,
-    tensors: Tensors,
-    /// Places in `tensors`, by ascending name, once they were asked for.
-    by_name: OnceLock<Vec<usize>>,
+    tensors: Arc<Tensors>,
     sums: Option<ChunkSums>,
     identity: Option<String>,
     origin: Origin,
@@ -166,13 +164,12 @@ struct Parts {
 }
 
 impl Parts {
-    /// Whether each name is there once; if they have to be sorted for that, `by_name` keeps their order.
-    fn check_names(&self, by_name: &OnceLock<Vec<usize>>) -> Result<()> {
+    /// Whether each name is there once.
+    fn check_names(&self) -> Result<()> {
         if self.names_differ || self.tensors.iter().is_sorted_by(|a, b| a.name < b.name) {
             return Ok(());
         }
-        let by_name = by_name.get_or_init(|| sorted_by_name(&self.tensors));
-        for pair in by_name.windows(2) {
+        for pair in self.tensors.by_name().windows(2) {
             let (a, b) = (&self.tensors[pair[0]], &self.tensors[pair[1]]);
             if a.name == b.name {
                 let reason = match (self.files.get(a.file), self.files.get(b.file)) {
@@ -264,16 +261,16 @@ impl Checkpoint {
             let reason = "the lengths of its files, or of its tensors, add up to 2^63 bytes or more";
             return Err(FormatError::new(&parts.told_by, reason).into());
         }
-        let by_name = OnceLock::new();
         if parts.are_in_line {
-            parts.check_names(&by_name)?;
+            parts.check_names()?;
         } else {
             parts.tensors.sort_by(|a, b| (a.file, a.offset, a.len, &a.name).cmp(&(b.file, b.offset, b.len, &b.name)));
-            parts.check_names(&by_name)?;
+            parts.check_names()?;
             parts.check_overlaps()?;
         }
         let Parts { root, layout, files, tensors, sums, identity, origin, .. } = parts;
-        Ok(Checkpoint { root, layout, files, tensors, by_name, sums, identity, origin, contents: None })
+        let tensors = Arc::new(tensors);
+        Ok(Checkpoint { root, layout, files, tensors, sums, identity, origin, contents: None })
     }
 
     /// The directory (or the one file) that was opened.
@@ -317,20 +314,19 @@ impl Checkpoint {
         &self.tensors
     }
 
+    /// The same, for whoever needs them longer than the checkpoint is there.
+    pub(crate) fn shared_tensors(&self) -> Arc<Tensors> {
+        Arc::clone(&self.tensors)
+    }
+
     /// Its tensors by ascending name.
     pub fn tensors_by_name(&self) -> impl ExactSizeIterator<Item = &TensorInfo> {
-        self.by_name().iter().map(|&i| &self.tensors[i])
+        self.tensors.by_name().iter().map(|&i| &self.tensors[i])
     }
 
     /// Place in [`Checkpoint::tensors`] of the tensor of this name.
     pub fn position(&self, name: &str) -> Option<usize> {
-        let by_name = self.by_name();
-        let place = by_name.binary_search_by(|&i| self.tensors[i].name.as_str().cmp(name)).ok()?;
-        Some(by_name[place])
-    }
-
-    fn by_name(&self) -> &[usize] {
-        self.by_name.get_or_init(|| sorted_by_name(&self.tensors))
+        self.tensors.position(name)
     }
 
     /// The tensor of this name.
@@ -345,7 +341,7 @@ impl Checkpoint {
     pub fn total_len(&self) -> u64 {
         let mut total = 0;
         let mut last: Option<&TensorInfo> = None;
-        for tensor in &self.tensors {
+        for tensor in self.tensors.iter() {
             if !last.is_some_and(|before| tensor.is_tied_with(before)) {
                 total += tensor.len;
             }
@@ -395,14 +391,6 @@ impl Checkpoint {
     pub(crate) fn origin(&self) -> &Origin {
         &self.origin
     }
-}
-
-/// Places of tensors by ascending name.
-fn sorted_by_name(tensors: &Tensors) -> Vec<usize> {
-    let mut by_name: Vec<usize> = (0..tensors.len()).collect();
-    // Stable, which makes use of files that are sorted each.
-    by_name.sort_by(|&a, &b| tensors[a].name.cmp(&tensors[b].name));
-    by_name
 }
 
 fn fit_63_bits(mut numbers: impl Iterator<Item = u64>) -> bool {

@@ -1,18 +1,24 @@
 //! Tensors on a device.
 
+use std::path::PathBuf;
+use std::sync::Arc;
+
 use super::LoadReport;
 use crate::checkpoint::Checkpoint;
 use crate::device::{Block, Device};
 use crate::error::{Error, Result};
-use crate::plan::Placement;
+use crate::plan::Placed;
 use crate::tensor::TensorInfo;
+use crate::tensors::Tensors;
 
 /// The tensors of a load. Dropping it frees their memory.
 #[derive(Debug)]
 pub struct Loaded {
-    path: std::path::PathBuf,
-    /// By ascending name.
-    tensors: Vec<(TensorInfo, usize, u64)>,
+    path: PathBuf,
+    /// Those of the checkpoint.
+    tensors: Arc<Tensors>,
+    /// In the same order.
+    placed: Vec<Placed>,
     blocks: Vec<Block>,
     report: LoadReport,
 }
@@ -26,25 +32,23 @@ pub struct TensorView<'a> {
 }
 
 impl Loaded {
-    pub(super) fn new(checkpoint: &Checkpoint, placement: &Placement, blocks: Vec<Block>, report: LoadReport) -> Self {
-        let tensor =
-            |placed: &crate::plan::Placed| (checkpoint.tensors()[placed.tensor].clone(), placed.block, placed.offset);
-        let mut tensors: Vec<_> = placement.tensors.iter().map(tensor).collect();
-        tensors.sort_unstable_by(|a, b| a.0.name.cmp(&b.0.name));
-        Loaded { path: checkpoint.path().to_owned(), tensors, blocks, report }
+    pub(super) fn new(checkpoint: &Checkpoint, placed: Vec<Placed>, blocks: Vec<Block>, report: LoadReport) -> Self {
+        let (path, tensors) = (checkpoint.path().to_owned(), checkpoint.shared_tensors());
+        Loaded { path, tensors, placed, blocks, report }
     }
 
     /// The tensor of this name.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
-        match self.tensors.binary_search_by(|(info, ..)| info.name.as_str().cmp(name)) {
-            Ok(i) => Ok(self.view(&self.tensors[i])),
-            Err(_) => Err(Error::NoSuchTensor { name: name.to_owned(), path: self.path.clone() }),
+        let find = |place| self.placed.binary_search_by_key(&place, |placed| placed.tensor).ok();
+        match self.tensors.position(name).and_then(find) {
+            Some(at) => Ok(self.view(&self.placed[at])),
+            None => Err(Error::NoSuchTensor { name: name.to_owned(), path: self.path.clone() }),
         }
     }
 
-    /// All tensors, by ascending name.
+    /// All tensors, in the order of the checkpoint's.
     pub fn tensors(&self) -> impl ExactSizeIterator<Item = TensorView<'_>> {
-        self.tensors.iter().map(|tensor| self.view(tensor))
+        self.placed.iter().map(|placed| self.view(placed))
     }
 
     /// What was moved, how, and how fast.
@@ -52,8 +56,9 @@ impl Loaded {
         &self.report
     }
 
-    fn view<'a>(&'a self, (info, block, offset): &'a (TensorInfo, usize, u64)) -> TensorView<'a> {
-        TensorView { info, block: &self.blocks[*block], offset: *offset }
+    fn view(&self, placed: &Placed) -> TensorView<'_> {
+        let Placed { tensor, block, offset } = *placed;
+        TensorView { info: &self.tensors[tensor], block: &self.blocks[block], offset }
     }
 }
 

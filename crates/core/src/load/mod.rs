@@ -180,14 +180,10 @@ impl Loader {
     pub fn prepare(&self, checkpoint: &Checkpoint) {
         let whole = |(file, data): (usize, &DataFile)| Segment::contiguous(file, 0, data.len(), 0, 0);
         let whole: Vec<Segment> = checkpoint.files().iter().enumerate().map(whole).collect();
-        self.prepare_for(checkpoint, &whole);
-    }
-
-    fn prepare_for(&self, checkpoint: &Checkpoint, segments: &[Segment]) {
-        let Some(form) = self.worth_preparing(checkpoint, segments) else { return };
+        let Some(form) = self.worth_preparing(checkpoint, &whole) else { return };
         let mut prepared = self.prepared.lock().unwrap_or_else(PoisonError::into_inner);
         let is_there = prepared.as_ref().is_some_and(|ring| ring.fits(form));
-        if !is_there && !choose::is_cold(checkpoint.files(), segments, &self.wishes) {
+        if !is_there && !choose::is_cold(checkpoint.files(), &whole, &self.wishes) {
             drop(prepared.take()); // both would be more than is allowed
             *prepared = self.prepared_ring(form);
         }
@@ -234,14 +230,18 @@ impl Loader {
     ) -> Result<Loaded> {
         let placement = Placement::new(checkpoint, filter.select(checkpoint)?, device_of)?;
         self.check_room(&placement)?;
-        self.prepare_for(checkpoint, &placement.segments);
+        let mut staging = Staging::default();
+        let devices = placement.blocks.iter().filter_map(|spec| self.devices.get(spec.device));
+        self.stage(checkpoint, &placement.segments, devices, &mut staging);
         let started = Instant::now();
         let blocks = placement.blocks.iter().map(|spec| Block::alloc(self.device(spec.device)?, spec.len));
         let blocks = blocks.collect::<Result<Vec<Block>>>()?;
         let alloc_s = started.elapsed().as_secs_f64();
-        let mut report = self.fill(checkpoint, &placement, blocks.clone())?;
+        let _lock = checkpoint.lock_for_load();
+        let mut report = self.run(checkpoint, &placement.segments, blocks.clone(), &mut staging)?;
         report.add_alloc(alloc_s);
-        Ok(Loaded::new(checkpoint, &placement, blocks, report))
+        report.tensors = placement.tensors.len() as u64;
+        Ok(Loaded::new(checkpoint, placement.tensors, blocks, report))
     }
 
     /// Fills blocks that the caller allocated, one for each of the placement's, at least as long.
@@ -293,14 +293,26 @@ impl Loader {
         }
         let files: Vec<u64> = checkpoint.files().iter().map(|file| file.len()).collect();
         let lens: Vec<u64> = blocks.iter().map(Block::len).collect();
-        staging.is_cold =
-            staging.is_cold || self.stages(&blocks) && choose::is_cold(checkpoint.files(), segments, &self.wishes);
-        if !staging.is_cold && self.stages(&blocks) {
-            // While it is planned.
-            staging.prepare(self, || self.worth_preparing(checkpoint, segments));
-        }
+        self.stage(checkpoint, segments, blocks.iter().map(Block::device), staging);
         let plan = |options: &PlanOptions| LoadPlan::build(&files, &lens, segments, options);
         self.execute(checkpoint, plan, blocks, staging, started)
+    }
+
+    /// Looks whether bytes come from a disk; if not, begins to pin what they are staged by, while memory is allocated or a
+    /// load is planned.
+    fn stage<'a>(
+        &self,
+        checkpoint: &Checkpoint,
+        segments: &[Segment],
+        devices: impl Iterator<Item = &'a Device>,
+        staging: &mut Staging,
+    ) {
+        if self.stages(devices) && !staging.is_cold {
+            staging.is_cold = choose::is_cold(checkpoint.files(), segments, &self.wishes);
+            if !staging.is_cold {
+                staging.prepare(self, || self.worth_preparing(checkpoint, segments));
+            }
+        }
     }
 
     /// The checksums to compare, if any.
@@ -358,7 +370,7 @@ impl Loader {
         };
         let governor = match &self.cache {
             Some(cache) => Some(Governor::Bounce(cache.bounce())),
-            None => self.stages(&blocks).then_some(Governor::Depth(&staging.depth)),
+            None => self.stages(devices.iter()).then_some(Governor::Depth(&staging.depth)),
         };
         let mut shares = choose(checkpoint.files(), missing, &devices, &self.wishes, governor)?;
         if devices.len() > 1 {
@@ -375,7 +387,7 @@ impl Loader {
         let plan_s = started.elapsed().as_secs_f64();
 
         let outcome = Outcome::default();
-        let node = if self.stages(&blocks) { staging.node(self) } else { None };
+        let node = if self.stages(devices.iter()) { staging.node(self) } else { None };
         let (buffers, streams) = staging.fit(self, node, cache.as_ref(), piece_len, &mut shares, &outcome)?;
         let meter = self.control.meter(plan.read_len());
         let blocks: Arc<[Block]> = blocks.into();
@@ -457,9 +469,9 @@ impl Loader {
         self.devices.get(place).ok_or_else(missing)
     }
 
-    /// Whether bytes go through a ring of pinned buffers.
-    fn stages(&self, blocks: &[Block]) -> bool {
-        self.cache.is_none() && blocks.iter().any(|block| block.device().needs_pinning())
+    /// Whether bytes for these devices go through a ring of pinned buffers.
+    fn stages<'a>(&self, mut devices: impl Iterator<Item = &'a Device>) -> bool {
+        self.cache.is_none() && devices.any(Device::needs_pinning)
     }
 
     /// Says that a device has too little room before anything moves.
