@@ -4,12 +4,14 @@
 //! into [`Piece`]s: aligned reads of at most one staging buffer, each with the copies that empty it. A plan covers
 //! every wanted byte once for each segment that wants it; nearby ranges share a read.
 
+mod destinations;
 mod placement;
 mod strided;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+pub(crate) use destinations::{check_destinations, destinations_meet};
 pub use placement::{BlockSpec, Filter, Placed, Placement};
 pub use strided::Strided;
 
@@ -353,45 +355,6 @@ pub(crate) fn rows_end(start: u64, rows: u64, row_len: u64, pitch: u64) -> Optio
 
 fn round_up(offset: u64) -> u64 {
     offset.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX)
-}
-
-/// Refuses segments that write a byte twice: which one came last would be chance.
-///
-/// Rows may interleave with rows of the same pitch in other columns; what is harder to tell apart is refused.
-pub(crate) fn check_destinations(segments: &[Segment]) -> Result<()> {
-    let mut order: Vec<&Segment> = segments.iter().collect();
-    order.sort_unstable_by_key(|s| (s.block, s.dst_offset));
-    let mut open: Vec<&Segment> = Vec::new();
-    for segment in order {
-        open.retain(|other| other.block == segment.block && other.dst_end() > segment.dst_offset);
-        if let Some(other) = open.iter().find(|other| !in_other_columns(segment, other)) {
-            return Err(Error::Invalid(format!("{segment:?} and {other:?} go to the same place")));
-        }
-        open.push(segment);
-    }
-    Ok(())
-}
-
-/// Whether two segments of one block may write the same byte.
-pub(crate) fn destinations_meet(a: &Segment, b: &Segment) -> bool {
-    a.dst_offset < b.dst_end() && b.dst_offset < a.dst_end() && !in_other_columns(a, b)
-}
-
-/// Whether two segments are in different columns of one pitch.
-fn in_other_columns(a: &Segment, b: &Segment) -> bool {
-    let pitch = match (a.rows > 1, b.rows > 1) {
-        (true, true) if a.dst_pitch != b.dst_pitch => return false,
-        (true, _) => a.dst_pitch,
-        (false, true) => b.dst_pitch,
-        (false, false) => return false,
-    };
-    if a.row_len.max(b.row_len) > pitch {
-        return false;
-    }
-    // The distance from a's column to b's, going round: room for a's row; and from b's to a's, for b's.
-    let (a_column, b_column) = (a.dst_offset % pitch, b.dst_offset % pitch);
-    let round = |from: u64, to: u64| if to >= from { to - from } else { to + (pitch - from) };
-    a_column != b_column && round(a_column, b_column) >= a.row_len && round(b_column, a_column) >= b.row_len
 }
 
 /// Checks, sorts and joins segments: empty ones go, rows too far apart become segments of their own, and neighbours
