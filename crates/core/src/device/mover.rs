@@ -36,6 +36,12 @@ impl Mover {
                 return Err(Error::Invalid("a copy would leave its device".into()));
             }
             check_rows(copy, source.len(), block.len())?;
+            if copy.rows > 1 && copy.dst_pitch < copy.row_len {
+                return Err(Error::Invalid(format!("the rows of {copy:?} overlap")));
+            }
+            if block.addr() < source.addr() + source.len() && source.addr() < block.addr() + block.len() {
+                return Err(Error::Invalid("a copy would write where it reads".into()));
+            }
         }
         // Threads copy at once.
         check_destinations(&copies.iter().map(segment_of).collect::<Vec<_>>())?;
@@ -196,9 +202,12 @@ mod tests {
             PieceCopy { rows: u64::MAX, ..good },
             PieceCopy { block: 1, ..good },
             PieceCopy { dst_offset: 15, ..good },
+            PieceCopy { dst_offset: 30, dst_pitch: 9, ..good },
         ] {
             assert!(mover.copy(&source, &blocks, &[good, wrong]).is_err(), "{wrong:?}");
         }
+        let to_itself = mover.copy(&source, std::slice::from_ref(&source), &[PieceCopy { dst_offset: 50, ..good }]);
+        assert!(to_itself.unwrap_err().to_string().contains("where it reads"));
         assert_eq!(read(&blocks[0]), [0; 100]);
         mover.copy(&source, &blocks, &[good, PieceCopy { dst_offset: 20, ..good }]).unwrap();
     }

@@ -4,7 +4,7 @@
 //! thread takes the batch and moves it while the next one gathers. So the disk and the link work while the engine
 //! still plans, and few batches carry a whole model.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -67,8 +67,8 @@ struct State {
 struct Batch {
     segments: Vec<Segment>,
     blocks: Vec<Block>,
-    /// Place of a block by its address; several devices may have the same.
-    places: HashMap<u64, Vec<usize>>,
+    /// Places of blocks by their address; several devices may have the same. Those of one device lie apart.
+    places: BTreeMap<u64, Vec<usize>>,
     /// By block.
     taken: Vec<Taken>,
     len: u64,
@@ -100,20 +100,31 @@ impl Taken {
 }
 
 impl Batch {
-    fn place_of(&mut self, block: &Block) -> usize {
-        let places = self.places.entry(block.addr()).or_default();
-        if let Some(&place) = places.iter().find(|&&place| self.blocks[place].is_same_as(block)) {
-            return place;
+    /// The place of a block, which is added where it is new; `None` where it shares bytes with another one.
+    fn place_of(&mut self, block: &Block) -> Option<usize> {
+        let is_near = |&&place: &&usize| self.blocks[place].device().same_as(block.device());
+        let end = block.addr().saturating_add(block.len());
+        // Of those that begin before its end the last one is the only one that can reach it.
+        let mut before = self.places.range(..end).rev().flat_map(|(_, places)| places);
+        if let Some(&place) = before.find(is_near) {
+            let other = &self.blocks[place];
+            if other.is_same_as(block) {
+                return Some(place);
+            }
+            if other.addr().saturating_add(other.len()) > block.addr() {
+                return None;
+            }
         }
-        places.push(self.blocks.len());
+        let place = self.blocks.len();
+        self.places.entry(block.addr()).or_default().push(place);
         self.blocks.push(block.clone());
         self.taken.push(Taken::default());
-        self.blocks.len() - 1
+        Some(place)
     }
 
-    /// Adds a segment; `false` where it writes what another one of the batch writes.
+    /// Adds a segment; `false` where it writes what another one of the batch writes, or may.
     fn add(&mut self, block: &Block, segment: Segment) -> bool {
-        let place = self.place_of(block);
+        let Some(place) = self.place_of(block) else { return false };
         let segment = Segment { block: place, ..segment };
         if !self.taken[place].add(segment) {
             return false;

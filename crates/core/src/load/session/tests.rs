@@ -176,3 +176,20 @@ fn many_segments_in_descending_order_are_one_batch() {
     assert!(!batch.add(&block, of(7)) && !batch.add(&block, Segment::contiguous(0, 0, 2, 0, 15)));
     assert_eq!((batch.segments.len(), batch.len), (1 << 19, 8 << 20));
 }
+
+#[test]
+fn blocks_that_share_bytes_are_written_in_turn() {
+    let bench = bench();
+    let memory = crate::MemoryFile::new(4096).unwrap();
+    let session = Loader::builder().build().unwrap().session(Arc::clone(&bench.checkpoint)).unwrap();
+    let mut expected = vec![0; 4096];
+    // One in the middle of another, one with the same beginning, one inside, and one beside them.
+    for (at, len, from) in [(0, 1000, 100), (500, 1000, 5000), (0, 600, 9000), (100, 50, 20_000), (2000, 7, 300)] {
+        let block = memory.block(at, len).unwrap();
+        session.add(&block, [Segment::contiguous(0, from, len, 0, 0)]).unwrap();
+        let [at, len, from] = [at, len, from].map(|number| usize::try_from(number).unwrap());
+        expected[at..at + len].copy_from_slice(&bench.bytes[from..from + len]);
+    }
+    session.finish().unwrap();
+    assert!(contents(&memory.block(0, 4096).unwrap()) == expected);
+}
