@@ -4,8 +4,9 @@
 //! (`docs/benchmarks.md`, "Disk"), and a cache of checkpoints is such memory. So its chunks are read a step at a time
 //! into buffers that are used again and again, the last one first, and copied from there.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -24,10 +25,11 @@ const BUFFERS: usize = 2 * MOST_READS;
 /// A lane that waits for its turn looks so often whether its load was stopped.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// The buffers, and as many reads as the disk wants, for all loads of a cache.
+/// The buffers, and as many reads of each disk as it wants, for all loads of a cache.
 #[derive(Debug)]
 pub(crate) struct Bounce {
-    depth: Depth,
+    /// By the number of the file system: whoever waits for a slow disk holds up no other.
+    depths: Mutex<HashMap<u64, Arc<Depth>>>,
     pool: BufferPool,
     tickets: AtomicU64,
 }
@@ -35,7 +37,7 @@ pub(crate) struct Bounce {
 impl Bounce {
     pub(crate) fn new() -> Result<Arc<Bounce>> {
         let pool = BufferPool::new(STEP_LEN, BUFFERS, STEP_LEN, None)?;
-        Ok(Arc::new(Bounce { depth: Depth::default(), pool, tickets: AtomicU64::new(0) }))
+        Ok(Arc::new(Bounce { depths: Mutex::default(), pool, tickets: AtomicU64::new(0) }))
     }
 
     /// A ticket for a chunk: of those that wait, the chunk that was begun first is read first, so that it can be copied
@@ -56,18 +58,24 @@ impl Bounce {
     ) -> Result<Result<usize, Errno>> {
         let len = request.len.min(STEP_LEN);
         let place = &mut memory[request.at..request.at + len];
-        while !self.depth.enter(ticket, LOOK) {
+        let depth = self.depth(file);
+        while !depth.enter(ticket, LOOK) {
             sink.check()?;
         }
         let mut buffer = self.pool.try_acquire();
         // So many lanes that all buffers are copied from: this one reads to its place.
         let room = buffer.as_mut().map_or(&mut *place, |buffer| &mut buffer.as_mut_slice()[..len]);
         let answer = rustix::io::pread(file.descriptor(request.direct), room, request.offset);
-        self.depth.leave(*answer.as_ref().unwrap_or(&0) as u64);
+        depth.leave(*answer.as_ref().unwrap_or(&0) as u64);
         if let (Some(buffer), Ok(got)) = (&buffer, answer) {
             place[..got].copy_from_slice(&buffer.as_slice()[..got]);
         }
         Ok(answer)
+    }
+
+    fn depth(&self, file: &DataFile) -> Arc<Depth> {
+        let mut depths = self.depths.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(depths.entry(file.stamp().device()).or_default())
     }
 }
 
@@ -116,10 +124,21 @@ mod tests {
         assert_eq!(memory[..4096], [0; 4096]);
         assert_eq!(memory[4096..], [7; 4096]);
 
-        while bounce.depth.enter(bounce.ticket(), Duration::ZERO) {}
+        while bounce.depth(&file).enter(bounce.ticket(), Duration::ZERO) {}
         let request = Request { offset: 0, at: 0, len: 4096, direct: false };
         let stopped = bounce.read(bounce.ticket(), &file, request, &mut memory, &Stopped);
         assert!(matches!(stopped, Err(Error::Cancelled)));
+
+        // Another disk does not wait for this one.
+        let elsewhere = std::path::Path::new("/dev/shm");
+        let Ok(other_dir) = tempfile::tempdir_in(elsewhere) else { return };
+        let other = other_dir.path().join("f");
+        std::fs::write(&other, [8; 4096]).unwrap();
+        let other = DataFile::open(&other, "f", true).unwrap();
+        if other.stamp().device() != file.stamp().device() {
+            assert_eq!(bounce.read(bounce.ticket(), &other, request, &mut memory, &Stopped).unwrap(), Ok(4096));
+            assert_eq!(memory[..4096], [8; 4096]);
+        }
     }
 
     #[test]
