@@ -77,11 +77,11 @@ fn cpus_in(list: &str) -> usize {
 }
 
 /// How a loader of ours reads cached and uncached bytes, by its name in `benches/peers/loaders.py`.
-fn ways(name: &str, cpus: usize) -> Option<(Way, Way)> {
+fn ways(name: &str, host: &Host) -> Option<(Way, Way)> {
     match name {
-        "ours-store" | "ours-safetensors" => Some((Way::cached(cpus, 1, false), Way::uncached(false))),
-        "ours-verify" => Some((Way::cached(cpus, 1, true), Way::uncached(true))),
-        "ours-pread" => Some((Way::pread(tuning::cached_lanes(cpus, 1), false), Way::uncached_pread())),
+        "ours-store" | "ours-safetensors" => Some((Way::cached(host, 1, false), Way::uncached(false))),
+        "ours-verify" => Some((Way::cached(host, 1, true), Way::uncached(true))),
+        "ours-pread" => Some((Way::pread(tuning::cached_lanes(host.cpus, 1), false), Way::uncached_pread())),
         "ours-mapped" => Some((Way::mapped(), Way::uncached(false))),
         _ => None,
     }
@@ -98,7 +98,7 @@ pub(crate) fn markdown(path: &Path) -> Result<String, Failure> {
     let mut done: Vec<(&Place, &str)> = Vec::new();
     for Run { place, name, .. } in &runs {
         let host = host_of(&data, &runs, place);
-        let Some((cached, uncached)) = ways(name, host.cpus) else { continue };
+        let Some((cached, uncached)) = ways(name, &host) else { continue };
         if done.contains(&(place, name)) {
             continue;
         }

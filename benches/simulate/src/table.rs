@@ -50,7 +50,7 @@ pub(crate) fn shares(
 
 /// Seconds of a load to the first device as the loader would do it.
 pub(crate) fn predicted(host: &Host, model: &Model, case: Case, verify: bool) -> Result<f64, Failure> {
-    let (cached, uncached) = (Way::cached(host.cpus, 1, verify), Way::uncached(verify));
+    let (cached, uncached) = (Way::cached(host, 1, verify), Way::uncached(verify));
     Ok(seconds(host, &shares(model, case, cached, uncached, 1)?))
 }
 
@@ -209,8 +209,8 @@ fn eight_ways(host: &Host, model: &Model) -> Result<Vec<(String, f64, f64)>, Fai
     let len = model.len() as f64;
     let gpus = host.gpus;
     let mut rows = Vec::new();
-    let one = Way::cached(host.cpus, 1, false);
-    for way in [Way::cached(host.cpus, gpus, false).fitted(1), one] {
+    let one = Way::cached(host, 1, false);
+    for way in [Way::cached(host, gpus, false).fitted(1), one] {
         let what = format!("warm, one process, tensors over {gpus} devices, {} threads", way.lanes);
         rows.push((what, seconds(host, &shares(model, Case::Warm, way, Way::uncached(false), gpus)?), len));
     }
@@ -247,7 +247,8 @@ mod tests {
     fn half_cached_takes_both_ways_and_loses_no_piece() {
         let model = Model::named("many:0.5").unwrap();
         let whole = model.pieces(&Way::uncached(false), 1).unwrap().len();
-        let shares = shares(&model, Case::Half, Way::cached(16, 1, false), Way::uncached(false), 1).unwrap();
+        let shares =
+            shares(&model, Case::Half, Way::cached(&Host::measured(), 1, false), Way::uncached(false), 1).unwrap();
         assert_eq!(shares.iter().map(|share| share.from).collect::<Vec<_>>(), [From::Cache, From::Disk]);
         assert_eq!(shares.iter().map(|share| share.pieces.len()).sum::<usize>(), whole);
     }

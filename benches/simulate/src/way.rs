@@ -28,10 +28,11 @@ pub(crate) struct Way {
 }
 
 impl Way {
-    /// What the loader chooses for cached bytes (`read/choose.rs`) of so many devices.
-    pub(crate) fn cached(cpus: usize, devices: usize, verify: bool) -> Way {
-        if cpus >= tuning::PREAD_CPUS || verify {
-            Way::pread(tuning::cached_lanes(cpus, devices), verify)
+    /// What the loader chooses for cached bytes (`read/choose.rs`) of so many devices, by rates that it would measure.
+    pub(crate) fn cached(host: &Host, devices: usize, verify: bool) -> Way {
+        let copying_is_faster = host.cpus as f64 * host.read_each >= host.register;
+        if host.cpus >= tuning::PREAD_CPUS || verify || copying_is_faster {
+            Way::pread(tuning::cached_lanes(host.cpus, devices), verify)
         } else {
             Way::mapped()
         }

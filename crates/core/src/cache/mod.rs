@@ -11,9 +11,10 @@
 mod state;
 mod usage;
 
+use std::borrow::Cow;
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use state::{FileRef, Found, State};
@@ -28,6 +29,8 @@ use crate::read::bounce::Bounce;
 
 /// Bytes that are touched and pinned in one go: the first buffer is there soon, and few calls pin all.
 const STEP_LEN: usize = 64 << 20;
+/// Chunks of a checkpoint: 256 TiB of 16 MiB each.
+const MOST_CHUNKS: usize = 1 << 24;
 /// How long a load waits before it looks again, whatever it was told.
 const LOOK_AGAIN: Duration = Duration::from_millis(5);
 
@@ -65,8 +68,17 @@ struct Shared {
 pub(crate) struct Chunk {
     buffer: HostBuffer,
     len: usize,
-    /// Its checksums were compared, or there are none.
-    verified: AtomicBool,
+    /// Once somebody wanted to compare them.
+    sums: OnceLock<Sums>,
+}
+
+/// The checksums of a chunk's bytes, which is whole chunks of a store.
+#[derive(Debug)]
+pub(crate) struct Sums {
+    /// Bytes of a chunk of the store.
+    pub(crate) chunk_len: u64,
+    /// One after another.
+    pub(crate) of_chunks: Vec<u64>,
 }
 
 impl Chunk {
@@ -92,14 +104,12 @@ impl CachedChunk {
         self.chunk.as_ref().is_some_and(|chunk| chunk.buffer.is_pinned())
     }
 
-    pub(crate) fn is_verified(&self) -> bool {
-        self.chunk.as_ref().is_some_and(|chunk| chunk.verified.load(Ordering::Relaxed))
-    }
-
-    pub(crate) fn set_verified(&self) {
-        if let Some(chunk) = &self.chunk {
-            chunk.verified.store(true, Ordering::Relaxed);
-        }
+    /// The checksums of its bytes in chunks of this length; taken by `sum` where they are not known.
+    pub(crate) fn sums(&self, chunk_len: u64, sum: impl Fn(&[u8]) -> Sums) -> Cow<'_, [u64]> {
+        let Some(chunk) = &self.chunk else { return Cow::default() };
+        let known = chunk.sums.get_or_init(|| sum(self.bytes()));
+        // Stores of different chunks may share a file.
+        if known.chunk_len == chunk_len { Cow::from(&known.of_chunks) } else { Cow::from(sum(self.bytes()).of_chunks) }
     }
 }
 
@@ -232,22 +242,14 @@ impl Cache {
     }
 
     /// Puts another opening of a path in the place of one: a pin goes over, and what is resident stays, but for files that
-    /// only the old one has, or has with other checksums. An error where there is no room for the pin, which is gone then.
+    /// only the old one has. An error where there is no room for the pin, which is gone then.
     pub fn replace(&self, old: &Checkpoint, new: &Checkpoint) -> Result<()> {
         let pinned = if self.is_pinned(old) { self.pin(new) } else { Ok(()) };
         if pinned.is_err() {
             self.unpin(old);
         }
-        let place = |file: &DataFile| new.files().iter().position(|theirs| theirs.stamp() == file.stamp());
-        // They were compared with what they are not to be any more.
-        let differ = old
-            .files()
-            .iter()
-            .enumerate()
-            .filter(|(at, file)| place(file).is_some_and(|place| new.sums_of(place) != old.sums_of(*at)));
-        let differ: Vec<_> = differ.map(|(_, file)| file.stamp()).collect();
-        self.remove(|_| differ);
-        self.evict_files(old, |file| place(file).is_none());
+        let stays = |file: &DataFile| new.files().iter().any(|theirs| theirs.stamp() == file.stamp());
+        self.evict_files(old, |file| !stays(file));
         pinned
     }
 
@@ -299,6 +301,19 @@ impl Cache {
         let freed = before - state.len;
         self.let_go(state, dropped);
         freed
+    }
+
+    /// Refuses files of so many chunks that a list of them would not fit the memory: a file may claim any length, and be full of
+    /// holes.
+    pub(crate) fn check_len(&self, checkpoint: &Checkpoint) -> Result<()> {
+        let chunks = self.files(checkpoint).iter().map(|file| file.chunks).fold(0, usize::saturating_add);
+        if chunks <= MOST_CHUNKS {
+            return Ok(());
+        }
+        let (path, len) = (checkpoint.path().display(), self.chunk_len());
+        Err(Error::Invalid(format!(
+            "{path} has {chunks} chunks of {len} bytes; a cache of such chunks takes {MOST_CHUNKS} of a checkpoint at most"
+        )))
     }
 
     fn files(&self, checkpoint: &Checkpoint) -> Vec<FileRef> {
@@ -453,9 +468,9 @@ impl Use {
     }
 
     /// Puts a piece that was read in its place; its bytes are the first of the buffer.
-    pub(crate) fn put(&self, piece: &Piece, buffer: HostBuffer, verified: bool) -> CachedChunk {
+    pub(crate) fn put(&self, piece: &Piece, buffer: HostBuffer, sums: Option<Sums>) -> CachedChunk {
         let len = usize::try_from(piece.len).unwrap_or(usize::MAX).min(buffer.as_slice().len());
-        let chunk = Arc::new(Chunk { buffer, len, verified: AtomicBool::new(verified) });
+        let chunk = Arc::new(Chunk { buffer, len, sums: sums.map_or_else(OnceLock::new, OnceLock::from) });
         if let Some((file, place)) = self.place(piece)
             && self.claims().remove(&(file, place))
         {

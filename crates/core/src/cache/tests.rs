@@ -183,24 +183,29 @@ fn what_is_pinned_of_a_path_is_what_was_pinned_last() {
     assert!(cache.lock().stamps().is_empty());
 }
 
-#[test]
-fn what_comes_in_the_place_of_a_checkpoint_has_its_pin_and_the_chunks_of_the_same_files_and_checksums() {
-    let dir = tempfile::tempdir().unwrap();
+/// A store, and one that has the same data file, but the checksums of another; that one is `store-2`.
+fn store_and_mixed(dir: &Path) -> (Checkpoint, Checkpoint) {
     let stores = [1, 2].map(|seed| {
-        let source = Checkpoint::open(model(dir.path(), "source", 9 << 20, seed)).unwrap();
-        let store = dir.path().join(format!("store-{seed}"));
+        let source = Checkpoint::open(model(dir, "source", 9 << 20, seed)).unwrap();
+        let store = dir.join(format!("store-{seed}"));
         convert(&source, &store, &ConvertOptions::new()).unwrap();
         store
     });
-    // The first one's file with the second one's checksums.
-    let mixed = dir.path().join("mixed");
+    let mixed = dir.join("mixed");
     fs::create_dir(&mixed).unwrap();
     fs::hard_link(stores[0].join("tensor.data_0"), mixed.join("tensor.data_0")).unwrap();
     for name in ["manifest.json", "tensor_index.json"] {
         fs::copy(stores[1].join(name), mixed.join(name)).unwrap();
     }
-    let open = |path: &PathBuf| Checkpoint::open(path).unwrap();
-    let (first, again, other, mixed) = (open(&stores[0]), open(&stores[0]), open(&stores[1]), open(&mixed));
+    (Checkpoint::open(&stores[0]).unwrap(), Checkpoint::open(&mixed).unwrap())
+}
+
+#[test]
+fn what_comes_in_the_place_of_a_checkpoint_has_its_pin_and_the_chunks_of_the_same_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let (first, mixed) = store_and_mixed(dir.path());
+    let (again, other) =
+        (Checkpoint::open(first.path()).unwrap(), Checkpoint::open(dir.path().join("store-2")).unwrap());
     let cache = Cache::new(4 << 20, 64 << 20, None).unwrap();
     let verifying = Loader::builder().cache(cache.clone()).verify(true).build().unwrap();
     let len = verifying.fill_cache(&first).unwrap().read_bytes;
@@ -208,8 +213,8 @@ fn what_comes_in_the_place_of_a_checkpoint_has_its_pin_and_the_chunks_of_the_sam
     cache.replace(&first, &again).unwrap();
     assert_eq!((cache.is_pinned(&again), cache.resident_len(&again)), (true, len));
     cache.replace(&again, &mixed).unwrap();
-    assert_eq!((cache.is_pinned(&mixed), cache.resident_len(&mixed)), (true, 0), "they were compared with others");
-    assert!(matches!(verifying.fill_cache(&mixed), Err(Error::Corrupt(_))));
+    assert_eq!((cache.is_pinned(&mixed), cache.resident_len(&mixed)), (true, len));
+    assert!(matches!(verifying.fill_cache(&mixed), Err(Error::Corrupt(_))), "it has other checksums");
     // What others pin stays for them.
     cache.unpin(&again);
     cache.unpin(&mixed);
@@ -221,6 +226,38 @@ fn what_comes_in_the_place_of_a_checkpoint_has_its_pin_and_the_chunks_of_the_sam
     let large = Checkpoint::open(model(dir.path(), "large", 80 << 20, 3)).unwrap();
     assert!(cache.replace(&first, &large).is_err());
     assert_eq!((cache.is_pinned(&first), cache.is_pinned(&large), cache.usage().resident), (false, false, 0));
+}
+
+#[test]
+fn a_chunk_is_compared_with_the_checksums_of_whoever_wants_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (store, mixed) = store_and_mixed(dir.path());
+    let cache = Cache::new(4 << 20, 64 << 20, None).unwrap();
+    let verifying = Loader::builder().cache(cache.clone()).verify(true).build().unwrap();
+    let len = verifying.fill_cache(&store).unwrap().read_bytes;
+    assert_eq!(load_whole(&verifying, &store).cached_bytes, len);
+    assert!(matches!(verifying.fill_cache(&mixed), Err(Error::Corrupt(_))), "another store's checksums were good");
+    assert_eq!(load_whole(&verifying, &store).notes, Vec::<String>::new());
+    // As one who does not verify sees it, both have the same file.
+    assert_eq!(loader(&cache).fill_cache(&mixed).unwrap().cached_bytes, len);
+}
+
+#[test]
+fn a_file_that_claims_more_chunks_than_a_list_can_have_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("sparse.safetensors");
+    // One chunk more than is allowed; not all file systems have files so long.
+    let len = CHUNK << 24;
+    let start = safetensors(header(len), &[]);
+    fs::write(&path, &start).unwrap();
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    if file.set_len(start.len() as u64 + len).is_err() {
+        eprintln!("skipped: files of {len} bytes are not to be had here");
+        return;
+    }
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let error = loader(&cache(10)).fill_cache(&checkpoint).unwrap_err().to_string();
+    assert!(error.contains("16777217 chunks of"), "{error}");
 }
 
 #[test]
@@ -334,7 +371,7 @@ fn bytes_that_another_load_reads_are_no_reads_of_who_waits_for_them() {
             let mut buffer = first.try_buffer().unwrap();
             let bytes = &mut buffer.as_mut_slice()[..usize::try_from(piece.len).unwrap()];
             checkpoint.files()[0].read_exact_at(bytes, piece.offset).unwrap();
-            first.put(piece, buffer, false);
+            first.put(piece, buffer, None);
         }
         let report = waits.join().unwrap();
         assert_eq!((report.read_bytes, report.cached_bytes), (len, len));
@@ -387,7 +424,7 @@ fn wrong_chunks_that_nobody_verified_are_read_again() {
     // Zeros, and the buffers that hold them.
     let first = cache.begin(&checkpoint);
     assert_eq!(first.split(plan.pieces()).missing.len(), 3);
-    let put = |piece| first.put(piece, first.try_buffer().unwrap(), false);
+    let put = |piece| first.put(piece, first.try_buffer().unwrap(), None);
     let wrong: Vec<CachedChunk> = plan.pieces().iter().map(put).collect();
     let before = wrong[0].bytes().to_vec();
     std::thread::scope(|scope| {

@@ -9,7 +9,7 @@ use crc_fast::{CrcAlgorithm, Digest, crc64_nvme};
 
 use super::chunks::Chunks;
 use super::outbox::{Outbox, Receipt};
-use crate::cache::{CachedChunk, Use};
+use crate::cache::{CachedChunk, Sums, Use};
 use crate::checkpoint::Checkpoint;
 use crate::control::Meter;
 use crate::device::{Block, Device};
@@ -207,36 +207,40 @@ impl<'a> Lane<'a> {
         }
     }
 
-    /// Compares the checksums of a chunk of the cache, which is whole chunks of its store.
-    fn verify(&mut self, piece: &Piece, bytes: &[u8]) -> Result<()> {
-        let Some(sums) = self.shared.checkpoint.sums().filter(|_| self.shared.verify) else { return Ok(()) };
-        let verifying = Instant::now();
-        let chunk_len = usize::try_from(sums.chunk_len).unwrap_or(usize::MAX);
-        for (number, chunk) in (piece.offset / sums.chunk_len..).zip(bytes.chunks(chunk_len)) {
-            self.shared.checkpoint.check_chunk(piece.file, number, crc64_nvme(chunk))?;
-        }
-        self.times.verify += verifying.elapsed();
-        Ok(())
-    }
-
     /// Brings a piece that was read into the cache, once its checksums were compared.
     fn cache(&mut self, cache: &Use, piece: &Piece, filled: Filled) -> Result<Filled> {
         let Filled::Buffer(buffer) = filled else { return Ok(filled) };
         let len = usize::try_from(piece.len).unwrap_or(usize::MAX).min(buffer.as_slice().len());
-        self.verify(piece, &buffer.as_slice()[..len])?;
-        Ok(Filled::Cached(cache.put(piece, buffer, self.shared.verify)))
+        let verifying = Instant::now();
+        let sums = self.chunk_len().map(|chunk_len| sums_of(chunk_len, &buffer.as_slice()[..len]));
+        sums.as_ref().map_or(Ok(()), |sums| self.compare(piece, sums.chunk_len, &sums.of_chunks))?;
+        self.times.verify += verifying.elapsed();
+        Ok(Filled::Cached(cache.put(piece, buffer, sums)))
     }
 
-    /// Compares the checksums of a chunk that a load without verification brought; whether it is good.
+    /// Whether a chunk of the cache, which any load may have brought, has this store's checksums, where these are to be
+    /// compared.
     fn is_good(&mut self, piece: &Piece, chunk: &CachedChunk) -> Result<bool> {
-        if self.shared.verify && !chunk.is_verified() {
-            match self.verify(piece, chunk.bytes()) {
-                Err(Error::Corrupt(_)) => return Ok(false),
-                answer => answer?,
-            }
-            chunk.set_verified();
-        }
-        Ok(true)
+        let Some(chunk_len) = self.chunk_len() else { return Ok(true) };
+        let verifying = Instant::now();
+        let sums = chunk.sums(chunk_len, |bytes| sums_of(chunk_len, bytes));
+        let answer = match self.compare(piece, chunk_len, &sums) {
+            Err(Error::Corrupt(_)) => Ok(false),
+            answer => answer.map(|()| true),
+        };
+        self.times.verify += verifying.elapsed();
+        answer
+    }
+
+    /// Bytes of the store's chunks, where a cache's are to be compared with them.
+    fn chunk_len(&self) -> Option<u64> {
+        self.shared.checkpoint.sums().filter(|_| self.shared.verify).map(|sums| sums.chunk_len)
+    }
+
+    /// Compares the checksums of a piece, which is whole chunks of its store.
+    fn compare(&self, piece: &Piece, chunk_len: u64, sums: &[u64]) -> Result<()> {
+        let mut numbered = (piece.offset / chunk_len..).zip(sums);
+        numbered.try_for_each(|(number, &sum)| self.shared.checkpoint.check_chunk(piece.file, number, sum))
     }
 
     /// The destination of a piece that lies in one run of host memory, where no checksum needs the rest of it.
@@ -280,8 +284,9 @@ impl Sink for Lane<'_> {
             // sure. One that waited for a buffer would keep those of its reads from everybody.
             Buffers::Cache(_) => {
                 while self.oldest_is_done() {
-                    if self.retire().is_err() {
-                        // The device failed: asking for room says so.
+                    if let Err(error) = self.retire() {
+                        // Nobody else sees it; asking for room tells that the load was stopped.
+                        self.shared.outcome.stop(error);
                         return true;
                     }
                 }
@@ -377,6 +382,12 @@ impl Sink for Lane<'_> {
     fn note(&self, note: String) {
         self.shared.outcome.note(note);
     }
+}
+
+/// The checksums of bytes that are chunks of a store.
+fn sums_of(chunk_len: u64, bytes: &[u8]) -> Sums {
+    let chunks = bytes.chunks(usize::try_from(chunk_len).unwrap_or(usize::MAX));
+    Sums { chunk_len, of_chunks: chunks.map(crc64_nvme).collect() }
 }
 
 /// Takes on what is new in `beginning`.

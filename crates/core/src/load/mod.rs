@@ -358,6 +358,7 @@ impl Loader {
         started: Instant,
     ) -> Result<LoadReport> {
         let sums = self.sums(checkpoint)?;
+        self.cache.as_ref().map_or(Ok(()), |cache| cache.check_len(checkpoint))?;
         let options = self.cut(sums, staging.is_cold);
         let plan = plan(&options)?;
         let PlanOptions { piece_len, chunk_len, .. } = options;
@@ -372,7 +373,7 @@ impl Loader {
             Some(cache) => Some(Governor::Bounce(cache.bounce())),
             None => self.stages(devices.iter()).then_some(Governor::Depth(&staging.depth)),
         };
-        let mut shares = choose(checkpoint.files(), missing, &devices, &self.wishes, governor)?;
+        let mut shares = choose(checkpoint.files(), missing, &devices, &self.wishes, governor, &staging.rates)?;
         if devices.len() > 1 {
             // In the order of the files one device's layers come before those of the next, and one link works at a time.
             let device_of =

@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::numa::Node;
 use crate::read::choose::{MAX_LANES, Share};
 use crate::read::depth::Depth;
+use crate::read::rates::Rates;
 
 /// Streams, one a device, and the ring of buffers.
 #[derive(Debug, Default)]
@@ -22,6 +23,8 @@ pub(super) struct Staging {
     node: OnceCell<Option<Node>>,
     /// What was found out about the disk.
     pub(super) depth: Arc<Depth>,
+    /// And about the page cache.
+    pub(super) rates: Rates,
     /// Something had to be read from a disk: pieces stay short, since a ring of other buffers would have to be pinned.
     pub(super) is_cold: bool,
 }

@@ -65,7 +65,7 @@ fn what_another_load_reads_is_waited_for_last_though_pieces_are_spread_over_devi
         let mut buffer = other.try_buffer().unwrap();
         let piece_len = usize::try_from(piece.len).unwrap();
         checkpoint.files()[0].read_exact_at(&mut buffer.as_mut_slice()[..piece_len], piece.offset).unwrap();
-        other.put(piece, buffer, false);
+        other.put(piece, buffer, None);
     }
     assert!(!busy.is_empty());
     let present_len: u64 = present.iter().map(|piece| piece.len).sum();

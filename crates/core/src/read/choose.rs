@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicUsize;
 use super::bounce::Bounce;
 use super::depth::{Depth, MOST_READS};
 use super::pread::{Pace, Turns};
+use super::rates::{Measured, Rates};
 use super::residency::{is_cached, is_sample_cached};
 use super::uring::Governed;
 use super::{Cached, EngineChoice, Mapped, Pread, ReadEngine, Uring};
@@ -21,7 +22,7 @@ const URING_DEPTH: usize = 8;
 pub const URING_SPARE: usize = 4;
 /// io_uring lanes for uncached bytes.
 pub const URING_LANES: usize = 2;
-/// Processors from which threads that copy out of the page cache beat copying its pages in place.
+/// Processors from which threads that copy out of the page cache beat copying its pages in place, whatever these are.
 pub const PREAD_CPUS: usize = 8;
 /// Threads beyond which reading for one device does not get faster (measured, `docs/benchmarks.md`).
 pub const MAX_LANES: usize = 14;
@@ -155,6 +156,7 @@ pub(crate) fn choose<'a>(
     devices: &[Device],
     wishes: &Wishes,
     governor: Option<Governor<'_>>,
+    rates: &Rates,
 ) -> Result<Vec<Share<'a>>> {
     let Residency { cached, uncached, told, on_disk } = split(files, pieces, wishes.direct.map(|direct| !direct));
     let mut shares = Vec::new();
@@ -164,7 +166,7 @@ pub(crate) fn choose<'a>(
         }
         let (engine, reason) = match wishes.engine {
             EngineChoice::Auto => {
-                let (engine, reason) = auto(files, pieces[0], warm, devices, wishes);
+                let (engine, reason) = auto(files, &pieces, warm, devices, wishes, rates);
                 (engine, format!("{told}; {reason}"))
             }
             forced => (forced, "it was asked for".to_owned()),
@@ -276,8 +278,15 @@ fn mostly_uncached(files: &[DataFile], pieces: &[&Piece]) -> bool {
     2 * sample().filter(uncached).count() > sample().count()
 }
 
-/// The engine for pieces of which this is the first.
-fn auto(files: &[DataFile], first: &Piece, warm: bool, devices: &[Device], wishes: &Wishes) -> (EngineChoice, String) {
+/// The engine for pieces, of which there are some.
+fn auto(
+    files: &[DataFile],
+    pieces: &[&Piece],
+    warm: bool,
+    devices: &[Device],
+    wishes: &Wishes,
+    rates: &Rates,
+) -> (EngineChoice, String) {
     let cpus = processors();
     let on_host = devices.iter().all(Device::is_host);
     if !warm && wishes.caches {
@@ -296,10 +305,28 @@ fn auto(files: &[DataFile], first: &Piece, warm: bool, devices: &[Device], wishe
     } else if copies_pages(cpus, wishes) {
         (EngineChoice::Pread, format!("{cpus} processors copy faster than pages are registered"))
     } else {
-        match Mapped::new(devices, false).probe(files, first) {
-            Ok(()) => (EngineChoice::Mapped, format!("{cpus} processors: pages are copied in place")),
-            Err(e) => (EngineChoice::Pread, format!("pages cannot be copied in place: {e}")),
-        }
+        in_place_or_not(files, pieces, devices, rates)
+    }
+}
+
+/// The engine for cached pieces where processors are few.
+fn in_place_or_not(files: &[DataFile], pieces: &[&Piece], devices: &[Device], rates: &Rates) -> (EngineChoice, String) {
+    let (cpus, mapped) = (processors(), Mapped::new(devices, false));
+    let first = pieces[0];
+    let measured = rates.of(&mapped, files, pieces);
+    let probed = measured.and_then(|rates| match rates {
+        Some(rates) => Ok(Some(rates)),
+        None => mapped.probe(&files[first.file], first.offset, first.len).map(|_| None),
+    });
+    let told = |rates: Measured| {
+        let (registered, copied) = (rates.registered / 1e9, rates.copied / 1e9);
+        format!("pages are registered at {registered:.0} GB/s, and each of {cpus} processors copies {copied:.1}")
+    };
+    match probed {
+        Ok(Some(rates)) if rates.copying_is_faster(cpus) => (EngineChoice::Pread, told(rates)),
+        Ok(Some(rates)) => (EngineChoice::Mapped, told(rates)),
+        Ok(None) => (EngineChoice::Mapped, format!("{cpus} processors: pages are copied in place")),
+        Err(e) => (EngineChoice::Pread, format!("pages cannot be copied in place: {e}")),
     }
 }
 

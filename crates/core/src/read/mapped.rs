@@ -24,7 +24,7 @@ pub const WINDOW: u64 = 128 << 20;
 
 /// A mapped and, for a device that needs it, registered range of a file.
 #[derive(Debug)]
-struct Window {
+pub(super) struct Window {
     ptr: *mut u8,
     len: usize,
     /// First byte in the file.
@@ -108,10 +108,9 @@ impl Mapped {
         Mapped { device: device.unwrap_or_else(Device::host), windows: Mutex::default(), or_pread }
     }
 
-    /// Whether pages of this piece's file can be mapped and registered here.
-    pub(crate) fn probe(&self, files: &[DataFile], piece: &Piece) -> Result<()> {
-        let window = Window::open(&files[piece.file], piece.offset, piece.len, &self.device);
-        window.map(drop)
+    /// Maps and registers a range of a file, as loads do; an error where that cannot be.
+    pub(super) fn probe(&self, file: &DataFile, offset: u64, len: u64) -> Result<Window> {
+        Window::open(file, offset, len, &self.device)
     }
 }
 

@@ -11,6 +11,7 @@ pub(crate) mod choose;
 pub(crate) mod depth;
 mod mapped;
 mod pread;
+pub(crate) mod rates;
 pub(crate) mod residency;
 mod transfer;
 mod uring;

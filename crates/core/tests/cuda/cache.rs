@@ -156,3 +156,36 @@ fn nothing_is_unpinned_under_a_copy() {
     assert_eq!(driver.get("contexts"), 0);
     assert_nothing_left(&driver);
 }
+
+#[test]
+fn a_copy_that_fails_ends_a_load_by_a_cache() {
+    let driver = driver();
+    let model = model();
+    let checkpoint = Checkpoint::open(&model.source).unwrap();
+    let device = Device::cuda(0).unwrap();
+    // Chunks so short that copies wait for others, to be issued together.
+    let cache = Cache::new(1 << 20, 16 << 20, Some(&device)).unwrap();
+    cache.prepare(1);
+    for engine in [EngineChoice::Uring, EngineChoice::Pread] {
+        let builder = Loader::builder().device(device.clone()).engine(engine).direct(Some(false));
+        let loader = builder.cache(cache.clone()).build().unwrap();
+        let mut failed = 0;
+        for (symbol, nth) in
+            ["cuMemcpyHtoDAsync", "cuEventRecord"].into_iter().flat_map(|s| (1..8).map(move |n| (s, n)))
+        {
+            cache.clear();
+            driver.reset();
+            driver.set_delay(Duration::from_millis(1));
+            driver.fail(symbol, nth, 999);
+            let result = loader.load(&checkpoint);
+            // How many calls there are depends on how busy the device is.
+            let is_failed = driver.count(symbol) >= nth;
+            assert_eq!(result.is_err(), is_failed, "{symbol} {nth} by {engine}");
+            failed += usize::from(is_failed);
+        }
+        assert!(failed > 7, "{failed} by {engine}");
+    }
+    drop(cache);
+    driver.reset();
+    assert_nothing_left(&driver);
+}
