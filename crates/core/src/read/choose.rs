@@ -313,10 +313,10 @@ fn auto(
 fn in_place_or_not(files: &[DataFile], pieces: &[&Piece], devices: &[Device], rates: &Rates) -> (EngineChoice, String) {
     let (cpus, mapped) = (processors(), Mapped::new(devices, false));
     let first = pieces[0];
-    let measured = rates.of(&mapped, files, pieces);
+    let measured = rates.of(&mapped, files, pieces, cpus);
     let probed = measured.and_then(|rates| match rates {
         Some(rates) => Ok(Some(rates)),
-        None => mapped.probe(&files[first.file], first.offset, first.len).map(|_| None),
+        None => mapped.probe(&files[first.file], first.offset, first.len).map(|()| None),
     });
     let told = |rates: Measured| {
         let (registered, copied) = (rates.registered / 1e9, rates.copied / 1e9);

@@ -24,7 +24,7 @@ pub const WINDOW: u64 = 128 << 20;
 
 /// A mapped and, for a device that needs it, registered range of a file.
 #[derive(Debug)]
-pub(super) struct Window {
+struct Window {
     ptr: *mut u8,
     len: usize,
     /// First byte in the file.
@@ -109,8 +109,15 @@ impl Mapped {
     }
 
     /// Maps and registers a range of a file, as loads do; an error where that cannot be.
-    pub(super) fn probe(&self, file: &DataFile, offset: u64, len: u64) -> Result<Window> {
-        Window::open(file, offset, len, &self.device)
+    pub(super) fn probe(&self, file: &DataFile, offset: u64, len: u64) -> Result<()> {
+        self.keep(Window::open(file, offset, len, &self.device)?);
+        Ok(())
+    }
+
+    fn keep(&self, window: Window) -> Arc<Window> {
+        let window = Arc::new(window);
+        self.windows.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&window));
+        window
     }
 }
 
@@ -141,9 +148,8 @@ impl ReadEngine for Mapped {
                     run.iter().try_for_each(|piece| pread.read(files, piece, sink))?;
                     return pread.run(files, queue, sink);
                 }
-                window => Arc::new(window?),
+                window => self.keep(window?),
             };
-            self.windows.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&window));
             for piece in run {
                 // Both differences are below the window's length, which fits usize.
                 let at = usize::try_from(piece.offset - window.offset).unwrap_or(window.len);
