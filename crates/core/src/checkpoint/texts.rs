@@ -53,15 +53,18 @@ impl<'a, T: Send> JsonText<'a, T> {
     /// How many pieces it has, and the most bytes that are read for one.
     pub(super) fn pieces(&self) -> (usize, u64) {
         let Pieces { place, count, .. } = &self.pieces;
-        (*count, (place.end - place.start).div_ceil(*count as u64) + MARGIN)
+        let margin = if *count > 1 { MARGIN } else { 0 };
+        (*count, (place.end - place.start).div_ceil(*count as u64) + margin)
     }
 
-    /// A task for each piece, which is read into a buffer if there is one that is long enough.
+    /// A task for each piece, which is read into a buffer if there is one that is worth it.
     pub(super) fn tasks<'t>(
         &'t mut self,
         buffers: Option<&'t BufferPool>,
         scan: impl Fn(&Piece) -> Option<T> + Copy + Send + 't,
     ) -> impl Iterator<Item = Task<'t>> {
+        let (_, longest) = self.pieces();
+        let buffers = buffers.filter(|buffers| is_worth(buffers.buffer_len(), longest));
         let pieces = &self.pieces;
         self.found.iter_mut().enumerate().map(move |(number, found)| -> Task<'t> {
             Box::new(move || *found = pieces.read(number, buffers).and_then(|piece| scan(&piece)))
@@ -96,14 +99,21 @@ pub(super) fn share<'a>(len: u64, tasks: impl Iterator<Item = Task<'a>>) {
 }
 
 /// Buffers for the pieces of texts of `len` bytes in all, if these are long: so they lie in huge pages. A system takes longer to
-/// give the small pages for a text than to read it.
-pub(super) fn buffers(len: u64, pieces: impl Iterator<Item = (usize, u64)>) -> Option<BufferPool> {
+/// give the small pages for a text than to read it. Texts much shorter than the longest piece are not counted.
+pub(super) fn buffers(len: u64, texts: impl Iterator<Item = (usize, u64)>) -> Option<BufferPool> {
     if len < IN_BUFFERS {
         return None;
     }
-    let (count, longest) = pieces.fold((0, 0), |(count, longest), (more, len)| (count + more, len.max(longest)));
+    let texts: Vec<_> = texts.collect();
+    let longest = texts.iter().map(|(_, longest)| *longest).max()?;
     let buffer_len = usize::try_from(longest.next_multiple_of(PAGE)).ok()?;
+    let count = texts.iter().filter(|(_, longest)| is_worth(buffer_len, *longest)).map(|(count, _)| count).sum();
     BufferPool::new(buffer_len, count, STEP_LEN, None).ok()
+}
+
+/// Whether a buffer of this length may hold a piece of `len` bytes: names keep all of it, as long as there is one.
+fn is_worth(buffer_len: usize, len: u64) -> bool {
+    buffer_len as u64 <= len.saturating_mul(2)
 }
 
 impl Pieces<'_> {
@@ -178,6 +188,44 @@ mod tests {
             let pieces = found(&entries, piece_len).unwrap();
             assert!(pieces.len() as u64 >= 3000 / 2 / piece_len, "{piece_len}");
             assert_eq!(pieces.concat(), whole, "{piece_len}");
+        }
+    }
+
+    /// Reads texts of these lengths, cut for two processors, and keeps them: the bytes of the texts, those of the buffers, and how
+    /// many buffers are left.
+    fn read(lens: &[usize]) -> (usize, usize, usize) {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |(number, &len): (usize, &usize)| {
+            let path = dir.path().join(number.to_string());
+            let entries: Vec<String> = (0..).map(|i| format!("\"{i:090}\":[{i}]")).take(len / 110).collect();
+            let text = format!("{{{}}}", entries.join(","));
+            std::fs::write(&path, text.clone() + &" ".repeat(len - text.len())).unwrap();
+            DataFile::open(&path, "f", true).unwrap()
+        };
+        let files: Vec<DataFile> = lens.iter().enumerate().map(file).collect();
+        let len = files.iter().map(DataFile::len).sum::<u64>();
+        let piece_len = (len / 4).max(PIECE);
+        let mut texts: Vec<_> = files.iter().map(|file| JsonText::new(file, 0..file.len(), b']', piece_len)).collect();
+        let buffers = buffers(len, texts.iter().map(JsonText::pieces)).unwrap();
+        share(len, texts.iter_mut().flat_map(|text| text.tasks(Some(&buffers), |piece| Some(Arc::clone(&piece.text)))));
+        let kept: Vec<_> = texts.into_iter().map(|text| text.into_found().unwrap()).collect();
+        assert_eq!(kept.iter().flatten().map(|text| text.len() as u64).sum::<u64>(), len);
+        let left = std::iter::from_fn(|| buffers.try_acquire()).collect::<Vec<_>>().len();
+        (usize::try_from(len).unwrap(), buffers.len(), left)
+    }
+
+    #[test]
+    fn short_texts_beside_long_ones_take_no_long_buffers() {
+        // An index and headers, as of a model of 671e9 parameters: only the index is worth a buffer.
+        let lens = [&[8_900_000][..], &[74_000; 163]].concat();
+        let index_len = 8_900_000_usize.next_multiple_of(4096);
+        assert_eq!(read(&lens), (8_900_000 + 163 * 74_000, index_len, 0));
+        // Where all are worth one, or none.
+        assert_eq!(read(&[1_000_000; 2]), (2_000_000, 4 * 507_904, 0));
+        assert_eq!(read(&[1100; 1000]), (1_100_000, 0, 0));
+        for lens in [&[2_000_000, 1_000_000, 999_000, 500_000, 490_000, 1000][..], &[260_000; 8], &[2048; 600]] {
+            let (len, in_buffers, left) = read(lens);
+            assert!(in_buffers > 0 && in_buffers <= 2 * len && left == 0, "{lens:?}: {in_buffers}, {left} left");
         }
     }
 
