@@ -175,7 +175,7 @@ fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex)
             found.iter_mut().for_each(|tensor| (tensor.file, tensor.shard) = (number, number));
         }
         tensors.append(found);
-        shards.push(Shard { name: file.name().to_owned(), metadata });
+        shards.push(Shard { name: file.name().to_owned(), metadata: metadata.flatten() });
         files.push(file);
     }
     let is_as_told = index.as_ref().is_some_and(|(_, index)| is_as_told(index, &tensors));
@@ -442,6 +442,10 @@ mod tests {
             assert_eq!(checkpoint.origin().shards[0].metadata.as_ref().unwrap()["format"], "pt");
         }
 
+        let null = r#""__metadata__": null"#;
+        let checkpoint = open(format!("{{{}, {null}}}", entries.join(", ")), 2 * count).unwrap();
+        assert_eq!((checkpoint.tensors().len(), &checkpoint.origin().shards[0].metadata), (count, &None));
+
         // Faults that no piece has by itself.
         for (entries, len, says) in [
             (format!("{}, {}", entries.join(", "), entry(0)), 2 * count, "overlaps"),
@@ -458,6 +462,8 @@ mod tests {
             (entries.join(", "), 2 * count - 1, "truncated"),
             (entries.join(", "), 2 * count + 1, "1 bytes follow"),
             (format!("{metadata}, {}, {metadata}", entries.join(", ")), 2 * count, "__metadata__ occurs twice"),
+            (format!("{null}, {}, {metadata}", entries.join(", ")), 2 * count, "__metadata__ occurs twice"),
+            (format!("{metadata}, {}, {null}", entries.join(", ")), 2 * count, "__metadata__ occurs twice"),
         ] {
             let error = open(format!("{{{entries}}}"), len).unwrap_err();
             assert!(error.contains(says), "{error}");

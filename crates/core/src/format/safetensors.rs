@@ -36,7 +36,8 @@ pub(crate) struct Header {
     pub(crate) tensors: Vec<TensorInfo>,
     /// Some tensor does not follow the one before it.
     pub(crate) is_out_of_line: bool,
-    pub(crate) metadata: Option<BTreeMap<String, String>>,
+    /// `Some(None)` where it is there and null, which is allowed, once.
+    pub(crate) metadata: Option<Option<BTreeMap<String, String>>>,
 }
 
 impl Header {
@@ -298,8 +299,11 @@ mod tests {
         let start = LENGTH_FIELD + json.len() as u64;
         let seen: Vec<_> = header.tensors.iter().map(|t| (t.name.as_str(), t.offset - start, t.len)).collect();
         assert_eq!(seen, [("a\né", 0, 2), ("b", 2, 8), ("z", 10, 0)]);
-        assert_eq!(header.metadata.unwrap()["format"], "pt");
+        assert_eq!(header.metadata.unwrap().unwrap()["format"], "pt");
         assert_eq!(parse_str("{}", 0).unwrap(), Header::default());
+        let null = r#"{"__metadata__":null}"#;
+        assert_eq!(parse_str(null, 0).unwrap().metadata, Some(None));
+        assert!(::safetensors::SafeTensors::deserialize(&test_support::safetensors(null, &[])).is_ok());
     }
 
     #[test]
@@ -307,8 +311,12 @@ mod tests {
         let forms = [
             r#"{"__metadata__":{"format":"pt"},"é":{"dtype":"U8","shape":[2,1],"data_offsets":[0,2]},"b":{"dtype":"F4","shape":[0],"data_offsets":[2,2]}} "#,
             "{\"a\": {\"dtype\": \"I8\", \"shape\": [1, 1, 1, 10], \"data_offsets\": [0, 10]}, \n\"__metadata__\": {}}",
+            r#"{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"__metadata__":null}"#,
         ];
         let mut scanned = [0; 2];
+        assert!(
+            forms.iter().all(|form| cuts(form, b'}').last().is_some_and(|whole| scan(of(form), &whole[0]).is_some()))
+        );
         for json in forms.iter().flat_map(|form| changed(form)) {
             let parsed = parse(of(&json), json.clone().into());
             for pieces in cuts(&json, b'}') {
@@ -349,6 +357,7 @@ mod tests {
             ("[]".into(), 0, "not valid"),
             ("{".into(), 0, "not valid"),
             (r#"{"__metadata__":{},"__metadata__":{}}"#.into(), 0, "occurs twice"),
+            (r#"{"__metadata__":null,"__metadata__":{}}"#.into(), 0, "occurs twice"),
             (r#"{"__metadata__":{"a":1}}"#.into(), 0, "not valid"),
         ] {
             let message = reason(&json, data);
