@@ -218,6 +218,21 @@ fn a_hub_snapshot_is_opened_by_path_and_by_name_and_converted() {
 }
 
 #[test]
+fn a_directory_of_a_hub_snapshot_has_links_to_the_blobs_of_its_repository() {
+    let (cache, snapshot) = hub_cache();
+    let sub = snapshot.join("sub");
+    symlink("../../../blobs/aa11", sub.join("model.safetensors")).unwrap();
+    assert_holds(&Checkpoint::open(&sub).unwrap(), &[tensor("a")]);
+    let report =
+        convert(&Checkpoint::open(&sub).unwrap(), &cache.path().join("store"), &ConvertOptions::new()).unwrap();
+    assert_eq!(report.other_files, 1);
+    fs::remove_file(sub.join("model.safetensors")).unwrap();
+    write_safetensors(&cache.path().join("stolen"), &[tensor("a")], None);
+    symlink("../../../../stolen", sub.join("model.safetensors")).unwrap();
+    assert_refused(&sub, ErrorKind::Format, &["model.safetensors", "a link out of its directory"]);
+}
+
+#[test]
 fn what_the_hub_cache_does_not_hold() {
     let (cache, snapshot) = hub_cache();
     let refused = |id: &str, revision: &str, kind: ErrorKind, part: &str| {
