@@ -507,3 +507,22 @@ fn a_store_tells_when_its_source_was_changed() {
     fs::remove_dir_all(&source).unwrap();
     check(&store).unwrap();
 }
+
+#[test]
+fn a_source_that_is_a_link_to_a_file_is_known_by_the_place_of_the_link() {
+    let dir = tempfile::tempdir().unwrap();
+    let (blobs, links, store) = (dir.path().join("blobs"), dir.path().join("links"), dir.path().join("store"));
+    fs::create_dir(&blobs).unwrap();
+    fs::create_dir(&links).unwrap();
+    let (blob, link) = (blobs.join("aa11"), links.join("model.safetensors"));
+    write_safetensors(&blob, &[Made::new("w", Dtype::U8, &[1000])], None);
+    std::os::unix::fs::symlink("../blobs/aa11", &link).unwrap();
+    // Another file, which has the link's name where the blob lies.
+    write_safetensors(&blobs.join("model.safetensors"), &[Made::new("w", Dtype::U8, &[2000])], None);
+    convert(&Checkpoint::open(&link).unwrap(), &store, &ConvertOptions::new()).unwrap();
+    let check = || Checkpoint::open(&store).unwrap().check_source();
+    check().unwrap();
+    write_safetensors(&blob, &[Made::new("w", Dtype::U8, &[1001])], None);
+    let error = check().unwrap_err().to_string();
+    assert!(error.contains(link.to_str().unwrap()), "{error}");
+}

@@ -11,8 +11,10 @@ use crate::format::manifest::{Seen, SeenFile};
 
 /// A source's files as they were when they were opened; `None` where their directory has no name that can be written.
 pub(crate) fn seen(root: &Path, files: &[DataFile]) -> Option<Seen> {
-    let root = root.canonicalize().ok()?;
-    let dir = if root.is_dir() { root.as_path() } else { root.parent()? };
+    // A single file may be a link: the directory is that of the name it was opened by.
+    let dir = if root.is_dir() { root } else { root.parent()? };
+    let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+    let dir = dir.canonicalize().ok()?;
     let file = |file: &DataFile| {
         let (len, modified) = file.stamp().len_and_modified();
         SeenFile { name: file.name().to_owned(), len, modified }
