@@ -66,8 +66,10 @@ fn chunk_text(chunk: &CorruptChunk) -> String {
     for tensor in &chunk.tensors {
         text += &format!("  tensor {tensor:?}\n");
     }
-    if chunk.tensors.is_empty() {
-        text += "  only padding\n";
+    match chunk.more_tensors {
+        0 if chunk.tensors.is_empty() => text += "  only padding\n",
+        0 => {}
+        more => text += &format!("  and {}\n", count(more, "more tensor")),
     }
     text
 }

@@ -102,6 +102,22 @@ fn a_flipped_bit_is_1_and_names_chunk_offset_and_tensors() {
 }
 
 #[test]
+fn of_a_corrupt_chunk_of_many_tensors_few_are_named() {
+    let fixture = model();
+    let entry = |i: usize| format!(r#""t{i:02}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{}]}}"#, i + 1);
+    let header = format!("{{{}}}", (0..18).map(entry).collect::<Vec<_>>().join(","));
+    fs::write(fixture.model.join("model.safetensors"), test_support::safetensors(header, &[7; 18])).unwrap();
+    let store = fixture.store();
+    fs::OpenOptions::new().write(true).open(store.join("tensor.data_0")).unwrap().write_all_at(&[8], 0).unwrap();
+    let ran = run("verify", &[&store], &[]);
+    assert_eq!(ran.code, 1);
+    assert!(ran.stdout.ends_with("  tensor \"t14\"\n  tensor \"t15\"\n  and 2 more tensors\n"), "{}", ran.stdout);
+    let json = run("verify", &[&store], &["--json"]).json();
+    let chunk = &json["corrupt"][0];
+    assert_eq!((chunk["tensors"].as_array().unwrap().len(), &chunk["more_tensors"]), (16, &2.into()));
+}
+
+#[test]
 fn only_a_store_is_verified() {
     let fixture = model();
     let ran = run("verify", &[&fixture.model], &["--json"]);

@@ -73,8 +73,26 @@ pub struct CorruptChunk {
     /// The CRC-64/NVME of the bytes that were read; 16 hexadecimal digits in JSON.
     #[serde(serialize_with = "hex")]
     pub found: u64,
-    /// Names of the tensors that have bytes in it.
+    /// Names of tensors that have bytes in it, 16 at most.
     pub tensors: Vec<String>,
+    /// How many more tensors have bytes in it.
+    pub more_tensors: usize,
+}
+
+/// Names of a corrupt chunk's tensors that are kept, and bytes of each: any number of names may be tied to one place, and any number
+/// of chunks be corrupt.
+const MAX_NAMES: usize = 16;
+const MAX_NAME_LEN: usize = 1024;
+
+impl CorruptChunk {
+    /// Notes a tensor that has bytes in it.
+    pub(crate) fn add_tensor(&mut self, name: &str) {
+        if self.tensors.len() < MAX_NAMES && name.len() <= MAX_NAME_LEN {
+            self.tensors.push(name.to_owned());
+        } else {
+            self.more_tensors += 1;
+        }
+    }
 }
 
 fn hex<S: Serializer>(crc: &u64, serializer: S) -> Result<S::Ok, S::Error> {
@@ -93,10 +111,11 @@ impl fmt::Display for CorruptChunk {
             self.found,
             self.expected
         )?;
-        match self.tensors.as_slice() {
-            [] => write!(f, "; it holds only padding"),
-            [one] => write!(f, "; it holds tensor {one:?}"),
-            [first, rest @ ..] => write!(f, "; it holds tensor {first:?} and {} more", rest.len()),
+        match (self.tensors.as_slice(), self.more_tensors) {
+            ([], 0) => write!(f, "; it holds only padding"),
+            ([], more) => write!(f, "; it holds tensors of long names ({more})"),
+            ([one], 0) => write!(f, "; it holds tensor {one:?}"),
+            ([first, rest @ ..], more) => write!(f, "; it holds tensor {first:?} and {} more", rest.len() + more),
         }
     }
 }
@@ -301,12 +320,34 @@ pub(crate) fn lossy_all<S: Serializer>(paths: &[PathBuf], serializer: S) -> Resu
 mod tests {
     use super::*;
 
+    fn corrupt_chunk() -> CorruptChunk {
+        let (tensors, more_tensors) = (Vec::new(), 0);
+        CorruptChunk { path: "/m".into(), chunk: 0, offset: 0, len: 1, expected: 0, found: 1, tensors, more_tensors }
+    }
+
+    #[test]
+    fn few_names_of_a_corrupt_chunk_are_kept_and_the_others_counted() {
+        let told = |names: &[String]| {
+            let mut chunk = corrupt_chunk();
+            names.iter().for_each(|name| chunk.add_tensor(name));
+            let text = chunk.to_string();
+            (chunk.tensors, chunk.more_tensors, text.split_once("; it holds ").unwrap().1.to_owned())
+        };
+        let names: Vec<String> = (0..100_000).map(|i| format!("t{i}")).collect();
+        assert_eq!(told(&[]), (vec![], 0, "only padding".into()));
+        assert_eq!(told(&names[..1]), (names[..1].to_vec(), 0, "tensor \"t0\"".into()));
+        assert_eq!(told(&names[..16]), (names[..16].to_vec(), 0, "tensor \"t0\" and 15 more".into()));
+        assert_eq!(told(&names), (names[..16].to_vec(), 99_984, "tensor \"t0\" and 99999 more".into()));
+        let long = ["x".repeat(MAX_NAME_LEN), "y".repeat(MAX_NAME_LEN + 1)];
+        assert_eq!(told(&long).0, long[..1]);
+        assert_eq!(told(&long[1..]), (vec![], 1, "tensors of long names (1)".into()));
+    }
+
     /// What has a message of its own and a source besides would be told twice.
     #[test]
     fn a_chain_says_nothing_twice() {
         let path = PathBuf::from("/m");
-        let corrupt =
-            CorruptChunk { path: path.clone(), chunk: 0, offset: 0, len: 1, expected: 0, found: 1, tensors: vec![] };
+        let corrupt = corrupt_chunk();
         for error in [
             Error::from(FormatError::new(&path, "THE REASON").tensor("t").at(7)),
             Error::from(Box::new(FormatError::new(&path, "THE REASON"))),

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 
 use common::{Made, write_safetensors};
 use sllm_core::{
-    Cancel, Checkpoint, Control, ConvertOptions, Dtype, Error, ErrorKind, Progress, WorkOptions, convert, export,
-    verify,
+    Cancel, Checkpoint, Control, ConvertOptions, Dtype, Error, ErrorKind, MemoryTensor, Progress, WorkOptions, convert,
+    export, save, verify,
 };
 use tempfile::{TempDir, tempdir};
 
@@ -146,6 +146,23 @@ fn all_corrupt_chunks_are_listed_in_order() {
     assert_eq!(report.corrupt.iter().map(|fault| fault.chunk).collect::<Vec<_>>(), [0, 2, 3]);
     let json = serde_json::to_value(&report).unwrap();
     assert_eq!(json["corrupt"][0]["found"].as_str().map(str::len), Some(16));
+}
+
+#[test]
+fn few_of_many_tied_tensors_of_a_corrupt_chunk_are_named() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("store");
+    let names: Vec<String> = (0..100).map(|i| format!("t{i:02}")).collect();
+    let bytes = vec![7; 5000];
+    let tied =
+        names.iter().map(|name| MemoryTensor { name, dtype: Dtype::U8, shape: &[5000], strides: None, bytes: &bytes });
+    save(&tied.collect::<Vec<_>>(), &path, &ConvertOptions::new()).unwrap();
+    flip(&path.join("tensor.data_0"), 4000, 0);
+    let report = verify(&Checkpoint::open(&path).unwrap(), &WorkOptions::new()).unwrap();
+    assert_eq!(report.corrupt.len(), 1);
+    assert_eq!((&report.corrupt[0].tensors[..], report.corrupt[0].more_tensors), (&names[..16], 84));
+    assert!(report.corrupt[0].to_string().ends_with("it holds tensor \"t00\" and 99 more"), "{}", report.corrupt[0]);
+    assert_eq!(serde_json::to_value(&report).unwrap()["corrupt"][0]["more_tensors"], 84);
 }
 
 #[test]

@@ -373,9 +373,10 @@ impl Checkpoint {
         let len = sums.chunk_len.min(data.len() - offset);
         let ends_after = |t: &TensorInfo| t.len > 0 && t.offset + t.len > offset;
         let is_inside = |t: &&TensorInfo| t.file == file && t.offset < offset + len && ends_after(t);
-        let tensors = self.tensors.iter().filter(is_inside).map(|t| t.name.to_string()).collect();
-        let path = data.path().to_owned();
-        Err(Error::Corrupt(Box::new(CorruptChunk { path, chunk, offset, len, expected, found, tensors })))
+        let (path, tensors, more_tensors) = (data.path().to_owned(), Vec::new(), 0);
+        let mut fault = CorruptChunk { path, chunk, offset, len, expected, found, tensors, more_tensors };
+        self.tensors.iter().filter(is_inside).for_each(|tensor| fault.add_tensor(&tensor.name));
+        Err(Error::Corrupt(Box::new(fault)))
     }
 
     /// Says to prefetches, as long as it is kept, that the checkpoint is being loaded.
