@@ -91,6 +91,7 @@ class ExportReport(Report):
     resumed_bytes: int
     other_files: int
     seconds: float
+    skipped: list[str]
     gb_per_s: float
 
 

@@ -30,5 +30,8 @@ fn text(report: &ExportReport) -> String {
     if report.resumed_bytes > 0 {
         text += &format!("resumed: {} were there from an interrupted run\n", human(report.resumed_bytes));
     }
+    for path in &report.skipped {
+        text += &format!("not copied: {}\n", printable_path(path));
+    }
     text
 }

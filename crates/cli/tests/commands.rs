@@ -33,9 +33,12 @@ fn convert_overwrites_only_when_asked() {
 fn export_gives_the_source_back() {
     let fixture = model();
     let (store, back) = (fixture.store(), fixture.path("back"));
+    fs::write(store.join("other.bin"), "").unwrap();
     let ran = run("export", &[&store, &back], &["--json"]);
     assert_eq!(ran.code, 0, "{}", ran.stderr);
-    assert_eq!(ran.json()["tensors"], 3);
+    assert_eq!((&ran.json()["tensors"], &ran.json()["skipped"]), (&json!(3), &json!(["other.bin"])));
+    let ran = run("export", &[&store, &fixture.path("again")], &[]);
+    assert!(ran.stdout.ends_with("not copied: other.bin\n"), "{}", ran.stdout);
     let (old, new) =
         (fs::read(fixture.model.join("model.safetensors")).unwrap(), fs::read(back.join("model.safetensors")).unwrap());
     let (old, new) =

@@ -34,6 +34,9 @@ pub struct ExportReport {
     pub resumed_bytes: u64,
     /// Other files copied (configuration, tokenizer, ...).
     pub other_files: usize,
+    /// Files beside the checkpoint that were not copied: weights that are not part of it, and special files.
+    #[serde(serialize_with = "crate::error::lossy_all")]
+    pub skipped: Vec<PathBuf>,
     /// Seconds it took.
     pub seconds: f64,
     /// `bytes` by `seconds`, in 1e9 bytes a second.
@@ -69,6 +72,7 @@ pub fn export(store: &Checkpoint, dir: &Path, options: &WorkOptions) -> Result<E
         files: files.len(),
         bytes,
         resumed_bytes: written.resumed,
+        skipped: side_files.skipped,
         other_files: side_files.count(),
         seconds,
         gb_per_s: gb_per_s(bytes, seconds),

@@ -250,7 +250,10 @@ fn other_files_are_copied_and_foreign_weights_are_not() {
     assert!(!target.join("pytorch_model.bin").exists() && !target.join(".git").exists());
     assert_holds(&Checkpoint::open(&target).unwrap(), &tensors);
 
-    export(&Checkpoint::open(&target).unwrap(), &back, &WorkOptions::new()).unwrap();
+    // What somebody put into the store.
+    fs::write(target.join("1_Pooling/w.gguf"), "").unwrap();
+    let report = export(&Checkpoint::open(&target).unwrap(), &back, &WorkOptions::new()).unwrap();
+    assert_eq!((report.other_files, report.skipped), (7, vec!["1_Pooling/w.gguf".into()]));
     let expected =
         [".gitattributes", "1_Pooling", "config.json", "journal", "link.json", "model.safetensors", "tokenizer.model"];
     assert_eq!(entries(&back), expected);
