@@ -77,6 +77,7 @@ class ConvertReport(Report):
     resumed_bytes: int
     other_files: int
     skipped: list[str]
+    not_removed: str | None
     seconds: float
     gb_per_s: float
 
@@ -90,8 +91,8 @@ class ExportReport(Report):
     bytes: int
     resumed_bytes: int
     other_files: int
-    seconds: float
     skipped: list[str]
+    seconds: float
     gb_per_s: float
 
 

@@ -35,5 +35,8 @@ fn text(report: &ConvertReport) -> String {
     for path in &report.skipped {
         text += &format!("not copied: {}\n", printable_path(path));
     }
+    if let Some(path) = &report.not_removed {
+        text += &format!("not removed: {}, the store that was replaced\n", printable_path(path));
+    }
     text
 }

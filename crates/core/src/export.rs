@@ -59,11 +59,10 @@ pub fn export(store: &Checkpoint, dir: &Path, options: &WorkOptions) -> Result<E
     let target = Target::check(dir, Some(store.path()), false)?;
     let side_files = side_files_of(store)?;
     let files: Vec<TargetFile<'_>> = shards.iter().map(|shard| shard.target_file(store)).collect();
-    let (written, ()) =
-        build(&target, &files, Some(store), &side_files, options, |partial, _| match &store.origin().index {
-            Some(metadata) => partial.write(INDEX_NAME, index_json(metadata, &shards).as_bytes()),
-            None => Ok(()),
-        })?;
+    let built = build(&target, &files, Some(store), &side_files, options, |partial, _| match &store.origin().index {
+        Some(metadata) => partial.write(INDEX_NAME, index_json(metadata, &shards).as_bytes()),
+        None => Ok(()),
+    })?;
     let bytes = files.iter().map(|file| file.len).sum();
     let seconds = start.elapsed().as_secs_f64();
     Ok(ExportReport {
@@ -71,9 +70,9 @@ pub fn export(store: &Checkpoint, dir: &Path, options: &WorkOptions) -> Result<E
         tensors: store.tensors().len(),
         files: files.len(),
         bytes,
-        resumed_bytes: written.resumed,
-        skipped: side_files.skipped,
+        resumed_bytes: built.resumed,
         other_files: side_files.count(),
+        skipped: side_files.skipped,
         seconds,
         gb_per_s: gb_per_s(bytes, seconds),
     })

@@ -155,34 +155,117 @@ fn a_target_that_appears_meanwhile_costs_no_work() {
 }
 
 #[test]
-fn a_directory_that_cannot_be_renamed_is_not_left_without_its_journal() {
+fn a_renaming_that_is_refused_costs_no_work() {
     let dir = tempdir().unwrap();
     let (path, store) = (dir.path().join("model.safetensors"), dir.path().join("store"));
-    write_safetensors(&path, &[Made::new("w", Dtype::U8, &[9])], None);
-    let source = Checkpoint::open(&path).unwrap();
-    std::thread::scope(|scope| {
-        let refused = || {
-            refuse_syscall(libc::SYS_renameat2, libc::EIO);
-            convert(&source, &store, &ConvertOptions::new()).unwrap_err()
-        };
-        let error = scope.spawn(refused).join().unwrap();
-        assert!(error.to_string().contains("rename the finished directory"), "{error}");
-    });
-    assert_eq!(entries(dir.path()), ["model.safetensors"]);
+    let tensors = [Made::new("w", Dtype::U8, &[6 << 20])];
+    write_safetensors(&path, &tensors, None);
+    let (source, options) = (Checkpoint::open(&path).unwrap(), ConvertOptions::new().overwrite(true));
+    // First where nothing stands, then over a store.
+    for errno in [libc::EIO, libc::EPERM, libc::EBUSY] {
+        let before = entries(dir.path());
+        std::thread::scope(|scope| {
+            let refused = || {
+                refuse_syscall(libc::SYS_renameat2, errno);
+                convert(&source, &store, &options).unwrap_err()
+            };
+            let error = scope.spawn(refused).join().unwrap();
+            assert!(error.to_string().contains("rename the finished directory"), "{error}");
+        });
+        assert_eq!(entries(dir.path()), [vec![".store.sllm-partial".to_owned()], before].concat());
+        assert!(interrupted(&store).is_some());
+        let report = convert(&source, &store, &options).unwrap();
+        assert_eq!((report.resumed_bytes, report.not_removed), (report.bytes, None));
+        assert_holds(&Checkpoint::open(&store).unwrap(), &tensors);
+        assert_eq!(entries(&store), ["manifest.json", "tensor.data_0", "tensor_index.json"]);
+        assert_eq!(entries(dir.path()), ["model.safetensors", "store"]);
+    }
 }
 
-/// Where the process of the last test finds an overlay.
-const OVERLAY: &str = "SLLM_TEST_INTERRUPTED_OVERLAY";
+#[test]
+fn an_old_store_that_cannot_be_removed_is_named_and_in_nobodys_way() {
+    let dir = tempdir().unwrap();
+    let (path, store) = (dir.path().join("model.safetensors"), dir.path().join("store"));
+    let tensors = [Made::new("w", Dtype::U8, &[9])];
+    write_safetensors(&path, &tensors, None);
+    let (source, options) = (Checkpoint::open(&path).unwrap(), ConvertOptions::new().overwrite(true));
+    convert(&source, &store, &options).unwrap();
+    std::thread::scope(|scope| {
+        let replace = || {
+            // What is below a directory is removed so.
+            refuse_syscall(libc::SYS_unlinkat, libc::EACCES);
+            for old in [".store.sllm-old", ".store.sllm-old-1"] {
+                let report = convert(&source, &store, &options).unwrap();
+                assert_eq!(report.not_removed, Some(dir.path().canonicalize().unwrap().join(old)));
+                assert_holds(&Checkpoint::open(&store).unwrap(), &tensors);
+            }
+        };
+        scope.spawn(replace).join().unwrap();
+    });
+    assert_eq!(entries(dir.path()), [".store.sllm-old", ".store.sllm-old-1", "model.safetensors", "store"]);
+    // The next replacement that can, removes all.
+    assert_eq!(convert(&source, &store, &options).unwrap().not_removed, None);
+    assert_eq!(entries(dir.path()), ["model.safetensors", "store"]);
+}
+
+/// Where the processes of the last tests find an overlay, or what is mounted.
+const MOUNTED: &str = "SLLM_TEST_INTERRUPTED_MOUNTED";
+
+/// Runs a test that is none by itself, in a process that has mounts of its own, which `mount` makes in `dir`. What it said; `None`
+/// where nothing can be mounted.
+fn with_mounts(dir: &Path, mount: &str, test: &str) -> Option<String> {
+    let script = format!("cd \"$0\" && {mount} || exit 77; exec \"$@\" --exact {test} --ignored --nocapture");
+    let mut command = Command::new("unshare");
+    command.args(["-r", "-m", "sh", "-c", &script]).arg(dir).arg(std::env::current_exe().unwrap());
+    let output = command.env(MOUNTED, dir).output();
+    let output = output.ok().filter(|output| output.status.success() || output.status.code() == Some(101))?;
+    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    Some(said.into_owned())
+}
+
+/// Not a test: what the test below runs, in a process that sees `store` as a mount point.
+#[test]
+#[ignore = "run by the test below, as a process of its own"]
+fn on_mount_point() {
+    let dir = PathBuf::from(std::env::var_os(MOUNTED).unwrap());
+    let (source, store) = (Checkpoint::open(dir.join("model.safetensors")).unwrap(), dir.join("store"));
+    let control = Control::new().on_progress(|_| panic!("bytes were written"));
+    let options = ConvertOptions::new().overwrite(true);
+    let error = convert(&source, &store, &options.clone().control(control)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Invalid);
+    assert!(error.to_string().contains("store is a mount point") && error.to_string().contains("below it"), "{error}");
+    assert_eq!(entries(&dir), ["model.safetensors", "store"]);
+    for _ in 0..2 {
+        convert(&source, &store.join("below"), &options).unwrap();
+    }
+    assert_eq!(entries(&store), ["below"]);
+    println!("refused on the mount point");
+}
+
+#[test]
+fn a_mount_point_is_not_replaced_and_that_is_told_before_anything_is_written() {
+    let dir = tempdir().unwrap();
+    fs::create_dir(dir.path().join("store")).unwrap();
+    write_safetensors(&dir.path().join("model.safetensors"), &[Made::new("w", Dtype::U8, &[9])], None);
+    match with_mounts(dir.path(), "mount -t tmpfs tmpfs store", "on_mount_point") {
+        Some(said) => assert!(said.contains("refused on the mount point"), "{said}"),
+        None => eprintln!("skipped: nothing can be mounted here"),
+    }
+}
 
 /// Not a test: what the test below runs, in a process that sees an overlay, `store` in its lower layer.
 #[test]
 #[ignore = "run by the test below, as a process of its own"]
 fn on_overlay() {
-    let merged = PathBuf::from(std::env::var_os(OVERLAY).unwrap()).join("merged");
+    let merged = PathBuf::from(std::env::var_os(MOUNTED).unwrap()).join("merged");
     let (source, options) = (Checkpoint::open(merged.join("model.safetensors")).unwrap(), ConvertOptions::new());
     let error = convert(&source, &merged.join("store"), &options.clone().overwrite(true)).unwrap_err();
-    assert!(error.kind() == ErrorKind::Invalid && error.to_string().contains("remove it first"), "{error}");
+    assert!(error.kind() == ErrorKind::Io && error.chain().contains("remove it first"), "{}", error.chain());
     assert_holds(&Checkpoint::open(merged.join("store")).unwrap(), &[Made::new("old", Dtype::U8, &[9])]);
+    fs::remove_dir_all(merged.join("store")).unwrap();
+    let report = convert(&source, &merged.join("store"), &options).unwrap();
+    assert_eq!(report.resumed_bytes, report.bytes);
     // What lies in the upper layer is replaced.
     for _ in 0..2 {
         convert(&source, &merged.join("upper"), &options.clone().overwrite(true)).unwrap();
@@ -204,15 +287,9 @@ fn a_store_in_a_lower_layer_of_an_overlay_is_not_replaced_and_the_error_says_why
     }
     let old = Checkpoint::open(lower.join("old.safetensors")).unwrap();
     convert(&old, &lower.join("store"), &ConvertOptions::new()).unwrap();
-    let script = "cd \"$0\" && mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work,userxattr overlay merged || exit 77
-        exec \"$@\" --exact on_overlay --ignored --nocapture";
-    let mut command = Command::new("unshare");
-    command.args(["-r", "-m", "sh", "-c", script]).arg(dir.path()).arg(std::env::current_exe().unwrap());
-    let output = command.env(OVERLAY, dir.path()).output();
-    let Some(output) = output.ok().filter(|output| output.status.success() || output.status.code() == Some(101)) else {
-        eprintln!("skipped: no overlay can be mounted here");
-        return;
-    };
-    let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && said.contains("replaced on the overlay"), "{said}");
+    let mount = "mount -t overlay -o lowerdir=lower,upperdir=upper,workdir=work,userxattr overlay merged";
+    match with_mounts(dir.path(), mount, "on_overlay") {
+        Some(said) => assert!(said.contains("replaced on the overlay"), "{said}"),
+        None => eprintln!("skipped: no overlay can be mounted here"),
+    }
 }

@@ -90,6 +90,9 @@ pub struct ConvertReport {
     /// Files of the source that were not copied: weights that are not part of the checkpoint, and special files.
     #[serde(serialize_with = "crate::error::lossy_all")]
     pub skipped: Vec<PathBuf>,
+    /// What is left of the store that was replaced, where it could not be removed.
+    #[serde(serialize_with = "crate::error::lossy_if_any")]
+    pub not_removed: Option<PathBuf>,
     /// Seconds it took.
     pub seconds: f64,
     /// `bytes` by `seconds`, in 1e9 bytes a second.
@@ -256,21 +259,31 @@ fn write_store(
         identity = manifest.identity;
         Ok(manifest.tensors.len())
     };
-    let (written, tensors) = build(target, &files, from, &side_files, &options.work, finish)?;
+    let built = build(target, &files, from, &side_files, &options.work, finish)?;
     let bytes = files.iter().map(|file| file.len).sum();
     let seconds = start.elapsed().as_secs_f64();
     Ok(ConvertReport {
         path: target.path().to_owned(),
         identity,
-        tensors,
+        tensors: built.told,
         files: files.len(),
         bytes,
-        resumed_bytes: written.resumed,
+        resumed_bytes: built.resumed,
         other_files: side_files.count(),
         skipped: side_files.skipped,
+        not_removed: built.not_removed,
         seconds,
         gb_per_s: gb_per_s(bytes, seconds),
     })
+}
+
+/// A directory that was written and is in its place.
+pub(crate) struct Built<T> {
+    /// Bytes that an earlier run had written.
+    pub(crate) resumed: u64,
+    /// What `finish` gave.
+    pub(crate) told: T,
+    not_removed: Option<PathBuf>,
 }
 
 /// Writes a whole directory beside its target and puts it there. `finish` writes what depends on the checksums.
@@ -284,7 +297,7 @@ pub(crate) fn build<T>(
     side_files: &SideFiles,
     options: &WorkOptions,
     finish: impl FnOnce(&Partial<'_>, &mut Written) -> Result<T>,
-) -> Result<(Written, T)> {
+) -> Result<Built<T>> {
     options.thread_count()?;
     side_files.check_beside(files)?;
     let len = files.iter().map(|file| file.len).sum();
@@ -303,8 +316,8 @@ pub(crate) fn build<T>(
         side_files.copy_to(partial.dir())?;
         let told = finish(&partial, &mut written)?;
         options.control.check()?;
-        partial.publish()?;
-        Ok((written, told))
+        let not_removed = partial.publish()?;
+        Ok(Built { resumed: written.resumed, told, not_removed })
     };
     work().inspect_err(|e| partial.abandon(e))
 }

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FlockOperation, RenameFlags, flock, renameat_with};
+use rustix::fs::{AtFlags, CWD, FlockOperation, RenameFlags, StatxAttributes, StatxFlags, flock, renameat_with, statx};
 use rustix::io::Errno;
 
 use super::journal::{Finished, JOURNAL_NAME, Journal};
@@ -17,7 +17,8 @@ use crate::format::manifest::{MANIFEST_NAME, is_manifest};
 /// End of a partial directory's name; it begins with a dot and the target's name.
 pub(crate) const PARTIAL_SUFFIX: &str = ".sllm-partial";
 
-/// End of the name that an old store has while it is replaced, where the file system cannot exchange two directories.
+/// End of the name that an old store has while it is replaced, where the file system cannot exchange two directories, and of one
+/// that cannot be removed.
 const OLD_SUFFIX: &str = ".sllm-old";
 
 /// How many old stores may lie there that cannot be removed, as a network file system keeps files that are still open.
@@ -77,13 +78,17 @@ impl Target {
         if !self.overwrite {
             return Err(Error::Exists { path: self.path.clone() });
         }
+        let path = self.path.display();
+        if metadata.is_dir() && is_mount_point(&self.path) {
+            let reason = "is a mount point, which cannot be replaced: give a directory below it";
+            return Err(Error::Invalid(format!("{path} {reason}")));
+        }
         let is_empty = || Ok(fs::read_dir(&self.path)?.next().is_none());
         let replaceable = metadata.is_dir()
             && (is_manifest(&self.path.join(MANIFEST_NAME)) || is_empty().map_err(Error::io("list", &self.path))?);
         if replaceable {
             return Ok(());
         }
-        let path = self.path.display();
         Err(Error::Invalid(format!("{path} is not a store (a directory with its manifest.json): it is not replaced")))
     }
 
@@ -95,23 +100,38 @@ impl Target {
         self.parent.join(beside(&self.name, suffix))
     }
 
-    /// Renames what stands at the target, and removes what was renamed so before.
-    fn set_aside(&self) -> Result<PathBuf> {
-        let names: Vec<PathBuf> = (0..MAX_OLD)
-            .map(|n| self.beside(&if n == 0 { OLD_SUFFIX.to_owned() } else { format!("{OLD_SUFFIX}-{n}") }))
-            .collect();
-        for old in &names {
-            // What stays is met by the renaming.
-            let _ = fs::remove_dir_all(old);
-        }
+    /// The names of old stores.
+    fn old_names(&self) -> impl Iterator<Item = PathBuf> {
+        (0..MAX_OLD).map(|n| self.beside(&if n == 0 { OLD_SUFFIX.to_owned() } else { format!("{OLD_SUFFIX}-{n}") }))
+    }
+
+    /// Removes old stores that earlier runs left; what stays has its name.
+    fn remove_old(&self) {
+        self.old_names().for_each(|old| drop(fs::remove_dir_all(old)));
+    }
+
+    /// Gives an old store the first of their names that is free.
+    fn set_aside(&self, dir: &Path) -> Result<PathBuf> {
+        self.remove_old();
         let mut refused = None;
-        for old in names {
-            match fs::rename(&self.path, &old) {
+        for old in self.old_names() {
+            match fs::rename(dir, &old) {
                 Ok(()) => return Ok(old),
                 Err(e) => refused = Some(e),
             }
         }
-        Err(Error::io("rename", &self.path)(refused.unwrap_or_else(|| Errno::EXIST.into())))
+        Err(Error::io("rename", dir)(refused.unwrap_or_else(|| Errno::EXIST.into())))
+    }
+
+    /// Removes a store that was replaced. Where it cannot be removed, gives the path that it has then: that of the partial
+    /// directory must be free for the next run.
+    fn remove_replaced(&self, old: PathBuf) -> Option<PathBuf> {
+        if fs::remove_dir_all(&old).is_ok() {
+            self.remove_old();
+            return None;
+        }
+        let left = self.set_aside(&old).unwrap_or(old);
+        left.symlink_metadata().is_ok().then_some(left)
     }
 
     /// Makes and locks the partial directory, or takes up one that an earlier run with the same fingerprint left.
@@ -182,59 +202,57 @@ impl Partial<'_> {
         file.write_all(bytes).and_then(|()| file.sync_all()).map_err(Error::io("write", &path))
     }
 
-    /// Puts the directory, whose files are synced, into its place.
-    pub(crate) fn publish(&mut self) -> Result<()> {
-        // While the journal is there, the next run goes on from it.
+    /// Puts the directory, whose files are synced, into its place. Gives the path of the store that it replaced, where that cannot be
+    /// removed.
+    pub(crate) fn publish(&mut self) -> Result<Option<PathBuf>> {
         self.target.check_free()?;
-        if self.journal.is_some() {
-            let journal = self.dir.join(JOURNAL_NAME);
-            fs::remove_file(&journal).map_err(Error::io("remove", &journal))?;
-        }
         sync_dirs(&self.dir)?;
         let target = &self.target.path;
-        match renameat_with(CWD, &self.dir, CWD, target, RenameFlags::NOREPLACE) {
-            Ok(()) => {}
-            Err(Errno::EXIST) => self.replace()?,
-            Err(Errno::INVAL | Errno::NOSYS) if target.symlink_metadata().is_ok() => self.replace()?,
+        let replaced = match renameat_with(CWD, &self.dir, CWD, target, RenameFlags::NOREPLACE) {
+            Ok(()) => None,
+            Err(Errno::EXIST) => Some(self.replace()?),
+            Err(Errno::INVAL | Errno::NOSYS) if target.symlink_metadata().is_ok() => Some(self.replace()?),
             Err(Errno::INVAL | Errno::NOSYS) => {
                 fs::rename(&self.dir, target).map_err(Error::io("rename the finished directory to", target))?;
+                None
             }
             Err(e) => return Err(Error::io("rename the finished directory to", target)(e.into())),
-        }
+        };
         self.published = true;
-        sync_dir(&self.target.parent)
+        sync_dir(&self.target.parent)?;
+        // Up to here the next run could go on from it. One that stays in a store is read by nobody.
+        let _ = fs::remove_file(target.join(JOURNAL_NAME));
+        Ok(replaced.and_then(|(old, _lock)| self.target.remove_replaced(old)))
     }
 
-    /// Exchanges the directory with the old one, then removes that.
-    fn replace(&mut self) -> Result<()> {
+    /// Exchanges the directory with the old one. Gives the path that this has then, and its lock.
+    fn replace(&self) -> Result<(PathBuf, File)> {
         let target = &self.target.path;
         self.target.check_free()?;
         // The old directory gets the partial one's name: its lock keeps others off until it is gone.
-        let _old = lock_dir(target)?;
+        let lock = lock_dir(target)?;
         let mut old = self.dir.clone();
         match renameat_with(CWD, &self.dir, CWD, target, RenameFlags::EXCHANGE) {
             Ok(()) => {}
             Err(Errno::INVAL | Errno::NOSYS) => {
                 // No atomic exchange here: between these two the old one has another name.
-                old = self.target.set_aside()?;
+                old = self.target.set_aside(target)?;
                 if let Err(e) = fs::rename(&self.dir, target) {
                     let _ = fs::rename(&old, target);
                     return Err(Error::io("rename the finished directory to", target)(e));
                 }
             }
             Err(Errno::XDEV) => {
-                let path = target.display();
                 let reason = "it lies in a lower layer of an overlay, as in a container's image, where no directory can be \
                               renamed: remove it first, or give another target";
-                return Err(Error::Invalid(format!("{path} cannot be replaced: {reason}")));
+                return Err(Error::io("replace it", target)(std::io::Error::new(
+                    std::io::ErrorKind::CrossesDevices,
+                    reason,
+                )));
             }
             Err(e) => return Err(Error::io("rename the finished directory to", target)(e.into())),
         }
-        self.published = true;
-        sync_dir(&self.target.parent)?;
-        // The new one is in place; what cannot be removed now, the next run removes.
-        let _ = fs::remove_dir_all(&old);
-        Ok(())
+        Ok((old, lock))
     }
 
     /// Leaves the directory for a later run; removes it where that could not take it up, or where the disk is full.
@@ -245,6 +263,13 @@ impl Partial<'_> {
             let _ = fs::remove_dir_all(&self.dir);
         }
     }
+}
+
+/// Whether something is mounted at a path; `false` where the system does not tell.
+fn is_mount_point(path: &Path) -> bool {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+    statx(CWD, path, flags, StatxFlags::empty())
+        .is_ok_and(|found| found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
 /// Makes a directory where there is none, and locks it against other runs of this program.
