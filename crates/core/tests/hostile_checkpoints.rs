@@ -385,8 +385,8 @@ fn a_header_of_200_000_tensors_is_read_and_their_overlap_is_found() {
     assert_refused(&path, ErrorKind::Format, &["\"t150000\"", "overlaps"]);
 }
 
-/// A header with each kind of thing in it, and the bytes of its tensors.
-const HEADER: &str = r#"{"__metadata__":{"format":"pt"},"a\n\u00e9":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]},"b":{"dtype":"F4","shape":[2],"data_offsets":[12,13]},"c":{"dtype":"I64","shape":[1],"data_offsets":[13,21]}}"#;
+/// A header with each kind of thing in it, much of it such as may be changed, and the bytes of its tensors.
+const HEADER: &str = r#"{"__metadata__":{"format":"pt"},"a\n\u00e9":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]},"b":{"dtype":"F4","shape":[2],"data_offsets":[12,13]},"model.layers.0.mlp.experts.0.down_proj.weight":{"dtype":"I64","shape":[1],"data_offsets":[13,21]}}                        "#;
 const HEADER_DATA: u64 = 21;
 
 static STORE: LazyLock<(TempDir, PathBuf, Vec<u8>)> = LazyLock::new(|| {
@@ -414,7 +414,7 @@ fn mutate(text: &mut Vec<u8>, changes: &[(prop::sample::Index, u8, u8)]) {
 
 #[test]
 fn a_mutated_header_gives_an_error_or_tensors_inside_the_file() {
-    let changes = prop::collection::vec((any::<prop::sample::Index>(), 0..5u8, any::<u8>()), 0..6);
+    let changes = prop::collection::vec((any::<prop::sample::Index>(), 0..5u8, any::<u8>()), 0..4);
     let data = prop_oneof![3 => Just(HEADER_DATA), 1 => 0..40u64];
     // Those opened that were not changed, and that were.
     let accepted = [Cell::new(0), Cell::new(0)];
@@ -445,7 +445,7 @@ fn a_mutated_header_gives_an_error_or_tensors_inside_the_file() {
     });
     ran.unwrap();
     let accepted = accepted.map(Cell::into_inner);
-    assert!(accepted[0] >= 100 && accepted[1] >= 20, "{accepted:?} of 2000 were opened");
+    assert!(accepted[0] >= 100 && accepted[1] >= 10, "{accepted:?} of 2000 were opened");
 }
 
 proptest! {
