@@ -183,7 +183,7 @@ pub(crate) struct Partial<'a> {
     target: &'a Target,
     dir: PathBuf,
     /// Held until the directory is in its place.
-    _lock: File,
+    _lock: Lock,
     pub(crate) journal: Option<Journal>,
     pub(crate) finished: Finished,
     /// Whether it was renamed to its target.
@@ -226,7 +226,7 @@ impl Partial<'_> {
     }
 
     /// Exchanges the directory with the old one. Gives the path that this has then, and its lock.
-    fn replace(&self) -> Result<(PathBuf, File)> {
+    fn replace(&self) -> Result<(PathBuf, Lock)> {
         let target = &self.target.path;
         self.target.check_free()?;
         // The old directory gets the partial one's name: its lock keeps others off until it is gone.
@@ -272,8 +272,19 @@ fn is_mount_point(path: &Path) -> bool {
         .is_ok_and(|found| found.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
+/// A lock on a directory, until it is dropped.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // A child that is forked just now has the descriptor too.
+        let _ = flock(&self.0, FlockOperation::Unlock);
+    }
+}
+
 /// Makes a directory where there is none, and locks it against other runs of this program.
-fn lock_dir(dir: &Path) -> Result<File> {
+fn lock_dir(dir: &Path) -> Result<Lock> {
     for _ in 0..100 {
         match fs::create_dir(dir) {
             Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(Error::io("create", dir)(e)),
@@ -295,10 +306,11 @@ fn lock_dir(dir: &Path) -> Result<File> {
             }
             Err(e) => return Err(Error::io("lock", dir)(e.into())),
         }
+        let lock = Lock(file);
         // Another run may have put the directory in its place, or removed it, before it was locked.
-        let held = file.metadata().map_err(Error::io("inspect", dir))?;
+        let held = lock.0.metadata().map_err(Error::io("inspect", dir))?;
         if dir.symlink_metadata().is_ok_and(|now| (now.dev(), now.ino()) == (held.dev(), held.ino())) {
-            return Ok(file);
+            return Ok(lock);
         }
     }
     Err(Error::Invalid(format!("{}: other conversions to the same target are running", dir.display())))
