@@ -101,7 +101,7 @@ impl Shard<'_> {
 }
 
 fn plan_shards(store: &Checkpoint) -> Result<Vec<Shard<'_>>> {
-    let mut tensors: Vec<Vec<&TensorInfo>> = vec![Vec::new(); store.origin().shards.len()];
+    let mut tensors: Vec<Vec<&TensorInfo>> = vec![Vec::new(); store.origin().files.len()];
     for tensor in store.tensors() {
         if tensor.strides.is_some() {
             let reason =
@@ -116,7 +116,7 @@ fn plan_shards(store: &Checkpoint) -> Result<Vec<Shard<'_>>> {
         tensors[tensor.shard].push(tensor);
     }
     let mut shards = Vec::with_capacity(tensors.len());
-    for (shard, tensors) in store.origin().shards.iter().zip(tensors) {
+    for (shard, tensors) in store.origin().files.iter().zip(tensors) {
         let name = shard.name.as_str();
         // Such names come out of a manifest. Whether they are free is asked before the writing.
         if !is_plain_relative(name) {

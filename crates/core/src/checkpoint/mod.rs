@@ -12,20 +12,18 @@ pub(crate) mod source;
 mod store;
 mod texts;
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use contents::Contents;
-use serde_json::Value;
 
 pub use data_file::DataFile;
 pub(crate) use data_file::Stamp;
 pub(crate) use safetensors::ensure_inside;
 
 use crate::error::{CorruptChunk, Error, FormatError, Result};
-use crate::format::manifest::{Manifest, Seen};
+use crate::format::manifest::Source;
 use crate::tensor::TensorInfo;
 use crate::tensors::Tensors;
 
@@ -50,24 +48,6 @@ impl Layout {
             Layout::Original => "original",
         }
     }
-}
-
-/// What a checkpoint was made of, kept so that it can be given back.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Origin {
-    pub(crate) layout: String,
-    pub(crate) shards: Vec<Shard>,
-    /// `metadata` of `model.safetensors.index.json`; `None` without an index.
-    pub(crate) index: Option<Value>,
-    /// Of a store: the files that it was converted from.
-    pub(crate) seen: Option<Seen>,
-}
-
-/// One shard of the source: its file name and its `__metadata__`.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Shard {
-    pub(crate) name: String,
-    pub(crate) metadata: Option<BTreeMap<String, String>>,
 }
 
 /// The checksums of a store's chunks.
@@ -141,7 +121,7 @@ pub struct Checkpoint {
     tensors: Arc<Tensors>,
     sums: Option<ChunkSums>,
     identity: Option<String>,
-    origin: Origin,
+    origin: Source,
     /// What its directory had; `None` where the caller chose the files.
     contents: Option<Contents>,
 }
@@ -158,7 +138,7 @@ struct Parts {
     are_in_line: bool,
     sums: Option<ChunkSums>,
     identity: Option<String>,
-    origin: Origin,
+    origin: Source,
     /// The file that errors about names and places are told of.
     told_by: PathBuf,
 }
@@ -389,7 +369,8 @@ impl Checkpoint {
         self.files.first().is_some_and(DataFile::is_being_loaded)
     }
 
-    pub(crate) fn origin(&self) -> &Origin {
+    /// What it was made of, kept so that it can be given back.
+    pub(crate) fn origin(&self) -> &Source {
         &self.origin
     }
 }
@@ -405,21 +386,6 @@ fn is_there(path: &Path) -> Result<bool> {
         Ok(_) => Ok(true),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(Error::io("inspect", path)(e)),
-    }
-}
-
-impl From<&Manifest> for Origin {
-    fn from(manifest: &Manifest) -> Self {
-        let shard = |file: &crate::format::manifest::SourceFile| Shard {
-            name: file.name.clone(),
-            metadata: file.metadata.clone(),
-        };
-        Origin {
-            layout: manifest.source.layout.clone(),
-            shards: manifest.source.files.iter().map(shard).collect(),
-            index: manifest.source.index.clone(),
-            seen: manifest.source.seen.clone(),
-        }
     }
 }
 

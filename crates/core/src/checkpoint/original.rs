@@ -3,9 +3,9 @@
 use std::path::Path;
 
 use super::store::read_small;
-use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, is_there};
+use super::{Checkpoint, DataFile, Layout, Parts, is_there};
 use crate::error::{FormatError, Result};
-use crate::format::manifest::{MAX_MANIFEST_LEN, data_file_name};
+use crate::format::manifest::{MAX_MANIFEST_LEN, Source, SourceFile, data_file_name};
 use crate::format::original::{INDEX_NAME, parse};
 use crate::tensor::{TensorInfo, TensorName};
 
@@ -58,7 +58,7 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
             shard: 0,
         });
     }
-    let shards = vec![Shard { name: "model.safetensors".into(), metadata: None }];
+    let shard = SourceFile { name: "model.safetensors".into(), metadata: None };
     Checkpoint::from_parts(Parts {
         root: dir.to_owned(),
         layout: Layout::Original,
@@ -68,7 +68,7 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
         are_in_line: false,
         sums: None,
         identity: None,
-        origin: Origin { layout: "original".into(), shards, index: None, seen: None },
+        origin: Source { layout: "original".into(), files: vec![shard], index: None, seen: None },
         told_by: index_path,
     })
 }

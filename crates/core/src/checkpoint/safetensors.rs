@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use super::contents::{SAFETENSORS, names_in};
 use super::store::read_small;
 use super::texts::{self, JsonText, PIECE};
-use super::{Checkpoint, DataFile, Layout, Origin, Parts, Shard, hub, is_there};
+use super::{Checkpoint, DataFile, Layout, Parts, hub, is_there};
 use crate::error::{Error, FormatError, Result};
 use crate::format::hf_index::{self, HfIndex, INDEX_NAME, Part};
-use crate::format::manifest::MAX_MANIFEST_LEN;
+use crate::format::manifest::{MAX_MANIFEST_LEN, Source, SourceFile};
 use crate::format::safetensors::{self, Header, LENGTH_FIELD, METADATA, OfFile, in_line, json_len};
 use crate::tensor::TensorName;
 use crate::tensors::Tensors;
@@ -175,7 +175,7 @@ fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex)
             found.iter_mut().for_each(|tensor| (tensor.file, tensor.shard) = (number, number));
         }
         tensors.append(found);
-        shards.push(Shard { name: file.name().to_owned(), metadata: metadata.flatten() });
+        shards.push(SourceFile { name: file.name().to_owned(), metadata: metadata.flatten() });
         files.push(file);
     }
     let is_as_told = index.as_ref().is_some_and(|(_, index)| is_as_told(index, &tensors));
@@ -191,7 +191,7 @@ fn assemble(root: &Path, mut opened: Vec<Opened>, index: Option<(&Path, HfIndex)
         are_in_line: true,
         sums: None,
         identity: None,
-        origin: Origin { layout: Layout::Safetensors.name().into(), shards, index: metadata, seen: None },
+        origin: Source { layout: Layout::Safetensors.name().into(), files: shards, index: metadata, seen: None },
     })?;
     if let (Some(path), Some(index), false) = (index_path, index, is_as_told) {
         check_index(path, &index, &checkpoint)?;
@@ -439,12 +439,12 @@ mod tests {
                 let offset = tensor.offset - checkpoint.tensors()[0].offset;
                 assert_eq!((&*tensor.name, offset, tensor.len), (&*format!("w.{i:0200}"), 2 * i as u64, 2));
             }
-            assert_eq!(checkpoint.origin().shards[0].metadata.as_ref().unwrap()["format"], "pt");
+            assert_eq!(checkpoint.origin().files[0].metadata.as_ref().unwrap()["format"], "pt");
         }
 
         let null = r#""__metadata__": null"#;
         let checkpoint = open(format!("{{{}, {null}}}", entries.join(", ")), 2 * count).unwrap();
-        assert_eq!((checkpoint.tensors().len(), &checkpoint.origin().shards[0].metadata), (count, &None));
+        assert_eq!((checkpoint.tensors().len(), &checkpoint.origin().files[0].metadata), (count, &None));
 
         // Faults that no piece has by itself.
         for (entries, len, says) in [

@@ -3,7 +3,7 @@
 use std::ops::Deref;
 use std::path::Path;
 
-use super::{Checkpoint, ChunkSums, DataFile, Layout, Origin, Parts};
+use super::{Checkpoint, ChunkSums, DataFile, Layout, Parts};
 use crate::error::{Error, FormatError, Result};
 use crate::format::PAGE_BYTES;
 use crate::format::manifest::{MANIFEST_NAME, MAX_MANIFEST_LEN, Manifest, data_file_name};
@@ -25,7 +25,6 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
         }
         files.push(file);
     }
-    let origin = Origin::from(&manifest);
     let sums = ChunkSums {
         chunk_len: manifest.chunk_len,
         files: manifest.files.into_iter().map(|file| file.crc64.0).collect(),
@@ -55,7 +54,7 @@ pub(super) fn open(dir: &Path) -> Result<Checkpoint> {
         are_in_line: false,
         sums: Some(sums),
         identity: Some(manifest.identity),
-        origin,
+        origin: manifest.source,
         told_by: manifest_path,
     })
 }

@@ -135,14 +135,11 @@ fn convert_in_files_of(
         tensors: source.tensors().iter().map(entry).collect(),
         bytes: source.tensors().iter().map(|t| Bytes::File(&source.files()[t.file], t.offset)).collect(),
         source: Source {
-            layout: origin.layout.clone(),
-            files: (origin.shards.iter())
-                .map(|shard| SourceFile { name: shard.name.clone(), metadata: shard.metadata.clone() })
-                .collect(),
             // An index without metadata is an index all the same.
             index: origin.index.clone().map(|value| if value.is_null() { serde_json::json!({}) } else { value }),
             // A copy of a store keeps where the store came from.
             seen: origin.seen.clone().or_else(|| seen(source.path(), source.files())),
+            ..origin.clone()
         },
     };
     let to = Target::check(target, Some(source.path()), options.overwrite)?;

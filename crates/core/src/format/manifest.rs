@@ -72,13 +72,16 @@ pub(crate) struct TensorEntry {
     pub(crate) shard: usize,
 }
 
-/// Where a store came from: what `export` needs to give the source back.
+/// Where a checkpoint came from: what `export` needs to give the source back.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Source {
     pub(crate) layout: String,
+    /// Its shards.
     pub(crate) files: Vec<SourceFile>,
+    /// `metadata` of `model.safetensors.index.json`; `None` without an index.
     #[serde(default)]
     pub(crate) index: Option<Value>,
+    /// Of a store: the files that it was converted from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) seen: Option<Seen>,
 }
@@ -100,7 +103,7 @@ pub(crate) struct SeenFile {
     pub(crate) modified: (i64, i64),
 }
 
-/// One shard of the source.
+/// One shard of the source: its file name and its `__metadata__`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct SourceFile {
     pub(crate) name: String,
