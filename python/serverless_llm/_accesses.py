@@ -21,12 +21,14 @@ _Tensor, _C = torch.Tensor, torch._C
 # What gives the memory of its first argument away. `__array__`, `storage`, `share_memory_`, pickling, a deep copy, and
 # a launch by Triton call one of these.
 _GIVING = (
-    *((_Tensor, name) for name in ("__dlpack__", "data_ptr", "numpy", "untyped_storage")),
+    *((_Tensor, name) for name in ("__dlpack__", "const_data_ptr", "data_ptr", "numpy", "untyped_storage")),
     *((owner, "to_dlpack") for owner in (torch, torch.utils.dlpack)),
     *((_C, name) for name in ("_to_dlpack", "_to_dlpack_versioned")),
 )
-# What reads its first argument.
-_READING = ((_Tensor, "tolist"),)
+# What reads its first argument. `str` and `format` call the second.
+_READING = ((_Tensor, "tolist"), (_Tensor, "__repr__"))
+# What calls a function of Python for each element of its tensors, and writes the first of them.
+_APPLYING = tuple((_Tensor, name) for name in ("apply_", "map_", "map2_"))
 # What reads its other arguments by their addresses, and tensors in lists, as numbers. Not here are classes that do
 # so (`torch.Tensor(...)`, `torch.FloatTensor(...)`), and an index of lists in a list.
 _TAKING = (
@@ -54,7 +56,10 @@ def watch(watcher: Watcher) -> None:
     global _watchers
     with _lock:
         if not _watchers:
-            kinds = ((_GIVING, _first, True), (_READING, _first, False), (_TAKING, _others, False))
+            kinds = (
+                *((_GIVING, _first, True), (_READING, _first, False)),
+                *((_APPLYING, _all, True), (_TAKING, _others, False)),
+            )
             for places, told_of, kept in kinds:
                 for owner, name in places:
                     method = getattr(owner, name, None)
@@ -102,6 +107,11 @@ def _telling(method: Any, told_of: Callable[..., Iterable[torch.Tensor]], kept: 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[torch.Tensor]:
     """The first argument."""
     return [value for value in args[:1] if isinstance(value, torch.Tensor)]
+
+
+def _all(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[torch.Tensor]:
+    """All tensors, also those in lists."""
+    return _within([*args, *kwargs.values()])
 
 
 def _others(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterable[torch.Tensor]:

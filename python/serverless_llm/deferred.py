@@ -6,9 +6,9 @@ native session (file to device, no staging memory, no second copy), which runs w
 memory whose bytes are still under way waits for them first. An operation other than a copy finds the bytes in the mapped
 file.
 
-Memory that is reached past torch's dispatcher (`data_ptr()`, `numpy()`, a storage) is waited for too, and from then on
-torch itself copies from it and to it, at once. What only reads (`tolist()`, `torch.tensor` of a list of tensors) waits,
-and that is all. Not seen are other threads' operations, what was reached so before, and the few accesses that
+Memory that is reached past torch's dispatcher (`data_ptr()`, `numpy()`, a storage, `apply_()`) is waited for too, and from
+then on torch itself copies from it and to it, at once. What only reads (`tolist()`, `repr()`, `torch.tensor` of a list of
+tensors) waits, and that is all. Not seen are other threads' operations, what was reached so before, and the few accesses that
 `_accesses` names.
 """
 

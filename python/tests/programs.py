@@ -327,6 +327,9 @@ WRITES: Named = [
         ("dlpack", past(lambda p, t: torch.from_dlpack(t.detach()).fill_(1))),
         ("storage", past(lambda p, t: t.untyped_storage().fill_(1) and None)),
         ("data_ptr", past(lambda p, t: ctypes.memset(t.data_ptr(), 1, t.itemsize) and None)),
+        ("apply", past(lambda p, t: t.detach().apply_(lambda x: 1))),
+        ("map", past(lambda p, t: t.detach().map_(p.place(t), lambda x, y: y))),
+        ("map2", past(lambda p, t: t.detach().map2_(p.place(t), p.place(t), lambda x, y, z: z))),
         # From now on two storages share memory.
         ("keep numpy's", past(lambda p, t: torch.from_numpy(t.detach().numpy()))),
         ("keep dlpack's", past(lambda p, t: torch.from_dlpack(t.detach()))),
@@ -363,6 +366,7 @@ READS: Named = [
         ("item", lambda p, t: repr(t.flatten()[-1].item())),
         ("numbers", past(lambda p, t: torch.tensor([t.flatten()[0], t.flatten()[-1]]))),
         ("tolist", past(lambda p, t: repr(t.tolist()))),
+        ("repr", past(lambda p, t: repr(t.detach()[(-1,) * t.dim()]))),
         ("numpy", past(lambda p, t: t.detach().numpy().tobytes())),
         ("asarray", past(lambda p, t: np.asarray(t.detach()).tobytes())),
         ("data_ptr", past(lambda p, t: ctypes.string_at(t.data_ptr(), t.itemsize))),

@@ -116,10 +116,15 @@ PAST_THE_DISPATCHER: dict[str, Callable[[Any], bytes]] = {
     "numpy": lambda t: bytes(t.numpy().tobytes()),
     "tolist": lambda t: raw(torch.tensor(t.tolist())),
     "data_ptr": lambda t: ctypes.string_at(t.data_ptr(), t.nbytes),
+    # From torch 2.15 on.
+    "const_data_ptr": lambda t: ctypes.string_at(getattr(t, "const_data_ptr", t.data_ptr)(), t.nbytes),
     "storage": lambda t: bytes(t.untyped_storage().tolist()),
     "deepcopy": lambda t: raw(copy.deepcopy(t)),
     "pickle": lambda t: raw(pickle.loads(pickle.dumps(t))),
     "dlpack": lambda t: raw(torch.from_dlpack(t)),
+    "apply_": lambda t: raw(t.apply_(lambda x: -x).neg()),
+    "map_": lambda t: raw(torch.zeros(40, 96).map_(t, lambda x, y: y)),
+    "map2_": lambda t: raw(torch.zeros(40, 96).map2_(torch.ones(40, 96), t, lambda x, y, z: z)),
 }
 
 
@@ -205,16 +210,67 @@ def test_what_only_reads_does_not_keep_later_copies_from_the_session(numbers: Pa
         mode.finish()
 
 
+SHOWN: dict[str, Callable[[Any], str]] = {
+    "repr": repr,
+    "str": str,
+    "format": "{}".format,
+    "number's format": "{:.3f}".format,
+    "of a parameter": lambda t: repr(torch.nn.Parameter(t, requires_grad=False)),
+}
+
+
+# A format of its own is for one number.
+@pytest.mark.parametrize(
+    ("whole", "way"), [(whole, way) for way in SHOWN for whole in (False, True) if not whole or way != "number's format"]
+)
+def test_what_is_shown_has_arrived(whole: bool, way: str, numbers: Path) -> None:
+    matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"]
+    place = () if whole else divmod(int(matrix.argmax()), 96)
+    with session() as mode:
+        source = dict(mode.tensors(opened(numbers)))["matrix.float32"]
+        parameter = torch.zeros(40, 96)
+        parameter.copy_(source)
+        shown = SHOWN[way](parameter[place])
+        parameter.copy_(source)
+        mode.finish()
+        assert mode.moved == 2 * parameter.nbytes  # to be shown is to be read, and that is all
+    assert shown == SHOWN[way](matrix[place]) != SHOWN[way](torch.zeros(40, 96)[place])
+
+
+def test_what_a_function_of_python_writes_is_not_lost(numbers: Path) -> None:
+    matrix = sllm.load(numbers, device="cpu", framework="torch")["matrix.float32"]
+    applied, mapped, twice, changed, again = (torch.zeros(40, 96) for _ in range(5))
+    with session() as mode:
+        source = dict(mode.tensors(opened(numbers)))["matrix.float32"]
+        for parameter in (applied, mapped, twice):
+            parameter.copy_(source)
+        applied.apply_(lambda x: x + 1)
+        mapped.map_(applied, lambda x, y: 10 * x + y)
+        twice.map2_(applied, y=mapped, callable=lambda x, y, z: x + 2 * y + z)
+        source.apply_(lambda x: x + 3)
+        changed.copy_(source)
+        again.copy_(applied.clone())
+        assert mode.moved == 3 * matrix.nbytes, "what was written is torch's to copy"
+        mode.finish()
+    assert raw(applied) == raw(again) == raw(matrix + 1)
+    assert raw(mapped) == raw(11 * matrix + 1)
+    assert raw(twice) == raw(14 * matrix + 3)
+    assert raw(changed) == raw(matrix + 3)
+
+
 def test_torch_is_as_before(numbers: Path) -> None:
     names = ["tensor", "as_tensor", "asarray", "tensor_split", "to_dlpack", "sparse_coo_tensor"]
     before = {name: vars(torch)[name] for name in names}
+    shown = vars(torch.Tensor)["__repr__"]
     with session() as mode:
         list(mode.tensors(opened(numbers)))
         torch.compile(lambda p: p + 1, backend="eager")(torch.ones(3))
         assert vars(torch)["tensor"] is not before["tensor"]
         mode.finish()
     assert {name: vars(torch)[name] for name in names} == before
-    assert not {"numpy", "tolist", "new", "new_tensor", "tensor_split"} & set(vars(torch.Tensor))
+    assert vars(torch.Tensor)["__repr__"] is shown
+    inherited = {"apply_", "const_data_ptr", "map_", "map2_", "numpy", "tolist", "new", "new_tensor", "tensor_split"}
+    assert not inherited & set(vars(torch.Tensor))
     # Its compiler knows these functions, also where it first looked while others were in their place.
     whole = torch.compile(lambda p: p + torch.tensor([1.0, 2.0]), backend="eager", fullgraph=True)
     assert whole(torch.ones(2)).tolist() == [2, 3]
