@@ -37,15 +37,12 @@ ATTRIBUTES = {
     "DefaultModelLoader.Source": {"model_or_path", "revision", "prefix", "allow_patterns_overrides"},
     "LoadConfig": {"load_format", "model_loader_extra_config", "use_tqdm_on_load", "safetensors_load_strategy"},
     "ModelConfig": {"model", "quantization", "revision"},
-    "ParallelConfig": {"world_size", "data_parallel_size"},
-    "VllmConfig": {"parallel_config"},
 }
 # What is called, or called by vLLM, with the arguments that it is given in order.
 CALLS = {
     "register_model_loader": ["load_format"],
     "init_logger": ["name"],
     "Platform.is_cuda": ["self"],
-    "BaseModelLoader.load_model": ["self", "vllm_config", "model_config", "prefix"],
     "BaseModelLoader.load_weights": ["self", "model", "model_config"],
     "BaseModelLoader.download_model": ["self", "model_config"],
     # To find files for reading ahead.

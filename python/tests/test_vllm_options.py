@@ -130,3 +130,40 @@ def test_the_command_line_goes_before_the_environment() -> None:
 def test_the_process_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVERLESS_LLM_STAGING_BYTES", "7MB")
     assert Options.of({}).staging_bytes == 7 << 20
+
+
+# The loader over what vLLM's own one has, on one of so many ranks.
+LOADER = """
+import logging, sys, types
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+loaders = "vllm.model_executor.model_loader"
+for name in ("vllm", "vllm.logger", "vllm.model_executor", loaders, f"{loaders}.default_loader"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["vllm.logger"].init_logger = logging.getLogger
+class DefaultModelLoader:
+    def __init__(self, load_config):
+        self.load_config = load_config
+sys.modules[f"{loaders}.default_loader"].DefaultModelLoader = DefaultModelLoader
+from serverless_llm.vllm import _door, _loader
+for ranks in (None, 1, 2):
+    if ranks is not None:
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
+    found = [_door.ranks(), _door.is_first_rank()]
+    for extra in ({}, {"direct": True}, {"direct": False}):
+        config = types.SimpleNamespace(model_loader_extra_config=extra)
+        # A new loader, as `reload_weights` makes it: of the engine it is told nothing.
+        found.append(_loader.ServerlessLLMLoader(config)._load_options()["direct"])
+    print(*found)
+    if ranks is not None:
+        torch.distributed.destroy_process_group()
+"""
+
+
+def test_more_than_one_rank_read_by_the_page_cache_unless_they_are_told_otherwise() -> None:
+    pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    assert python(LOADER).stdout.splitlines() == [
+        "1 True None True False",
+        "1 True None True False",
+        "2 False False True False",
+    ]

@@ -54,6 +54,7 @@ def on_two_ranks(model: Callable[..., Path], store_of: Callable[..., Path]) -> l
         loaded = layout["ranks"]
         for way in ("deferred", "staging"):
             assert [rank["parameters"] for rank in loaded[way]] == [rank["parameters"] for rank in loaded["theirs"]]
+            assert [rank["direct"] for rank in loaded[way]] == [False, False], "the disk gives each byte once"
         assert loaded["theirs"][0] != loaded["theirs"][1], "ranks hold something else"
         if "ours" in layout:
             assert layout["ours"] == layout["theirs"] == layout["again"] != layout["other"]

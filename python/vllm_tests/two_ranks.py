@@ -16,7 +16,7 @@ from conftest import start, tokens
 
 def fill(worker: Any, load_format: str, extra: dict[str, Any]) -> dict[str, Any]:
     """Run on a rank: loads a second model beside the one that runs. Hashes of its parameters before vLLM makes anything
-    else of them, and the bytes that the loader's sessions moved."""
+    else of them, the bytes that the loader's sessions moved, and whether a loader of this rank reads past the page cache."""
     import copy
     import hashlib
     import logging
@@ -43,11 +43,14 @@ def fill(worker: Any, load_format: str, extra: dict[str, Any]) -> dict[str, Any]
             model = initialize_model(vllm_config=config, model_config=config.model_config)
             for parameter in model.parameters():
                 parameter.data.fill_(7)
-            get_model_loader(config.load_config).load_weights(model, config.model_config)
+            loader = get_model_loader(config.load_config)
+            loader.load_weights(model, config.model_config)
     finally:
         logger.removeHandler(listener)
     data = {name: p.detach().contiguous().flatten().view(torch.uint8).numpy() for name, p in model.named_parameters()}
-    return {"moved": sum(moved), "parameters": {name: hashlib.sha256(d).hexdigest() for name, d in data.items()}}
+    direct = loader._load_options()["direct"] if load_format == "serverless_llm" else None
+    hashes = {name: hashlib.sha256(d).hexdigest() for name, d in data.items()}
+    return {"moved": sum(moved), "direct": direct, "parameters": hashes}
 
 
 def run(source: str, other: str, store: str, runs: bool, options: dict[str, Any]) -> dict[str, Any]:

@@ -122,15 +122,17 @@ def left_empty(model: Any, loaded: set[str], written: set[int]) -> set[str]:
     }
 
 
+def ranks() -> int:
+    """Ranks of this engine, which load one checkpoint. It is asked of torch: where weights are loaded again, vLLM gives
+    the loader no configuration of the engine."""
+    import torch
+
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 def is_first_rank() -> bool:
     """Whether this process speaks for all ranks."""
     import torch
 
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-
-
-def ranks_here(vllm_config: Any) -> int:
-    """Ranks that load the same checkpoint; more than one read it by the page cache, so that the disk gives it once."""
-    parallel = getattr(vllm_config, "parallel_config", None)
-    return int(getattr(parallel, "world_size", 1)) * int(getattr(parallel, "data_parallel_size", 1))
+    return ranks() == 1 or torch.distributed.get_rank() == 0

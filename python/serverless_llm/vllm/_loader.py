@@ -48,7 +48,6 @@ class ServerlessLLMLoader(DefaultModelLoader):
         super().__init__(plain)
         self._road: Deferred | Staged | None = None
         self._bar = Bar(False)
-        self._shared = False
 
     # --- which files ---
 
@@ -72,10 +71,6 @@ class ServerlessLLMLoader(DefaultModelLoader):
             logger.warning("serverless_llm: %s", e)
 
     # --- the weights ---
-
-    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
-        self._shared = _door.ranks_here(vllm_config) > 1
-        return super().load_model(vllm_config, model_config, prefix)
 
     def load_weights(self, model: nn.Module, model_config: Any) -> None:
         start = time.perf_counter()
@@ -122,7 +117,7 @@ class ServerlessLLMLoader(DefaultModelLoader):
 
     def _load_options(self) -> dict[str, Any]:
         options = self._options.load()
-        if options["direct"] is None and self._shared:
+        if options["direct"] is None and _door.ranks() > 1:
             # Other ranks want the same bytes: by the page cache the disk gives them once.
             options["direct"] = False
         return options

@@ -38,8 +38,6 @@ _CLASSES = {
     },
     "vllm/config/load.py": {"LoadConfig": []},
     "vllm/config/model.py": {"ModelConfig": []},
-    "vllm/config/parallel.py": {"ParallelConfig": []},
-    "vllm/config/vllm.py": {"VllmConfig": []},
     "vllm/platforms/interface.py": {"Platform": ["is_cuda"]},
 }
 _FUNCTIONS = {
@@ -54,8 +52,6 @@ _CONSTANTS = {
 # Of classes with many attributes, the ones that matter.
 _ATTRIBUTES = {
     "ModelConfig": {"model", "revision", "quantization"},
-    "ParallelConfig": {"world_size", "data_parallel_size"},
-    "VllmConfig": {"parallel_config", "load_config"},
     "Platform": set[str](),
 }
 
