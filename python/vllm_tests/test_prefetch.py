@@ -84,6 +84,8 @@ def test_a_snapshot_of_the_cache_without_the_files_of_its_index(
     (refs / "main").write_text(snapshot.name)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert read("some/model") == [(both / "consolidated.safetensors").stat().st_size]
+    monkeypatch.undo()
+    assert [report.bytes for report in _prefetch._read("some/model", *HERE, str(tmp_path))] == read(both)
     # Nothing is downloaded, and nothing raised: the loader will.
     assert read("some/other") == read(os.path.join(tmp_path, "none")) == []
 

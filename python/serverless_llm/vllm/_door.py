@@ -33,13 +33,14 @@ def own_loader() -> Any:
     return DefaultModelLoader(LoadConfig(load_format="safetensors"))
 
 
-def folder_here(model: str, revision: str | None) -> str:
-    """The directory of a model: itself, or the Hugging Face cache's. Nothing is downloaded."""
+def folder_here(model: str, revision: str | None, cache: str | None = None) -> str:
+    """The directory of a model: itself, or that of the Hugging Face cache, which may be another one than the default.
+    Nothing is downloaded."""
     if os.path.isdir(model):
         return model
     from huggingface_hub import snapshot_download
 
-    return str(snapshot_download(model, revision=revision, local_files_only=True))
+    return str(snapshot_download(model, revision=revision, cache_dir=cache, local_files_only=True))
 
 
 def folder_of(source: Any) -> str:

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from .. import _native, errors, store, store_server
 from .._native import Checkpoint
@@ -29,6 +30,16 @@ logger = logging.getLogger("vllm.serverless_llm")
 _started = False
 
 
+class Wanted(NamedTuple):
+    """What to read: a model, its revision, the Hugging Face cache that it is in, or None for the default one, and the
+    loader's options."""
+
+    model: str
+    revision: str | None
+    cache: str | None
+    options: Options
+
+
 def start(load_format: str) -> None:
     """Starts reading the model that this command line serves, once, in the first process alone."""
     global _started
@@ -41,16 +52,13 @@ def start(load_format: str) -> None:
         return
     _started = True
     os.environ[_READER] = str(os.getpid())
-    model, revision, options = found
-    arguments = model, revision, options.server
+    arguments = found.model, found.revision, found.options.server, found.cache
     threading.Thread(target=_read, args=arguments, name="serverless_llm-prefetch", daemon=True).start()
 
 
-def wanted(
-    arguments: Sequence[str], environment: Mapping[str, str], load_format: str
-) -> tuple[str, str | None, Options] | None:
-    """The model to read, its revision, and the loader's options: the model that SERVERLESS_LLM_PREFETCH names, else
-    what the command line serves by this load format. None where there is none, or where it is switched off."""
+def wanted(arguments: Sequence[str], environment: Mapping[str, str], load_format: str) -> Wanted | None:
+    """What to read: the model that SERVERLESS_LLM_PREFETCH names, else what the command line serves by this load format.
+    None where there is none, or where it is switched off."""
     served = (_value(arguments, "--load-format") or "").lower() == load_format
     extra = _value(arguments, "--model-loader-extra-config") if served else None  # else it is another loader's
     try:
@@ -61,14 +69,16 @@ def wanted(
         return None
     named = environment.get(_VARIABLE, "")
     if named and not is_truth(named):
-        return named, None, options
+        return Wanted(named, None, None, options)
     if not served:
         return None
     model = _value(arguments, "--model")
     if model is None and "serve" in arguments:
         after = arguments[arguments.index("serve") + 1 :]
         model = after[0] if after and not after[0].startswith("-") else None
-    return None if model is None else (model, _value(arguments, "--revision"), options)
+    if model is None:
+        return None
+    return Wanted(model, _value(arguments, "--revision"), _value(arguments, "--download-dir"), options)
 
 
 def _value(arguments: Sequence[str], flag: str) -> str | None:
@@ -81,11 +91,13 @@ def _value(arguments: Sequence[str], flag: str) -> str | None:
     return value
 
 
-def _read(model: str, revision: str | None, address: str | None) -> list[PrefetchReport]:
+def _read(
+    model: str, revision: str | None, address: str | None, cache: str | None = None
+) -> list[PrefetchReport]:
     """Has the files read that the loader will open; the reports of those that were read here."""
     reports: list[PrefetchReport] = []
     try:
-        checkpoints = _chosen(model, revision)
+        checkpoints = _chosen(model, revision, cache)
         if address is not None and _preload(checkpoints, address):
             return reports
         for checkpoint in checkpoints:
@@ -107,10 +119,10 @@ def _read(model: str, revision: str | None, address: str | None) -> list[Prefetc
     return reports
 
 
-def _chosen(model: str, revision: str | None) -> list[Checkpoint]:
+def _chosen(model: str, revision: str | None, cache: str | None) -> list[Checkpoint]:
     """What the loader will open, where the model's own code does not name files."""
     loader = _door.own_loader()
-    source = loader.Source(_door.folder_here(model, revision), None)
+    source = loader.Source(_door.folder_here(model, revision, cache), None)
     return _files.opened(loader, source, lambda text: logger.debug("%s", text)) or []
 
 
