@@ -97,6 +97,22 @@ def test_examples_give_the_command_flags_that_it_has(flags: dict[str, set[str]])
         assert given <= flags[subcommand], subcommand
 
 
+@pytest.mark.parametrize("name", ["compose.yaml", "kubernetes.yaml"])
+def test_the_examples_leave_the_hosts_namespaces_to_who_needs_them(name: str) -> None:
+    text = (EXAMPLES / name).read_text()
+    assert not {"hostPID", "hostIPC", "pid", "ipc"} & set(keys(list(yaml.safe_load_all(text))))
+    assert re.search(r"^# .*not opened", text, re.MULTILINE), "who needs them is told"
+
+
+def keys(tree: Any) -> list[str]:
+    """The keys of a tree of YAML."""
+    if isinstance(tree, list):
+        return [key for value in tree for key in keys(value)]
+    if not isinstance(tree, dict):
+        return []
+    return [*tree, *(key for value in tree.values() for key in keys(value))]
+
+
 @pytest.mark.parametrize("example", ["server", "vllm"])
 def test_the_examples_for_kubernetes_are_as_its_schemas_want(example: str) -> None:
     trees = list(yaml.safe_load_all((REPOSITORY / "examples" / example / "kubernetes.yaml").read_text()))
