@@ -16,7 +16,7 @@ class Staged:
     """Gives tensors in memory of its own on `device`, of at most `limit` bytes or the largest tensor's thrice.
 
     `arrays` makes them. The limit holds if the caller keeps no tensor longer than until the next one. `tick(done)` is
-    called with the bytes read while it waits.
+    called while it waits, with the bytes read of all checkpoints.
     """
 
     def __init__(
@@ -33,21 +33,28 @@ class Staged:
         self._options = options
         self._tick = tick
         self._reports: list[LoadReport] = []
+        # Bytes read of the checkpoints before this one.
+        self._read_before = 0
 
     def tensors(self, checkpoint: Checkpoint, selected: list[int] | None = None) -> Iterator[tuple[str, Any]]:
         """Names and tensors, in the order of the checkpoint's files; all, or those at these places."""
         selected = list(range(len(checkpoint))) if selected is None else selected
         session = _native.Session(checkpoint, _native.Loader([self._device], **self._options))
+
+        def tick() -> None:
+            self._tick(self._read_before + session.read_bytes())
+
         try:
             under_way: list[Any] = []
             # The caller still holds the last tensor of one group while the next is used and another comes.
             for group in (*_groups(checkpoint, selected, self._limit // 3), None):
-                _session.wait(session, lambda: self._tick(session.read_bytes()))
+                _session.wait(session, tick)
                 arrived = under_way
                 under_way = [] if group is None else self._begin(session, checkpoint, group)
                 arrived.reverse()
                 while arrived:
                     yield arrived.pop()
+            self._read_before += session.read_bytes()
             self._reports += _session.finish(session)
         finally:
             session.close()

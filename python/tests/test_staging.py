@@ -115,6 +115,25 @@ def test_all_groups_share_one_session(path: Path, monkeypatch: pytest.MonkeyPatc
         made[0].read_bytes()
 
 
+def test_what_is_told_of_several_checkpoints_grows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serverless_llm import _session, _torch
+
+    def wait(session: Any, tick: Any) -> None:
+        while not session.wait(0.1):
+            pass
+        tick()
+
+    monkeypatch.setattr(_session, "wait", wait)
+    told: list[int] = []
+    staged = Staged(_torch, "cpu", 1_000_000, OPTIONS, told.append)
+    for _ in range(2):
+        for _, tensor in staged.tensors(_native.open(path)):
+            del tensor
+    first, second = staged.finish()
+    assert len(told) > 4 and told == sorted(told)
+    assert first.read_bytes in told and told[-1] == first.read_bytes + second.read_bytes > 0
+
+
 def test_what_is_selected_comes_alone(path: Path, saved: dict[str, Any]) -> None:
     some = dict(sllm.iter_tensors(path, device="cpu", framework="torch", tensors=["t00?", "tied"], max_bytes=50_000))
     assert set(some) == {f"t00{i}" for i in range(10)} | {"tied"}
