@@ -25,6 +25,14 @@ class HostArray(NamedTuple):
     owner: Any
 
 
+def allocated(arrays: Any, placement: _native.Placement, devices: list[str]) -> tuple[list[Any], list[int]]:
+    """Blocks of memory for a placement, and their addresses. `arrays` is the library's module, which must have the dtypes."""
+    for name, dtype in placement.dtypes:
+        arrays.check(name, dtype)
+    blocks = [arrays.allocate(devices[number], nbytes) for number, nbytes in placement.blocks]
+    return [block for block, _ in blocks], [address for _, address in blocks]
+
+
 def host_array(name: str, tensor: Any) -> HostArray:
     """The bytes of a torch tensor or a NumPy array; copied where they are elsewhere or not contiguous."""
     torch = sys.modules.get("torch")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from . import _native
+from . import _arrays, _native
 from ._native import Checkpoint
 from .errors import InvalidError
 from .reports import LoadReport
@@ -57,7 +57,15 @@ def load(
 
     A dtype is never changed. Tied tensors share memory.
     """
-    options = _options(engine, direct, verify, threads, pinned_bytes, server, token)
+    options = _options(
+        engine=engine,
+        direct=direct,
+        verify=verify,
+        threads=threads,
+        pinned_bytes=pinned_bytes,
+        server=server,
+        token=token,
+    )
     checkpoint_of = opening(source, revision)
     arrays = _arrays_of(framework)
     devices = [arrays.device_id(device)]
@@ -82,7 +90,7 @@ def load_dict(
     `{"": 0, "lm_head": "cpu"}`: the longest name that a tensor's name begins with decides, and `""` fits all.
     `server` and `token` are as in `load`.
     """
-    options = _options("auto", None, verify, None, None, server, token)
+    options = _options(verify=verify, server=server, token=token)
     checkpoint_of = opening(path, revision)
     arrays = _arrays_of("torch")
     if not isinstance(device_map, Mapping):
@@ -124,7 +132,9 @@ def iter_tensors(
     arrays = _arrays_of(framework)
     checkpoint = opened(source, revision)
     selected = _selected(checkpoint, tensors)
-    options = _options(engine, direct, False, threads, pinned_bytes, server, token)
+    options = _options(
+        engine=engine, direct=direct, threads=threads, pinned_bytes=pinned_bytes, server=server, token=token
+    )
     staged = Staged(arrays, arrays.device_id(device), max_bytes, options)
     return staged.tensors(checkpoint, selected)
 
@@ -141,19 +151,17 @@ def _fill(
     if selected is None:  # what is selected may be little
         loader.prepare(checkpoint)
     placement = _native.Placement(checkpoint, selected, numbers)
-    for name, dtype in placement.dtypes:
-        arrays.check(name, dtype)
     start = time.perf_counter()
-    blocks = [arrays.allocate(devices[number], nbytes) for number, nbytes in placement.blocks]
+    blocks, addresses = _arrays.allocated(arrays, placement, devices)
     alloc_s = time.perf_counter() - start
     loaded = LoadedDict()
     # Many tensors take as long to make as to load: they are made while their bytes are under way.
     report, text = loader.fill(
         placement,
-        [address for _, address in blocks],
+        addresses,
         alloc_s=alloc_s,
         progress=progress,
-        meanwhile=_make(loaded, arrays, [block for block, _ in blocks], placement),
+        meanwhile=_make(loaded, arrays, blocks, placement),
     )
     loaded.report = LoadReport._from_json(report, text)
     return loaded
@@ -167,13 +175,14 @@ def _make(loaded: LoadedDict, arrays: Any, blocks: list[Any], placement: Any) ->
 
 
 def _options(
-    engine: str,
-    direct: bool | None,
-    verify: bool,
-    threads: int | None,
-    pinned_bytes: int | None,
-    server: Server,
-    token: str | None,
+    *,
+    engine: str = "auto",
+    direct: bool | None = None,
+    verify: bool = False,
+    threads: int | None = None,
+    pinned_bytes: int | None = None,
+    server: Server = None,
+    token: str | None = None,
 ) -> dict[str, Any]:
     address = ("auto" if server else None) if isinstance(server, bool) else server
     if token is not None and address is None:

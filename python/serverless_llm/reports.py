@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+_Of = TypeVar("_Of", bound="Report")
 
 
 class Report:
@@ -15,7 +17,7 @@ class Report:
         self._text = text
 
     @classmethod
-    def _from_json(cls, fields: str, text: str | None = None) -> Any:
+    def _from_json(cls: type[_Of], fields: str, text: str | None = None) -> _Of:
         return cls(json.loads(fields), None if text is None else text.rstrip())
 
     def to_dict(self) -> dict[str, Any]:

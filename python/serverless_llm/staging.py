@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import _native, _session
+from . import _arrays, _native, _session
 from ._native import Checkpoint
 from .reports import LoadReport
 
@@ -69,13 +69,10 @@ class Staged:
         return f"staged on {self._device}"
 
     def _begin(self, session: Any, checkpoint: Checkpoint, group: list[int]) -> list[tuple[str, Any]]:
-        arrays = self._arrays
         placement = _native.Placement(checkpoint, group)
-        for name, dtype in placement.dtypes:
-            arrays.check(name, dtype)
-        blocks = [arrays.allocate(self._device, nbytes) for _, nbytes in placement.blocks]
-        session.place(placement, [address for _, address in blocks])
-        return list(arrays.views([block for block, _ in blocks], placement.tensors))
+        blocks, addresses = _arrays.allocated(self._arrays, placement, [self._device])
+        session.place(placement, addresses)
+        return list(self._arrays.views(blocks, placement.tensors))
 
 
 def _groups(checkpoint: Checkpoint, selected: list[int], limit: int) -> Iterator[list[int]]:

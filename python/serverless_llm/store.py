@@ -51,7 +51,7 @@ def convert(
     """
     checkpoint = opened(source, revision)
     report = _native.convert(checkpoint, target, overwrite=overwrite, threads=threads, progress=progress)
-    return ConvertReport._from_json(report)  # type: ignore[no-any-return]
+    return ConvertReport._from_json(report)
 
 
 def export(
@@ -59,13 +59,13 @@ def export(
 ) -> ExportReport:
     """Write a checkpoint as safetensors files into the new directory `target`, as they were before conversion."""
     report = _native.export(opened(store), target, threads=threads, progress=progress)
-    return ExportReport._from_json(report)  # type: ignore[no-any-return]
+    return ExportReport._from_json(report)
 
 
 def verify(store: Source, *, threads: int | None = None, progress: Progress | None = None) -> VerifyReport:
     """Compare every chunk of a store with its checksum. Corrupt chunks are listed in the report; they do not raise."""
     report = _native.verify(opened(store), threads=threads, progress=progress)
-    return VerifyReport._from_json(report)  # type: ignore[no-any-return]
+    return VerifyReport._from_json(report)
 
 
 def prefetch(
@@ -82,7 +82,7 @@ def prefetch(
     disks unless `yields` is false, and ends when a load of the checkpoint begins in any process of this host.
     """
     report = _native.prefetch(opened(source, revision), limit=limit, yields=yields, progress=progress)
-    return PrefetchReport._from_json(report)  # type: ignore[no-any-return]
+    return PrefetchReport._from_json(report)
 
 
 def save_dict(
@@ -102,4 +102,4 @@ def save_dict(
     tensors = [(name, a.dtype, a.shape, a.address, a.nbytes) for name, a in kept.items()]
     report = _native.save(tensors, path, overwrite=overwrite, threads=threads, progress=progress)
     del kept
-    return ConvertReport._from_json(report)  # type: ignore[no-any-return]
+    return ConvertReport._from_json(report)
