@@ -2,6 +2,7 @@
 //!
 //! Bytes that are staged on another node cross the link between the nodes once more on their way. Where the system does not
 //! say where a device is, or devices are at several nodes, there is no node, and everything stays where the system puts it.
+//! The host, to which nothing is staged, is not asked.
 
 use std::ops::RangeInclusive;
 use std::path::Path;
@@ -25,15 +26,16 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// The node that all these devices are at, below such a directory as [`SYSTEM`]. `None` where the host has one, where
-    /// it is not known of a device, or where it is not one.
+    /// The node that all these devices but the host are at, below such a directory as [`SYSTEM`]. `None` where the host has
+    /// one, where it is not known of a device, or where it is not one.
     pub(crate) fn of(system: &Path, devices: &[Device]) -> Option<Node> {
         let nodes = system.join("devices/system/node");
         let with_memory = parse_list(&read(&nodes.join("has_memory"))?)?;
         if !has_several(&with_memory) {
             return None;
         }
-        let mut places = devices.iter().map(|device| number_of(system, &device.pci_address()?));
+        let staged = devices.iter().filter(|device| device.needs_pinning());
+        let mut places = staged.map(|device| number_of(system, &device.pci_address()?));
         let number = places.next()??;
         if places.any(|other| other != Some(number))
             || !with_memory.iter().any(|range| range.contains(&(number as usize)))
@@ -196,7 +198,10 @@ mod tests {
         assert_eq!((node.number(), numbers(&node.cpus)), (1, vec![2, 3, 6, 7, 1023]));
         assert!(of(&devices[..2]).is_none(), "two nodes");
         assert!(of(&devices[1..]).is_none(), "one is not known");
-        assert!(of(&[devices[1].clone(), host.clone()]).is_none() && of(&[host]).is_none() && of(&[]).is_none());
+        for with_host in [[host.clone(), devices[1].clone()], [devices[1].clone(), host.clone()]] {
+            assert_eq!(of(&with_host).unwrap().number(), 1);
+        }
+        assert!(of(&[host]).is_none() && of(&[]).is_none(), "nothing is staged");
         driver.fail("cuDeviceGetPCIBusId", 1, 1);
         assert!(of(&devices[1..2]).is_none(), "the driver does not say");
         for cpus in ["x", "1-"] {
