@@ -214,6 +214,7 @@ impl Manifest {
         let TensorEntry { dtype, shape, offset, len, .. } = tensor;
         let expected = match &tensor.strides {
             None => dtype.byte_len(shape)?,
+            Some(_) if *dtype == Dtype::F4 => return Err("it has strides, and elements of 4 bits in pairs".into()),
             // The original may keep a storage larger than its view: only the reach is checked.
             Some(strides) => strided_len(*dtype, shape, strides)?.max(*len),
         };
@@ -373,8 +374,14 @@ mod tests {
             m["tensors"][1]["shape"] = serde_json::json!([1u64 << 32, 1u64 << 32]);
             m["tensors"][1]["strides"] = serde_json::json!([0, 0]);
         };
-        let cases: [(Change, &str); 15] = [
+        let in_pairs = |m: &mut Value| {
+            m["tensors"][1]["dtype"] = "F4".into();
+            m["tensors"][1]["shape"] = serde_json::json!([4, 4]);
+            m["tensors"][1]["strides"] = serde_json::json!([1, 4]); // 8 of its 10 bytes
+        };
+        let cases: [(Change, &str); 16] = [
             (endless, "the product of its shape overflows"),
+            (in_pairs, "it has strides, and elements of 4 bits in pairs"),
             (|m| m["version"] = 2.into(), "version 2"),
             (|m| m["format"] = "other".into(), "\"other\""),
             (|m| m["chunk_len"] = 4097.into(), "chunk_len"),
