@@ -4,21 +4,21 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{Builder, JoinHandle};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyIterator, PyList, PyTuple};
 use sllm_core::{Error, OpenOptions, Result};
 
-use crate::error::{named, raise};
+use crate::error::raise;
 use crate::load::{Placed, placed_at};
+use crate::wait::{self, Call};
 
 /// Opens a model directory, a safetensors file, or a repository id that the Hugging Face cache holds.
 #[pyfunction]
 #[pyo3(signature = (path, *, revision=None))]
 pub(crate) fn open(py: Python<'_>, path: PathBuf, revision: Option<String>) -> PyResult<Checkpoint> {
-    let opened = py.detach(|| open_options(revision).open(&path));
-    Ok(Checkpoint { inner: Arc::new(opened.map_err(|e| raise(py, &e))?) })
+    let opened = wait::call(py, move || open_options(revision).open(path))?;
+    Ok(Checkpoint { inner: Arc::new(opened) })
 }
 
 fn open_options(revision: Option<String>) -> OpenOptions {
@@ -30,7 +30,7 @@ fn open_options(revision: Option<String>) -> OpenOptions {
 #[pyclass(frozen, module = "serverless_llm._native")]
 pub(crate) struct Opening {
     /// Until it was asked for.
-    thread: Mutex<Option<JoinHandle<Result<sllm_core::Checkpoint>>>>,
+    call: Mutex<Option<Call<Result<sllm_core::Checkpoint>>>>,
 }
 
 #[pymethods]
@@ -39,17 +39,15 @@ impl Opening {
     #[pyo3(signature = (path, *, revision=None))]
     fn new(py: Python<'_>, path: PathBuf, revision: Option<String>) -> PyResult<Opening> {
         let options = open_options(revision);
-        let thread = Builder::new().name("sllm-open".into()).spawn(move || options.open(path));
-        let thread = thread.map_err(|e| named(py, "ReadWriteError", &format!("cannot start a thread to open: {e}")))?;
-        Ok(Opening { thread: Mutex::new(Some(thread)) })
+        let call = Call::start(py, move || options.open(path))?;
+        Ok(Opening { call: Mutex::new(Some(call)) })
     }
 
     /// Waits for it; what opening raises is raised here. It is given once.
     fn checkpoint(&self, py: Python<'_>) -> PyResult<Checkpoint> {
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let thread = thread.ok_or_else(|| raise(py, &Error::Invalid("the checkpoint was given already".into())))?;
-        let opened = py.detach(|| thread.join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        Ok(Checkpoint { inner: Arc::new(opened.map_err(|e| raise(py, &e))?) })
+        let call = self.call.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let call = call.ok_or_else(|| raise(py, &Error::Invalid("the checkpoint was given already".into())))?;
+        Ok(Checkpoint { inner: Arc::new(call.wait(py)?.map_err(|e| raise(py, &e))?) })
     }
 }
 
@@ -100,7 +98,8 @@ impl Checkpoint {
     /// Raises `FormatError` where the files that this store was converted from are still in their place and were changed
     /// since.
     fn check_source(&self, py: Python<'_>) -> PyResult<()> {
-        self.inner.check_source().map_err(|e| raise(py, &e))
+        let inner = Arc::clone(&self.inner);
+        wait::call(py, move || inner.check_source())
     }
 
     /// Descriptors of the data files, valid as long as the checkpoint.

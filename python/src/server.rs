@@ -17,12 +17,13 @@ pub(crate) struct StoreClient {
 }
 
 impl StoreClient {
-    fn call<T: Send>(
+    fn call<T: Send + 'static>(
         &self,
         py: Python<'_>,
-        call: impl FnOnce(&sllm_client::StoreClient) -> Result<T> + Send,
+        call: impl FnOnce(&sllm_client::StoreClient) -> Result<T> + Send + 'static,
     ) -> PyResult<T> {
-        py.detach(|| call(&self.inner)).map_err(|e| e.raise(py))
+        let client = self.inner.clone();
+        wait::call(py, move || call(&client))
     }
 }
 
@@ -36,7 +37,7 @@ impl StoreClient {
         let wrong = || sllm_core::Error::Invalid(format!("a timeout of {timeout} s cannot be waited for"));
         let limit = limit.ok_or_else(|| raise(py, &wrong()))?;
         let options = ClientOptions::new().address(address).token(token).call_limit(limit);
-        let inner = py.detach(|| sllm_client::StoreClient::connect(&options)).map_err(|e| e.raise(py))?;
+        let inner = wait::call(py, move || sllm_client::StoreClient::connect(&options))?;
         Ok(StoreClient { inner })
     }
 
@@ -68,19 +69,19 @@ impl StoreClient {
     }
 
     /// Keeps a model in the server's memory; its state as JSON.
-    fn pin(&self, py: Python<'_>, model: &str) -> PyResult<String> {
-        json(py, &self.call(py, |client| client.pin(model))?)
+    fn pin(&self, py: Python<'_>, model: String) -> PyResult<String> {
+        json(py, &self.call(py, move |client| client.pin(&model))?)
     }
 
     /// Lets a model go when its room is wanted; its state as JSON.
-    fn unpin(&self, py: Python<'_>, model: &str) -> PyResult<String> {
-        json(py, &self.call(py, |client| client.unpin(model))?)
+    fn unpin(&self, py: Python<'_>, model: String) -> PyResult<String> {
+        json(py, &self.call(py, move |client| client.unpin(&model))?)
     }
 
     /// Drops a model, or all of them, from the server's memory; how many bytes that were.
     #[pyo3(signature = (model))]
-    fn evict(&self, py: Python<'_>, model: Option<&str>) -> PyResult<u64> {
-        self.call(py, |client| model.map_or_else(|| client.evict_all(), |model| client.evict(model)))
+    fn evict(&self, py: Python<'_>, model: Option<String>) -> PyResult<u64> {
+        self.call(py, move |client| model.map_or_else(|| client.evict_all(), |model| client.evict(&model)))
     }
 }
 

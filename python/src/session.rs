@@ -12,13 +12,14 @@ use crate::checkpoint::Checkpoint;
 use crate::error::raise;
 use crate::load::{Loader, Placement};
 use crate::memory::HostBytes;
+use crate::wait;
 use crate::work::json;
 
 /// Opens safetensors files that the caller chose, found below `root`.
 #[pyfunction]
 pub(crate) fn open_files(py: Python<'_>, root: PathBuf, files: Vec<PathBuf>) -> PyResult<Checkpoint> {
-    let opened = py.detach(|| sllm_core::Checkpoint::open_files(root, &files));
-    Ok(Checkpoint { inner: Arc::new(opened.map_err(|e| raise(py, &e))?) })
+    let opened = wait::call(py, move || sllm_core::Checkpoint::open_files(root, &files))?;
+    Ok(Checkpoint { inner: Arc::new(opened) })
 }
 
 /// A load to which copies are added while it runs.

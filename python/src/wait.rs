@@ -1,10 +1,11 @@
 //! Long calls: the work runs in a thread of its own, without the interpreter's lock, while the caller's thread waits,
-//! tells the progress callback and looks for signals.
+//! tells the progress callback and looks for signals. Work that can be stopped has a `Control`.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{RecvTimeoutError, sync_channel};
-use std::thread;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
@@ -14,6 +15,54 @@ use crate::error::{Raise, named};
 
 /// How often the progress callback is called and signals are looked for.
 const TICK: Duration = Duration::from_millis(50);
+
+/// Work that cannot be stopped, in a thread of its own.
+pub(crate) struct Call<T> {
+    thread: JoinHandle<T>,
+    /// Hangs up when the work has ended.
+    ended: Receiver<()>,
+}
+
+impl<T: Send + 'static> Call<T> {
+    pub(crate) fn start(py: Python<'_>, work: impl FnOnce() -> T + Send + 'static) -> PyResult<Call<T>> {
+        let (end, ended) = sync_channel(1);
+        let work = move || {
+            // Dropped at the end of the work, also when it panics.
+            let _end = end;
+            work()
+        };
+        let thread = thread::Builder::new().name("sllm-call".into()).spawn(work).map_err(|e| no_thread(py, &e))?;
+        Ok(Call { thread, ended })
+    }
+
+    /// Waits for it. If a signal's handler raises meanwhile (KeyboardInterrupt), that exception is raised at once, and the
+    /// thread is left to end by itself.
+    pub(crate) fn wait(self, py: Python<'_>) -> PyResult<T> {
+        let Call { thread, mut ended } = self;
+        loop {
+            let receiver = &mut ended;
+            if py.detach(move || receiver.recv_timeout(TICK)) != Err(RecvTimeoutError::Timeout) {
+                break;
+            }
+            py.check_signals()?;
+        }
+        Ok(py.detach(|| thread.join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    }
+}
+
+/// Runs `work`, which cannot be stopped, and waits for it as [`Call::wait`] does.
+pub(crate) fn call<T, E>(py: Python<'_>, work: impl FnOnce() -> Result<T, E> + Send + 'static) -> PyResult<T>
+where
+    T: Send + 'static,
+    E: Raise + Send + 'static,
+{
+    Call::start(py, work)?.wait(py)?.map_err(|e| e.raise(py))
+}
+
+/// A limit of processes refuses a thread.
+fn no_thread(py: Python<'_>, error: &io::Error) -> PyErr {
+    named(py, "ReadWriteError", &format!("cannot start a thread for the work: {error}"))
+}
 
 #[derive(Default)]
 struct Bytes {
@@ -64,11 +113,10 @@ pub(crate) fn run_beside<T: Send, E: Raise + Send>(
             let _finished = finished;
             work(control)
         };
-        // A limit of processes refuses it.
         let worker = thread::Builder::new()
             .name("sllm-call".into())
             .spawn_scoped(scope, worker)
-            .map_err(|e| named(py, "ReadWriteError", &format!("cannot start a thread for the work: {e}")))?;
+            .map_err(|e| no_thread(py, &e))?;
         let (mut told, mut looked) = (None, Instant::now());
         let interrupted = loop {
             match steps.as_mut().and_then(Iterator::next) {

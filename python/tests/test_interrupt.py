@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +50,37 @@ print(outcome)
     assert not target.exists()
     sllm.convert(source, target)
     assert sllm.verify(target).ok
+
+
+# Calls that would wait for long: for a reference that is a pipe to which nobody writes, and for a server that says nothing.
+WAITING = {
+    "open": "sllm.open('org/m')",
+    "load": "sllm.load('org/m', device='cpu', framework='numpy')",
+    "server": "sllm.StoreClient(sys.argv[1], timeout=100).list()",
+}
+
+
+@pytest.mark.parametrize("call", WAITING)
+def test_ctrl_c_ends_a_call_that_waits_for_others(call: str, tmp_path: Path) -> None:
+    refs = tmp_path / "models--org--m" / "refs"
+    refs.mkdir(parents=True)
+    os.mkfifo(refs / "main")
+    code = f"""
+import os, signal, sys, threading, time
+import serverless_llm as sllm
+signal.signal(signal.SIGINT, signal.default_int_handler)
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+start = time.monotonic()
+try:
+    {WAITING[call]}
+except KeyboardInterrupt:
+    print(time.monotonic() - start < 50)
+"""
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "s"))
+        silent.listen()
+        run = python(code, f"unix:{tmp_path / 's'}", HF_HUB_CACHE=str(tmp_path))
+    assert run.stdout == "True\n"
 
 
 def test_a_call_that_cannot_have_its_thread_is_an_error(store: Path) -> None:
