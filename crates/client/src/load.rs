@@ -7,8 +7,8 @@
 //! - Its own failure: it waits for its copies and then ends the stream with the reason. When that is here, all is over.
 //! - A `Cancel`, which [`Load::settle`] sends after a failure of ours or a cancel of the caller's; the server waits for
 //!   its copies and ends the stream, for which is waited.
-//! - A batch's deadline, which the server checks before each copy. A deadline that has passed here, and a little more,
-//!   has passed there too, since the server counts from the batch's arrival.
+//! - A batch's deadline, which the server checks before each copy. It counts from when it begins with the batch, which may be
+//!   later than here: so a deadline that has passed here says nothing, and the stream's end is waited for all the same.
 //! - The end of the server's process, by which the system takes its mappings away. What the device still has of its
 //!   copies is over in milliseconds; after a lost connection [`AFTER_LOSS`] is waited for that.
 //!
@@ -214,7 +214,7 @@ impl Load {
     fn settle(&mut self) {
         self.stop();
         let Some(stopped) = self.stopped.filter(|_| !self.under_way.is_empty()) else { return };
-        let until = (stopped + SETTLE).min(self.deadline + LATE);
+        let until = stopped + SETTLE;
         while !self.events.ended && Instant::now() < until {
             // What the server still says is of no interest but for its end.
             let _ = self.next((SETTLE, until), &Control::new());

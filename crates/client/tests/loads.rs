@@ -226,6 +226,13 @@ fn a_cancelled_load_returns_when_the_server_has_stopped_writing() {
 }
 
 #[test]
+fn a_load_that_is_out_of_time_returns_when_the_server_has_stopped_writing() {
+    let (error, server) = fails(Fault::Slow);
+    assert!(matches!(error, Error::TimedOut { .. }), "{error}");
+    assert!(server.rows() > 0 && !server.is_writing(), "the server still writes");
+}
+
+#[test]
 fn a_cancelled_control_starts_nothing() {
     let server = TestServer::start();
     let model = model(1000);
