@@ -8,10 +8,9 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use common::session::{Loading, all_of, load, open_message, ticket};
-use common::{Served, memory, models};
+use common::{SEALED, Served, memory, models};
 use cuda::Driver;
 use gpu::{Owner, UNTOUCHED};
-use rustix::fs::SealFlags;
 use sllm_proto::storage::{
     ClearMemRequest, ConfirmModelRequest, DeviceType, LoadModelRequest, MemCopyChunk, MemCopyChunkList, MemCopyHandle,
     MemCopyHandleList, RegisterModelRequest, UnloadModelRequest,
@@ -532,7 +531,7 @@ async fn a_batch_that_waits_for_a_place_fails_by_its_deadline() {
     let owner = Owner::start(0, len);
     let open = open_message("store", &served.models().join("store"));
     let (mut loading, opened) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
-    loading.attach_host(&served.socket(), ticket(), &memory(opened.total, SealFlags::SHRINK)).await;
+    loading.attach_host(&served.socket(), ticket(), &memory(opened.total, SEALED)).await;
     // Some seconds, in which the only place is taken.
     driver.set_bandwidth(3_000_000);
     served.storage().await.load_model_async(request("plain", "r", &owner, vec![chunk(0, len, 0)])).await.unwrap();

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 
-use common::{Served, memory, pass, send};
+use common::{SEALED, Served, memory, pass, send};
 use rustix::fs::SealFlags;
 use sllm_proto::PASS_MEMORY;
 use sllm_proto::storage::GetServerConfigRequest;
@@ -74,12 +74,12 @@ async fn sealed_memory_is_taken_and_anything_else_is_refused_with_a_reason() {
     let served = Served::start(|_| (), |_| ());
     let socket = served.socket();
     let told = tokio::task::spawn_blocking(move || {
-        let sealed = memory(4096, SealFlags::SHRINK);
+        let sealed = memory(4096, SEALED);
         pass(&socket, [1; 16], &sealed).unwrap();
-        assert!(pass(&socket, [1; 16], &sealed).unwrap_err().contains("ticket is taken"));
+        assert!(pass(&socket, [1; 16], &memory(4096, SEALED)).unwrap_err().contains("ticket is taken"));
         assert!(pass(&socket, [2; 16], &memory(4096, SealFlags::empty())).unwrap_err().contains("F_SEAL_SHRINK"));
-        assert!(pass(&socket, [3; 16], &memory(0, SealFlags::SHRINK)).unwrap_err().contains("empty"));
-        let unwritable = SealFlags::SHRINK | SealFlags::WRITE;
+        assert!(pass(&socket, [3; 16], &memory(0, SEALED)).unwrap_err().contains("empty"));
+        let unwritable = SEALED | SealFlags::WRITE;
         assert!(pass(&socket, [4; 16], &memory(4096, unwritable)).unwrap_err().contains("mapped for writing"));
         assert!(pass(&socket, [5; 16], &tempfile::tempfile().unwrap()).unwrap_err().contains("memory file"));
         let pipe = File::from(rustix::pipe::pipe().unwrap().0);

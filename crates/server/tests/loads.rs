@@ -7,8 +7,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::session::{Loading, all_of, contents, load, open_message, ticket};
-use common::{Served, memory, models};
-use rustix::fs::SealFlags;
+use common::{SEALED, Served, memory, models};
 use sllm_proto::storage::LoadModelRequest;
 use sllm_proto::store::load_event::Kind as Event;
 use sllm_proto::store::load_request::Kind as Asked;
@@ -183,19 +182,19 @@ async fn a_stream_that_is_out_of_order_or_bounds_ends_with_the_reason_and_nothin
         // A byte that is written twice.
         vec![with(&|s| s.row_len = 100), with(&|s| (s.row_len, s.dst_offset) = (100, 99))],
     ];
-    let file = memory(len, SealFlags::SHRINK);
     for segments in bad {
+        let file = memory(len, SEALED);
         let (mut loading, _) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
         loading.attach_host(&served.socket(), ticket(), &file).await;
         loading.batch(segments.clone()).await;
         let error = loading.error().await;
         assert_eq!(error.code(), Code::InvalidArgument, "{segments:?}: {error}");
+        assert!(contents(&file).iter().all(|&byte| byte == 0xee), "{segments:?}: something was written");
     }
-    assert!(contents(&file).iter().all(|&byte| byte == 0xee), "something was written");
 
     // What has no bytes is no mistake.
     let (mut loading, _) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
-    loading.attach_host(&served.socket(), ticket(), &file).await;
+    loading.attach_host(&served.socket(), ticket(), &memory(len, SEALED)).await;
     for empty in [vec![], vec![Segment::default()]] {
         loading.batch(empty).await;
         assert_eq!(loading.done().await.unwrap().bytes, 0);
@@ -204,7 +203,7 @@ async fn a_stream_that_is_out_of_order_or_bounds_ends_with_the_reason_and_nothin
     let attach = |len, offset, memory| Asked::Attach(Attach { len, offset, memory });
     let passed = ticket();
     let path = served.socket();
-    let sealed = memory(4096, SealFlags::SHRINK);
+    let sealed = memory(4096, SEALED);
     tokio::task::spawn_blocking(move || common::pass(&path, passed, &sealed)).await.unwrap().unwrap();
     let by = |ticket: &[u8]| Some(attach::Memory::Ticket(ticket.to_vec()));
     let cuda = |device: usize, handle: usize| {
@@ -240,7 +239,7 @@ async fn a_stream_that_is_out_of_order_or_bounds_ends_with_the_reason_and_nothin
 async fn a_message_that_is_too_large_is_refused_and_one_of_200_000_segments_is_not() {
     let served = Served::start(fill, |_| ());
     let open = open_message("plain", &served.models().join("plain"));
-    let file = memory(open.files[0].len, SealFlags::SHRINK);
+    let file = memory(open.files[0].len, SEALED);
     let (mut loading, _) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
     loading.attach_host(&served.socket(), ticket(), &file).await;
     let rows = 200_000_u64;
@@ -289,7 +288,7 @@ async fn rows_that_would_take_all_memory_are_refused() {
     };
     let served = Served::start(sparse, |_| ());
     let open = open_message("sparse", &served.models().join("sparse"));
-    let file = memory(rows, SealFlags::SHRINK);
+    let file = memory(rows, SEALED);
     let (mut loading, _) = Loading::open(&mut served.store().await, open).await.unwrap();
     loading.attach_host(&served.socket(), ticket(), &file).await;
     loading.batch(vec![Segment { rows, row_len: 1, src_pitch: pitch, dst_pitch: 1, ..Default::default() }; 3]).await;
@@ -302,7 +301,7 @@ async fn rows_that_would_take_all_memory_are_refused() {
 async fn batches_of_a_stream_come_one_after_the_other_and_may_be_sent_ahead() {
     let served = Served::start(fill, |_| ());
     let open = open_message("plain", &served.models().join("plain"));
-    let file = memory(open.files[0].len, SealFlags::SHRINK);
+    let file = memory(open.files[0].len, SEALED);
     let (mut loading, _) = Loading::open(&mut served.store().await, open).await.unwrap();
     loading.attach_host(&served.socket(), ticket(), &file).await;
     // Each writes over what the one before wrote.
@@ -326,7 +325,7 @@ async fn a_client_that_goes_in_the_middle_leaves_nothing_behind() {
     for round in 0..8 {
         let (mut loading, opened) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
         let name = format!("gone-{round}");
-        let file = common::named_memory(&name, opened.total, SealFlags::SHRINK);
+        let file = common::named_memory(&name, opened.total, SEALED);
         loading.attach_host(&served.socket(), ticket(), &file).await;
         // The memory is attached when an empty batch is done.
         loading.batch(Vec::new()).await;
@@ -353,7 +352,7 @@ async fn a_batch_that_is_out_of_time_fails_by_its_deadline() {
     let open = open_message("large", &served.models().join("large"));
     let segments = all_of(&open);
     let (mut loading, opened) = Loading::open(&mut served.store().await, open).await.unwrap();
-    let file = memory(opened.total, SealFlags::SHRINK);
+    let file = memory(opened.total, SEALED);
     loading.attach_host(&served.socket(), ticket(), &file).await;
     // One of them takes longer than a millisecond on any machine.
     for _ in 0..1000 {
@@ -368,7 +367,7 @@ async fn a_file_that_is_cut_or_rots_in_the_middle_is_an_error_and_its_bytes_are_
     let path = served.models().join("plain/model.safetensors");
     let open = open_message("plain", &served.models().join("plain"));
     let (mut loading, opened) = Loading::open(&mut served.store().await, open.clone()).await.unwrap();
-    let file = memory(opened.total, SealFlags::SHRINK);
+    let file = memory(opened.total, SEALED);
     loading.attach_host(&served.socket(), ticket(), &file).await;
     fs::File::options().write(true).open(&path).unwrap().set_len(5_000_000).unwrap();
     loading.batch(all_of(&open)).await;
@@ -509,7 +508,7 @@ async fn a_server_that_stops_lets_a_running_load_end_and_takes_no_new_one() {
     let mut client = served.store().await;
     let (mut loading, opened) = Loading::open(&mut client, open.clone()).await.unwrap();
     let (mut idle, _) = Loading::open(&mut client, open.clone()).await.unwrap();
-    let file = memory(opened.total, SealFlags::SHRINK);
+    let file = memory(opened.total, SEALED);
     loading.attach_host(&served.socket(), ticket(), &file).await;
     loading.batch(all_of(&open)).await;
     let first = loading.event().await.unwrap();

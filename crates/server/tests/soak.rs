@@ -17,10 +17,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::session::{Loading, all_of, contents, open_message, ticket};
-use common::{Served, named_memory};
+use common::{SEALED, Served, named_memory};
 use cuda::Driver;
 use gpu::Owner;
-use rustix::fs::SealFlags;
 use sllm_proto::storage::{
     ClearMemRequest, ConfirmModelRequest, DeviceType, LoadModelRequest, MemCopyChunk, MemCopyChunkList, MemCopyHandle,
     MemCopyHandleList, RegisterModelRequest, UnloadModelRequest,
@@ -240,7 +239,7 @@ async fn load_whole(world: &World, model: &Model, again: u64, end: End) -> Resul
     let segments = all_of(&open);
     let opened = Loading::open(&mut world.served.store().await, open).await;
     let Some((mut loading, opened)) = model.unless_replaced(version, opened)? else { return Ok(()) };
-    let file = named_memory(MEMORY, opened.total, SealFlags::SHRINK);
+    let file = named_memory(MEMORY, opened.total, SEALED);
     loading.attach_host(&world.served.socket(), ticket(), &file).await;
     // Only when this is done is the memory the stream's, and not somebody's who may yet come for it.
     loading.batch(Vec::new()).await;
@@ -322,7 +321,7 @@ async fn load_rows(world: &World, random: &mut Random, model: &Model) -> Result<
     let offset = random.below(len - (rows - 1) * src_pitch - row_len + 1);
     let opened = Loading::open(&mut world.served.store().await, open).await;
     let Some((mut loading, _)) = model.unless_replaced(version, opened)? else { return Ok(()) };
-    let file = named_memory(MEMORY, rows * dst_pitch, SealFlags::SHRINK);
+    let file = named_memory(MEMORY, rows * dst_pitch, SEALED);
     loading.attach_host(&world.served.socket(), ticket(), &file).await;
     let segment = Segment { offset, row_len, rows, src_pitch, dst_pitch, ..Segment::default() };
     loading.batch(vec![segment]).await;
@@ -355,7 +354,7 @@ async fn nonsense(world: &World, random: &mut Random, model: &Model) -> Result<(
         }
         2 => loading.batch(vec![Segment { offset: opened.total, row_len: 1, ..Segment::default() }]).await,
         _ => {
-            let file = named_memory(MEMORY, 4096, SealFlags::SHRINK);
+            let file = named_memory(MEMORY, 4096, SEALED);
             loading.attach_host(&world.served.socket(), ticket(), &file).await;
             loading.batch(vec![Segment { row_len: 4096, dst_offset: 1, ..Segment::default() }]).await;
         }

@@ -15,7 +15,8 @@ use crate::pool::HostMemory;
 const STEP: u64 = 4 << 20;
 
 /// Memory of this process that others map too, by its descriptor. It can neither shrink nor grow, so that no process
-/// that maps it can be killed by a page that is gone. The last clone or block unmaps it here.
+/// that maps it can be killed by a page that is gone. More seals may be added: a process that is given it keeps its pages
+/// from being punched out by `F_SEAL_FUTURE_WRITE`. The last clone or block unmaps it here.
 #[derive(Debug, Clone)]
 pub struct MemoryFile {
     file: Arc<OwnedFd>,
@@ -37,7 +38,7 @@ impl MemoryFile {
             let step = || fallocate(&file, FallocateFlags::empty(), at, STEP.min(len - at));
             retry_on_intr(step).map_err(fail("take memory for"))?;
         }
-        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL).map_err(fail("seal"))?;
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).map_err(fail("seal"))?;
         let memory = HostMemory::map_shared(&file, bytes).map_err(Error::io("map", Path::new("a memory file")))?;
         Ok(MemoryFile { file: Arc::new(file), memory: Arc::new(memory), len })
     }

@@ -98,6 +98,9 @@ impl Served {
     }
 }
 
+/// The seals that the server wants of memory.
+pub(crate) const SEALED: SealFlags = SealFlags::SHRINK.union(SealFlags::GROW);
+
 /// A memory file of `len` bytes, all of them 0xee.
 pub(crate) fn memory(len: u64, seals: SealFlags) -> File {
     named_memory("test", len, seals)

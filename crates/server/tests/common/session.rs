@@ -4,7 +4,6 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use rustix::fs::SealFlags;
 use sllm_core::Checkpoint;
 use sllm_proto::store::load_event::Kind as Event;
 use sllm_proto::store::load_request::Kind as Asked;
@@ -15,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 
-use super::{memory, pass};
+use super::{SEALED, memory, pass};
 
 /// The message that opens a model which the client sees at a path.
 pub(crate) fn open_message(name: &str, path: &Path) -> Open {
@@ -122,7 +121,7 @@ pub(crate) async fn load(served: &super::Served, name: &str) -> Result<(Vec<u8>,
     let open = open_message(name, &served.models().join(name));
     let segments = all_of(&open);
     let (mut loading, opened) = Loading::open(&mut served.store().await, open).await?;
-    let file = memory(opened.total, SealFlags::SHRINK);
+    let file = memory(opened.total, SEALED);
     loading.attach_host(&served.socket(), ticket(), &file).await;
     loading.batch(segments).await;
     let done = loading.done().await?;
