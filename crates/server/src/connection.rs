@@ -7,8 +7,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rustix::io::retry_on_intr;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recv, recvmsg, send};
 use sllm_proto::{PASS_MEMORY, TICKET_LEN};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, Ready};
@@ -132,27 +133,26 @@ impl Reception {
         let Ok(Ok(word)) = tokio::time::timeout(self.first_word, io.first_word()).await else { return };
         match (word, io) {
             (Word::Grpc, io) => self.give(io).await,
-            (Word::PassMemory, Io::Unix(stream)) => self.take_memory(&stream).await,
+            (Word::PassMemory, Io::Unix(stream)) => self.take_memory(stream).await,
             _ => {}
         }
     }
 
-    async fn take_memory(&self, stream: &UnixStream) {
-        let passed = tokio::time::timeout(PASSING, receive_memory(stream)).await;
-        let taken = match passed {
-            Ok(Ok((ticket, file))) => self.tickets.pass(ticket, &file),
-            Ok(Err(reason)) => Err(reason),
-            Err(_) => Err(format!("the memory did not come within {} seconds", PASSING.as_secs())),
+    /// Takes memory on a thread that may block: a descriptor may be of anything, and closing it may take for ever.
+    async fn take_memory(&self, stream: UnixStream) {
+        let place = tokio::time::timeout(PASSING, self.tickets.place()).await;
+        let (Ok(place), Ok(stream)) = (place, stream.into_std()) else {
+            return tracing::warn!(
+                "memory of a client was not taken: descriptors that others passed are not closed yet"
+            );
         };
-        if let Err(reason) = &taken {
-            tracing::warn!(%reason, "memory of a client was refused");
-        }
-        let answer = taken.err().unwrap_or_else(|| "\0".into());
-        // A client that does not wait for the answer does not get it.
-        let sending = stream.async_io(Interest::WRITABLE, || {
-            Ok(send(stream, answer.as_bytes(), SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?)
+        let tickets = Arc::clone(&self.tickets);
+        let taking = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            take(&tickets, &stream);
         });
-        let _ = tokio::time::timeout(PASSING, sending).await;
+        // Nobody waits for it but the client.
+        drop(taking);
     }
 
     async fn give(&self, io: Io) {
@@ -215,15 +215,37 @@ impl Io {
     }
 }
 
-/// Receives what `PASS_MEMORY` begins: a ticket and a descriptor.
-async fn receive_memory(stream: &UnixStream) -> Result<(Ticket, OwnedFd), String> {
+/// Takes memory, and tells the client. Blocks.
+fn take(tickets: &Tickets, stream: &std::os::unix::net::UnixStream) {
+    let passed = receive_memory(stream, Instant::now() + PASSING);
+    let taken = passed.as_ref().map_err(Clone::clone).and_then(|(ticket, file)| tickets.pass(*ticket, file));
+    if let Err(reason) = &taken {
+        tracing::warn!(%reason, "memory of a client was refused");
+    }
+    let answer = taken.err().unwrap_or_else(|| "\0".into());
+    // So little has room in a socket to which nothing was written. A client that is gone does not get it.
+    let _ = send(stream, answer.as_bytes(), SendFlags::NOSIGNAL | SendFlags::DONTWAIT);
+    let _ = stream.shutdown(std::net::Shutdown::Both);
+    // Closed when the client knows: it may take for ever.
+    drop(passed);
+}
+
+/// Receives what `PASS_MEMORY` begins: a ticket and a descriptor. Blocks.
+fn receive_memory(stream: &std::os::unix::net::UnixStream, until: Instant) -> Result<(Ticket, OwnedFd), String> {
     const LEN: usize = PASS_MEMORY.len() + TICKET_LEN;
+    let broken = |e: io::Error| match e.kind() {
+        io::ErrorKind::WouldBlock => format!("the memory did not come within {} seconds", PASSING.as_secs()),
+        _ => format!("the memory cannot be received: {e}"),
+    };
+    stream.set_nonblocking(false).map_err(broken)?;
     let mut bytes = [0; LEN];
     let mut len = 0;
     let mut file = None;
     while len < LEN {
-        let received = stream.async_io(Interest::READABLE, || receive(stream, &mut bytes[len..])).await;
-        let received = received.map_err(|e| format!("the memory cannot be received: {e}"))?;
+        // Zero would be no limit.
+        let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        stream.set_read_timeout(Some(left)).map_err(broken)?;
+        let received = retry_on_intr(|| receive(stream, &mut bytes[len..])).map_err(|e| broken(e.into()))?;
         if received.len == 0 {
             return Err("the connection ended within the ticket".into());
         }
@@ -251,11 +273,10 @@ struct Received {
     cut: bool,
 }
 
-fn receive(stream: &UnixStream, bytes: &mut [u8]) -> io::Result<Received> {
+fn receive(stream: impl AsFd, bytes: &mut [u8]) -> rustix::io::Result<Received> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-    let message = recvmsg(stream, &mut [io::IoSliceMut::new(bytes)], &mut ancillary, flags)?;
+    let message = recvmsg(stream, &mut [io::IoSliceMut::new(bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
     let files = ancillary.drain().filter_map(|message| match message {
         RecvAncillaryMessage::ScmRights(files) => Some(files),
         _ => None,
@@ -312,7 +333,8 @@ mod tests {
     use std::net::{Shutdown, SocketAddr};
 
     use super::*;
-    use crate::listen::bind_tcp;
+    use crate::listen::{bind_tcp, bind_unix};
+    use crate::memory::TAKEN_AT_ONCE;
 
     const HOUR: Duration = Duration::from_secs(3600);
     /// Far more than anything takes here that does not wait for ever.
@@ -379,18 +401,71 @@ mod tests {
             let output = alone.args(["--exact", name, "--nocapture"]).env(ALONE, "1").output().unwrap();
             return assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         }
-        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
-            let (ours, theirs) = UnixStream::pair().unwrap();
-            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-            let mut ancillary = rustix::net::SendAncillaryBuffer::new(&mut space);
-            let (files, head) = ([theirs.as_fd()], [&PASS_MEMORY[..], &[7; TICKET_LEN]].concat());
-            assert!(ancillary.push(rustix::net::SendAncillaryMessage::ScmRights(&files)));
-            rustix::net::sendmsg(&theirs, &[io::IoSlice::new(&head)], &mut ancillary, SendFlags::empty()).unwrap();
-            let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-            limit.current = Some(3);
-            rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
-            let reason = receive_memory(&ours).await.unwrap_err();
-            assert!(reason.contains("too many files open"), "{reason}");
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        pass(&theirs, theirs.as_fd());
+        let mut limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+        limit.current = Some(3);
+        rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+        let reason = receive_memory(&ours, Instant::now() + LIMIT).unwrap_err();
+        assert!(reason.contains("too many files open"), "{reason}");
+    }
+
+    fn pass(stream: &std::os::unix::net::UnixStream, file: BorrowedFd<'_>) {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = rustix::net::SendAncillaryBuffer::new(&mut space);
+        let (files, head) = ([file], [&PASS_MEMORY[..], &[7; TICKET_LEN]].concat());
+        assert!(ancillary.push(rustix::net::SendAncillaryMessage::ScmRights(&files)));
+        rustix::net::sendmsg(stream, &[io::IoSlice::new(&head)], &mut ancillary, SendFlags::empty()).unwrap();
+    }
+
+    /// A connection whose last descriptor takes an hour to close, and its peer, which ends that.
+    fn lingering() -> (std::net::TcpStream, std::net::TcpStream) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (peer, _) = listener.accept().unwrap();
+        rustix::net::sockopt::set_socket_linger(&stream, Some(HOUR)).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        // More than the peer takes, who reads nothing.
+        while stream.write(&[0; 1 << 16]).is_ok() {}
+        (stream, peer)
+    }
+
+    #[test]
+    fn who_passes_what_cannot_be_closed_hinders_no_others() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        runtime.block_on(async {
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("s");
+            let (grpc, mut taken) = mpsc::channel(8);
+            let tickets: Arc<Tickets> = Arc::default();
+            let (clients, first_word) = (Arc::default(), HOUR);
+            let reception = Reception { grpc, tickets: Arc::clone(&tickets), clients, first_word };
+            tokio::spawn(reception.accept(bind_unix(&path).unwrap().unwrap()));
+            let (streams, peers): (Vec<_>, Vec<_>) = (0..TAKEN_AT_ONCE).map(|_| lingering()).unzip();
+            // Ours go before theirs are taken: the last one is the server's.
+            let mut places = Vec::new();
+            for _ in 0..TAKEN_AT_ONCE {
+                places.push(tickets.place().await.unwrap());
+            }
+            let passing = streams.into_iter().map(|stream| {
+                let client = std::os::unix::net::UnixStream::connect(&path).unwrap();
+                client.set_read_timeout(Some(LIMIT)).unwrap();
+                pass(&client, stream.as_fd());
+                client
+            });
+            let passing: Vec<_> = passing.collect();
+            drop(places);
+            for mut client in passing {
+                let mut answer = String::new();
+                client.read_to_string(&mut answer).unwrap();
+                assert!(answer.contains("not of a memory file"), "{answer}");
+            }
+            let mut client = std::os::unix::net::UnixStream::connect(&path).unwrap();
+            client.write_all(&PREFACE).unwrap();
+            tokio::time::timeout(LIMIT, taken.recv()).await.expect("it is not heard").unwrap().unwrap();
+            // Their ends let go of it.
+            drop(peers);
+            tokio::time::timeout(LIMIT, tickets.place()).await.expect("nobody passes memory any more");
         });
     }
 

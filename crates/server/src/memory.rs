@@ -10,11 +10,15 @@ use rustix::fs::SealFlags;
 use rustix::mm::{MapFlags, ProtFlags};
 use sllm_core::{Block, Device};
 use sllm_proto::TICKET_LEN;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// How long a ticket waits to be attached.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Tickets that wait at most.
 const MAX_WAITING: usize = 256;
+
+/// Threads that take memory at once. A descriptor that hangs when it is closed keeps one of them, and no more.
+pub(crate) const TAKEN_AT_ONCE: usize = 4;
 
 /// Memory files that are mapped at most. The system lets a process have some 65,000 mappings, and one that has them all gets
 /// no memory and no threads either.
@@ -121,10 +125,23 @@ pub(crate) struct Tickets {
     waiting: Mutex<HashMap<Ticket, (Instant, Arc<Mapping>)>>,
     /// All that are mapped, waiting or attached, have a clone.
     mapped: Arc<()>,
+    places: Arc<Semaphore>,
+}
+
+impl Default for Tickets {
+    fn default() -> Tickets {
+        Tickets { waiting: Mutex::default(), mapped: Arc::default(), places: Arc::new(Semaphore::new(TAKEN_AT_ONCE)) }
+    }
 }
 
 impl Tickets {
-    /// Takes memory under a ticket.
+    /// Waits until memory may be taken, by a thread that has this until it has closed the descriptor.
+    pub(crate) async fn place(&self) -> Option<OwnedSemaphorePermit> {
+        // It is never closed.
+        Arc::clone(&self.places).acquire_owned().await.ok()
+    }
+
+    /// Takes memory under a ticket. Blocks.
     pub(crate) fn pass(&self, ticket: Ticket, file: &OwnedFd) -> Result<(), String> {
         let mapping = Arc::new(Mapping::new(file, &self.mapped)?);
         let mut waiting = self.fresh();
