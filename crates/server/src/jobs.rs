@@ -200,6 +200,11 @@ impl Jobs {
         self.running.borrow().values().cloned().collect()
     }
 
+    /// How many loads of a model run.
+    pub(crate) fn running_of(&self, model: &str) -> usize {
+        self.running.borrow().values().filter(|running| running.job.model == model).count()
+    }
+
     /// Loads that wait for a place.
     pub(crate) fn queued(&self) -> usize {
         self.queued.load(Ordering::Relaxed)
@@ -346,6 +351,7 @@ mod tests {
                 tokio::task::yield_now().await;
             }
             assert_eq!(jobs.running().len(), 1);
+            assert_eq!(["m", "n"].map(|model| jobs.running_of(model)), [1, 0], "one runs and one waits");
             stop.stop(Why::Unloaded);
             assert_eq!(waiting.await.unwrap().unwrap_err().code(), Code::Cancelled);
             drop(hold);

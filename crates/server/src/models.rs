@@ -32,7 +32,7 @@ pub(crate) struct Model {
     pub(crate) len: u64,
     /// Shared with what comes in its place.
     registered: Arc<AtomicBool>,
-    loads: AtomicU32,
+    users: AtomicU32,
     used: Mutex<Instant>,
     pub(crate) preloads: Preloads,
 }
@@ -44,7 +44,7 @@ impl Model {
             name,
             len: checkpoint.files().iter().map(|file| file.len()).sum(),
             registered: before.map_or_else(Arc::default, |before| Arc::clone(&before.registered)),
-            loads: AtomicU32::new(0),
+            users: AtomicU32::new(0),
             used: Mutex::new(Instant::now()),
             preloads: before
                 .filter(|before| before.checkpoint.has_files_of(&checkpoint))
@@ -61,12 +61,12 @@ impl Model {
         self.registered.store(true, Ordering::Relaxed);
     }
 
-    /// Loads that run.
-    pub(crate) fn loads(&self) -> u32 {
-        self.loads.load(Ordering::Relaxed)
+    /// Whether a stream of a client or a load has it.
+    fn is_used(&self) -> bool {
+        self.users.load(Ordering::Relaxed) > 0
     }
 
-    /// Time since a load of it began or ended.
+    /// Time since a stream of a client or a load had it.
     pub(crate) fn idle(&self) -> Duration {
         self.used.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
     }
@@ -76,13 +76,13 @@ impl Model {
     }
 }
 
-/// A model while a load uses it.
+/// A model while a client's stream or a load has it, which keeps it open.
 #[derive(Debug)]
 pub(crate) struct InUse(Arc<Model>);
 
 impl InUse {
     pub(crate) fn new(model: &Arc<Model>) -> InUse {
-        model.loads.fetch_add(1, Ordering::Relaxed);
+        model.users.fetch_add(1, Ordering::Relaxed);
         model.touch();
         InUse(Arc::clone(model))
     }
@@ -99,7 +99,7 @@ impl std::ops::Deref for InUse {
 impl Drop for InUse {
     fn drop(&mut self) {
         self.touch();
-        self.loads.fetch_sub(1, Ordering::Relaxed);
+        self.users.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -199,15 +199,17 @@ impl Models {
     }
 
     fn forget_if(&self, goes: impl Fn(&Model) -> bool) {
-        let idle = |model: &Model| model.loads() == 0 && !model.preloads.is_running();
-        let going: Vec<_> = self.all().into_iter().filter(|model| idle(model) && goes(model)).collect();
-        let mut open = self.lock();
-        for model in going {
-            // Asked again, since it may have been pinned meanwhile: who pins looks afterwards whether it is here.
-            if idle(&model) && goes(&model) && open.get(&model.name).is_some_and(|now| Arc::ptr_eq(now, &model)) {
-                open.remove(&model.name);
+        let mut gone = Vec::new();
+        // Who pins one meanwhile looks afterwards whether it is here.
+        self.lock().retain(|_, model| {
+            let stays = model.is_used() || model.preloads.is_running() || !goes(model);
+            if !stays {
+                gone.push(Arc::clone(model));
             }
-        }
+            stays
+        });
+        // Files are closed without the lock.
+        drop(gone);
     }
 
     /// Name and path of what is asked for: inside the storage path, whatever links lead to it.

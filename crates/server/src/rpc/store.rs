@@ -157,7 +157,7 @@ fn describe(store: &Store, model: &OpenModel) -> Model {
         len: model.len,
         resident: store.pool.resident_len(&model.checkpoint),
         pinned: store.pool.is_pinned(&model.checkpoint),
-        loads: model.loads(),
+        loads: u32::try_from(store.jobs.running_of(&model.name)).unwrap_or(u32::MAX),
         idle_s: model.idle().as_secs_f64(),
     }
 }
