@@ -164,6 +164,13 @@ pub enum Error {
         end: u64,
     },
 
+    /// A file was written to after its checkpoint was opened.
+    #[error("{path}: it was changed while it was read; start again", path = path.display())]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
+
     /// Stored bytes changed.
     #[error("{0}")]
     Corrupt(Box<CorruptChunk>),
@@ -233,7 +240,7 @@ pub enum ErrorKind {
     Io,
     /// Permission denied.
     Permission,
-    /// A checkpoint is invalid.
+    /// A checkpoint is invalid, or was changed while it was read.
     Format,
     /// No checkpoint, or no such tensor.
     NotFound,
@@ -269,7 +276,8 @@ impl Error {
                 _ => ErrorKind::Io,
             },
             Error::Truncated { .. } => ErrorKind::Io,
-            Error::Format(_) => ErrorKind::Format,
+            // What was read of it is no checkpoint.
+            Error::Format(_) | Error::Changed { .. } => ErrorKind::Format,
             Error::NotFound { .. } | Error::NoSuchTensor { .. } => ErrorKind::NotFound,
             Error::Corrupt(_) => ErrorKind::Corrupt,
             Error::Exists { .. } => ErrorKind::Exists,

@@ -10,6 +10,8 @@ const MAX_MESSAGE: usize = 6000;
 /// The status of an error: its whole chain in one message.
 pub(crate) fn status(error: &Error) -> Status {
     let code = match error.kind() {
+        // Its files are not those that the client opened any more.
+        _ if matches!(error, Error::Changed { .. } | Error::Truncated { .. }) => Code::FailedPrecondition,
         ErrorKind::NotFound => Code::NotFound,
         ErrorKind::Invalid | ErrorKind::Format => Code::InvalidArgument,
         ErrorKind::Permission => Code::PermissionDenied,
@@ -60,6 +62,19 @@ mod tests {
         }
         let whole = "x".repeat(MAX_MESSAGE);
         assert_eq!(refused(Code::NotFound, whole.clone()).message(), whole);
+    }
+
+    #[test]
+    fn files_that_changed_are_told_from_invalid_ones_and_from_failures() {
+        let path = std::path::PathBuf::from("/m");
+        let truncated = Error::Truncated { path: path.clone(), offset: 0, len: 2, end: 1 };
+        for (error, code) in [
+            (Error::Changed { path }, Code::FailedPrecondition),
+            (truncated, Code::FailedPrecondition),
+            (Error::Invalid("no".into()), Code::InvalidArgument),
+        ] {
+            assert_eq!(status(&error).code(), code, "{error}");
+        }
     }
 
     #[test]

@@ -3,13 +3,15 @@
 mod common;
 
 use std::fs;
+use std::io::{Read, Write};
 use std::path::Path;
 
-use common::session::{Loading, load, open_message};
-use common::{Served, models};
+use common::session::{Loading, all_of, load, open_message, ticket};
+use common::{SEALED, Served, memory, models};
 use serde_json::json;
 use sllm_proto::storage::{ConfirmModelRequest, DeviceType, LoadModelRequest, RegisterModelRequest};
 use sllm_proto::store::{ListRequest, Model, Open, PinRequest};
+use sllm_server::Config;
 use tonic::{Code, Status};
 
 const LEN: usize = 1_000_123;
@@ -125,4 +127,44 @@ async fn a_preload_is_confirmed_though_the_directory_changed_and_not_after_its_f
     shard(&dir, "model-1.safetensors", "one", 2);
     open(&served, open_message("m", &dir)).await.unwrap();
     assert_eq!(confirm().await.unwrap_err().code(), Code::NotFound);
+}
+
+/// What a server tells those who watch it.
+fn scrape(served: &Served) -> String {
+    let mut stream = std::net::TcpStream::connect(served.metrics.unwrap()).unwrap();
+    write!(stream, "GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    text
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_changes_or_is_cut_under_a_load_is_counted_as_changed() {
+    let metrics = |config: &mut Config| config.metrics_listen = Some("localhost:0".parse().unwrap());
+    let fill = |models: &Path| ["grows", "is-cut"].map(|name| models::safetensors(models, name, 1, LEN));
+    let served = Served::start(|models| _ = fill(models), metrics);
+    for (name, len, words) in [("grows", 2 * LEN, "was changed while it was read"), ("is-cut", LEN / 2, "truncated")] {
+        let path = served.models().join(name);
+        let open = open_message(name, &path);
+        let segments = all_of(&open);
+        let (mut loading, opened) = Loading::open(&mut served.store().await, open).await.unwrap();
+        loading.attach_host(&served.socket(), ticket(), &memory(opened.total, SEALED)).await;
+        let file = fs::File::options().write(true).open(path.join("model.safetensors")).unwrap();
+        file.set_len(len as u64).unwrap();
+        loading.batch(segments).await;
+        let error = loading.error().await;
+        assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
+        assert!(error.message().contains(words), "{error}");
+    }
+    let text = tokio::task::block_in_place(|| scrape(&served));
+    assert!(text.contains("\nsllm_loads_total{kind=\"host\",outcome=\"changed\"} 2\n"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_moves_nothing_is_no_load_that_runs() {
+    let served = Served::start(|models| models::safetensors(models, "a", 1, LEN), |_| ());
+    let open = open_message("a", &served.models().join("a"));
+    let (loading, _) = Loading::open(&mut served.store().await, open).await.unwrap();
+    assert_eq!(listed(&served, "a").await.loads, 0);
+    drop(loading);
 }

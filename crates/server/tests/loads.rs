@@ -372,7 +372,7 @@ async fn a_file_that_is_cut_or_rots_in_the_middle_is_an_error_and_its_bytes_are_
     fs::File::options().write(true).open(&path).unwrap().set_len(5_000_000).unwrap();
     loading.batch(all_of(&open)).await;
     let error = loading.error().await;
-    assert_eq!(error.code(), Code::Internal, "{error}");
+    assert_eq!(error.code(), Code::FailedPrecondition, "{error}");
     assert!(error.message().contains("truncated"), "{error}");
     // What was read of it before is of no use to anybody.
     assert!(Loading::open(&mut served.store().await, open).await.is_err());

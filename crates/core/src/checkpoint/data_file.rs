@@ -181,7 +181,7 @@ impl DataFile {
         // New rights, or another name for the file, are no harm to who reads it.
         let now = Stamp { status_changed: self.stamp.status_changed, ..Stamp::of(&now) };
         if now != self.stamp {
-            return Err(FormatError::new(&self.path, "it was changed while it was read; start again").into());
+            return Err(Error::Changed { path: self.path.clone() });
         }
         Ok(())
     }
