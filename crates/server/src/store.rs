@@ -126,17 +126,25 @@ impl Store {
         self.models.keep(model).register();
     }
 
-    /// Keeps a model in the pool, or lets it be evicted. Blocks.
-    pub(crate) fn set_pinned(&self, model: &Arc<Model>, pinned: bool) -> Result<()> {
-        if pinned {
-            self.pool.cache()?.pin(&model.checkpoint)?;
-            self.models.keep(model);
-            return Ok(());
+    /// Keeps a model in the pool, or lets it be evicted; gives what is known by its name now. Blocks.
+    pub(crate) fn set_pinned(&self, model: &Arc<Model>, pinned: bool) -> Result<Arc<Model>> {
+        if !pinned {
+            if let Some(cache) = self.pool.made() {
+                cache.unpin(&model.checkpoint);
+            }
+            return Ok(Arc::clone(model));
         }
-        if let Some(cache) = self.pool.made() {
-            cache.unpin(&model.checkpoint);
+        let cache = self.pool.cache()?;
+        let mut model = Arc::clone(model);
+        loop {
+            cache.pin(&model.checkpoint)?;
+            // Where it was opened anew meanwhile, that is to be pinned; the pin of what it was before goes.
+            let now = self.models.keep(&model);
+            if Arc::ptr_eq(&now, &model) {
+                return Ok(model);
+            }
+            model = now;
         }
-        Ok(())
     }
 
     /// Reads the models into the pool that the configuration names.
@@ -149,7 +157,7 @@ impl Store {
                 if pinned {
                     let (store, model) = (Arc::clone(&self), Arc::clone(&model));
                     let pin = move || store.set_pinned(&model, true).map_err(|e| crate::fault::status(&e));
-                    blocking(pin).await??;
+                    drop(blocking(pin).await??);
                 }
                 Ok::<_, Status>(preload::start(&self, &model, Want::Keep))
             };
@@ -217,6 +225,26 @@ pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pin_is_of_the_files_that_are_there_now() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("m/model.safetensors");
+        std::fs::create_dir(dir.path().join("m")).unwrap();
+        let write = |bytes: &[u8]| {
+            std::fs::write(&file, test_support::safetensors(test_support::header(bytes.len() as u64), bytes)).unwrap();
+        };
+        write(&[1, 2]);
+        let config = Config { pool_len: 8 << 20, chunk_len: 4 << 20, ..Config::new(dir.path()) };
+        let store = Store::new(config).unwrap();
+        let old = store.models.open("m").unwrap();
+        write(&[1, 2, 3]);
+        let new = store.models.open("m").unwrap();
+        assert!(!Arc::ptr_eq(&old, &new));
+        let pinned = store.set_pinned(&old, true).unwrap();
+        assert!(Arc::ptr_eq(&pinned, &new));
+        assert_eq!([&old, &new].map(|model| store.pool.is_pinned(&model.checkpoint)), [false, true]);
+    }
 
     #[test]
     fn what_is_pinned_registered_or_preloaded_is_known_also_where_it_was_forgotten_since_it_was_opened() {

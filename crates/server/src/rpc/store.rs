@@ -135,7 +135,7 @@ impl StoreRpc {
     async fn set_pinned(&self, model: &Arc<OpenModel>, pinned: bool) -> Result<Model, Status> {
         let (store, model) = (Arc::clone(&self.0), Arc::clone(model));
         let work = move || {
-            store.set_pinned(&model, pinned).map_err(|e| match &e {
+            let model = store.set_pinned(&model, pinned).map_err(|e| match &e {
                 // The request is good; the pool has no room for it now.
                 sllm_core::Error::Invalid(_) => refused(Code::ResourceExhausted, e.chain()),
                 _ => fault::status(&e),
