@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use sllm_core::{Cancel, Control, Progress};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tonic::{Code, Status};
 
 use crate::fault;
@@ -146,19 +146,15 @@ impl Jobs {
         work: impl FnOnce(Control) -> Result<T, sllm_core::Error> + Send + 'static,
     ) -> Result<T, Status> {
         let stop = job.stop.clone();
-        let permit = {
-            let _queued = Queued::enter(self)?;
-            tokio::select! {
-                permit = Arc::clone(&self.permits).acquire_owned() => permit.map_err(|_| Why::ShuttingDown.status())?,
-                why = stop.stopped() => return Err(why.status()),
+        let (permit, place) = match self.admit(&job).await {
+            Ok(admitted) => admitted,
+            Err(status) => {
+                // It may hold memory of a GPU, which the driver closes. Whoever is told of the refusal has it back.
+                let _ = tokio::task::spawn_blocking(move || drop(work)).await;
+                return Err(status);
             }
         };
         let _stop = StopOnDrop(&stop);
-        let place = Place::take(self, job.clone());
-        // Whoever closes and then finds none running has seen the last one.
-        if self.is_closed() {
-            return Err(Why::ShuttingDown.status());
-        }
         let jobs = Arc::clone(self);
         let thread = tokio::task::spawn_blocking(move || {
             let started = Instant::now();
@@ -177,6 +173,23 @@ impl Jobs {
             result
         });
         thread.await.unwrap_or_else(|e| Err(Status::internal(format!("the load's thread is gone: {e}"))))
+    }
+
+    /// Waits for one of the places.
+    async fn admit(self: &Arc<Self>, job: &Job) -> Result<(OwnedSemaphorePermit, Place), Status> {
+        let permit = {
+            let _queued = Queued::enter(self)?;
+            tokio::select! {
+                permit = Arc::clone(&self.permits).acquire_owned() => permit.map_err(|_| Why::ShuttingDown.status())?,
+                why = job.stop.stopped() => return Err(why.status()),
+            }
+        };
+        let place = Place::take(self, job.clone());
+        // Whoever closes and then finds none running has seen the last one.
+        if self.is_closed() {
+            return Err(Why::ShuttingDown.status());
+        }
+        Ok((permit, place))
     }
 
     fn count(&self, job: &Job, started: Instant, error: Option<&Status>) {
@@ -391,6 +404,37 @@ mod tests {
             let refused = jobs.run(job(&Stop::new()), |_| Ok(())).await;
             assert_eq!(refused.unwrap_err().code(), Code::ResourceExhausted);
             assert_eq!(jobs.queued(), MAX_QUEUE);
+        });
+    }
+
+    /// Says on which thread it is dropped.
+    struct Told(mpsc::Sender<std::thread::ThreadId>);
+
+    impl Drop for Told {
+        fn drop(&mut self) {
+            self.0.send(std::thread::current().id()).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_a_refused_load_holds_is_dropped_on_a_thread_that_may_block() {
+        runtime().block_on(async {
+            let full = jobs(1);
+            full.queued.store(MAX_QUEUE, Ordering::Relaxed);
+            let closed = jobs(1);
+            closed.close();
+            let late = jobs(1);
+            late.closed.send_replace(true);
+            let stopped = Stop::new();
+            stopped.stop(Why::Late);
+            let none = jobs(0);
+            for (jobs, stop) in [(full, Stop::new()), (closed, Stop::new()), (late, Stop::new()), (none, stopped)] {
+                let (tell, told) = mpsc::channel();
+                let held = Told(tell);
+                jobs.run(job(&stop), move |_| Ok(held)).await.map(drop).unwrap_err();
+                // On this one all runs that is asynchronous.
+                assert_ne!(told.try_recv().expect("it is dropped before the refusal"), std::thread::current().id());
+            }
         });
     }
 
