@@ -33,7 +33,7 @@ pub struct Config {
     pub pool_len: u64,
     /// Bytes of one of its chunks.
     pub chunk_len: u64,
-    /// Threads that read for one load; `None`: as the engine needs.
+    /// Threads for each of up to three shares of a load (pool, page cache, disks); `None`: as the engine needs.
     pub threads: Option<usize>,
     /// Whether only registered models are loaded.
     pub registration_required: bool,

@@ -68,7 +68,7 @@ impl Stop {
     }
 
     /// Waits until it is stopped.
-    async fn stopped(&self) -> Why {
+    pub(crate) async fn stopped(&self) -> Why {
         let mut why = self.why.subscribe();
         // The sender is ours.
         let why = why.wait_for(Option::is_some).await.ok().and_then(|why| *why);

@@ -23,6 +23,7 @@ mod models;
 mod pool;
 mod preload;
 mod replicas;
+mod room;
 mod rpc;
 mod scrape;
 mod serve;

@@ -19,6 +19,12 @@ use crate::models::{Model, Models};
 use crate::pool::Pool;
 use crate::preload::{self, Want};
 use crate::replicas::Replicas;
+use crate::room::Room;
+
+/// Bytes of memory for what clients want moved, as their messages say it.
+const ROOM: usize = 512 << 20;
+/// Blocks at most that the sessions of all clients have attached.
+const MAX_BLOCKS: usize = 1 << 20;
 
 /// A server's state.
 #[derive(Debug)]
@@ -35,6 +41,10 @@ pub(crate) struct Store {
     pub(crate) devices: Devices,
     pub(crate) imports: Arc<Imports>,
     pub(crate) replicas: Replicas,
+    /// Bytes of memory for what clients want moved.
+    pub(crate) room: Room,
+    /// Blocks that clients attach.
+    pub(crate) blocks: Room,
     metrics: Metrics,
 }
 
@@ -57,6 +67,8 @@ impl Store {
             devices: Devices::default(),
             imports: Arc::default(),
             replicas: Replicas::default(),
+            room: Room::new(ROOM),
+            blocks: Room::new(MAX_BLOCKS),
             root,
             since: Instant::now(),
             clients: Arc::default(),

@@ -1,27 +1,29 @@
 //! The original's service.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
-use sllm_core::{Block, Segment, parse_uuid};
+use sllm_core::{Segment, parse_uuid};
 use sllm_proto::storage::storage_server::Storage;
 use sllm_proto::storage::{
     ClearMemRequest, ClearMemResponse, ConfirmModelRequest, ConfirmModelResponse, DeviceType, GetServerConfigRequest,
-    GetServerConfigResponse, LoadModelRequest, LoadModelResponse, MemCopyChunkList, MemCopyHandleList,
-    RegisterModelRequest, RegisterModelResponse, UnloadModelRequest, UnloadModelResponse,
+    GetServerConfigResponse, LoadModelRequest, LoadModelResponse, MemCopyChunk, MemCopyChunkList, MemCopyHandle,
+    MemCopyHandleList, RegisterModelRequest, RegisterModelResponse, UnloadModelRequest, UnloadModelResponse,
 };
 use tonic::{Code, Request, Response, Status};
 
+use super::held::Held;
 use super::segments;
+use crate::background::Ending;
 use crate::devices::OpenDevice;
 use crate::fault::{invalid, refused};
-use crate::imports::{Handle, Hold};
+use crate::imports::Handle;
 use crate::jobs::{Job, Stop, Why};
 use crate::metrics::Kind;
 use crate::models::{InUse, Model};
 use crate::preload::{self, Want};
 use crate::replicas;
+use crate::room::Taken;
 use crate::store::{Store, blocking};
 
 /// `storage.Storage`.
@@ -128,12 +130,19 @@ impl Storage for StorageRpc {
     }
 }
 
-/// What a load into GPUs needs, all of it checked. Blocks go before what holds their memory open.
+/// What a load into GPUs needs, all of it checked. Memory is closed before its device.
+#[derive(Default)]
 struct Planned {
     segments: Vec<Segment>,
-    blocks: Vec<Block>,
-    holds: HashMap<Handle, Hold>,
+    held: Held<Handle>,
     devices: Vec<OpenDevice>,
+}
+
+/// Bytes of memory that a request takes.
+fn weight(chunks: &HashMap<String, MemCopyChunkList>, handles: &HashMap<String, MemCopyHandleList>) -> usize {
+    let chunks = chunks.values().map(|list| list.chunks.capacity() * size_of::<MemCopyChunk>());
+    let handles = handles.values().map(|list| list.handles.capacity() * size_of::<MemCopyHandle>());
+    chunks.chain(handles).sum()
 }
 
 /// Opens handles and checks numbers, then copies in the background.
@@ -153,28 +162,37 @@ async fn load_to_gpus(
     if chunks.len() != handles.len() {
         return Err(invalid(format!("chunks are for {} devices and handles for {}", chunks.len(), handles.len())));
     }
-    let (shared, opened) = (Arc::clone(store), Arc::clone(model));
-    let planned = blocking(move || plan(&shared, &opened, &chunks, &handles)).await??;
+    let room = store.room.take(weight(&chunks, &handles)).await;
+    let (store, model, replica) = (Arc::clone(store), Arc::clone(model), replica.to_owned());
+    let begin = move || {
+        let planned = plan(&store, &model, &chunks, &handles)?;
+        let stop = Stop::new();
+        // Where it is refused, the handles are closed on this thread.
+        let ending = store.replicas.begin(&model.name, &replica, stop.clone())?;
+        start(store, &model, planned, room, stop, ending);
+        Ok(())
+    };
+    blocking(begin).await?
+}
 
-    let stop = Stop::new();
-    let ending = store.replicas.begin(&model.name, replica, stop.clone())?;
-    let devices = segments::devices(&planned.blocks);
+/// Copies in the background.
+fn start(store: Arc<Store>, model: &Arc<Model>, planned: Planned, room: Option<Taken>, stop: Stop, ending: Ending) {
+    let devices = segments::devices(planned.held.blocks());
     let job = Job::new(&model.name, segments::names(&devices), Kind::Cuda, stop);
-    let (store, model) = (Arc::clone(store), InUse::new(model));
+    let model = InUse::new(model);
     tokio::spawn(async move {
         let shared = Arc::clone(&store);
         let run = store.jobs.run(job, move |control| {
             // Dropped in the other order. Handles are closed when the copies are done, on this thread.
-            let Planned { devices: open, holds, segments, blocks } = planned;
+            let Planned { devices: open, held, segments } = planned;
             let loader = shared.loader(&model, control)?.devices(devices).build()?;
-            let report = loader.fill_segments(&model.checkpoint, &segments, blocks)?;
-            drop((holds, open));
+            let report = held.load(|blocks| loader.fill_segments(&model.checkpoint, &segments, blocks))?;
+            drop((open, room));
             shared.tell(&model, &report);
             Ok(())
         });
         ending.tell(run.await);
     });
-    Ok(())
 }
 
 fn plan(
@@ -184,13 +202,12 @@ fn plan(
     handles: &HashMap<String, MemCopyHandleList>,
 ) -> Result<Planned, Status> {
     let files: Vec<u64> = model.checkpoint.files().iter().map(|file| file.len()).collect();
-    let (segments, blocks, holds, devices) = (Vec::new(), Vec::new(), HashMap::new(), Vec::new());
-    let mut planned = Planned { segments, blocks, holds, devices };
+    let mut planned = Planned::default();
     for (text, list) in chunks {
         let missing = || invalid(format!("there are chunks for device {text:?}, and no handles"));
         let handles = &handles.get(text).ok_or_else(missing)?.handles;
         let uuid = parse_uuid(text).map_err(|e| refused(Code::NotFound, e.chain()))?;
-        let first = planned.blocks.len();
+        let first = planned.held.blocks().len();
         segments::add_chunks(&mut planned.segments, &list.chunks, &files, handles.len(), first)?;
         let device = store.devices.open(&uuid)?;
         for handle in handles {
@@ -198,15 +215,12 @@ fn plan(
             let wrong = || invalid(format!("a CUDA IPC handle has 64 bytes, not {}", bytes.len()));
             let handle = Handle { device: uuid, bytes: <[u8; 64]>::try_from(bytes).map_err(|_| wrong())? };
             // The original's clients do not tell which allocation it is: it is opened for this load alone.
-            let hold = match planned.holds.entry(handle) {
-                Entry::Occupied(hold) => hold.into_mut(),
-                Entry::Vacant(place) => place.insert(store.imports.open(&device, &handle, None, None)?),
-            };
-            planned.blocks.push(hold.block(0, hold.len())?);
+            let open = || store.imports.open(&device, &handle, None, None);
+            planned.held.add_of(handle, open, |hold| hold.block(0, hold.len()))?;
         }
         planned.devices.push(device);
     }
-    let block_end = |segment: &Segment| planned.blocks[segment.block].len();
+    let block_end = |segment: &Segment| planned.held.blocks()[segment.block].len();
     if let Some(outside) = planned.segments.iter().find(|s| s.dst_offset.saturating_add(s.row_len) > block_end(s)) {
         let len = block_end(outside);
         return Err(invalid(format!("{outside:?} passes the end of its memory, which has {len} bytes")));
