@@ -187,7 +187,7 @@ pub(crate) struct StartArgs {
     /// Pinned memory at most, such as 64GB, which is 64GiB [default: 4GB]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) mem_pool_size: Option<u64>,
-    /// Threads that read for one load, 1 to 256 [default: as the engine needs]
+    /// Threads for each of up to three shares of a load (pool, page cache, disks), 1 to 256 [default: as the engine needs]
     #[arg(long, value_name = "N")]
     pub(crate) num_thread: Option<usize>,
     /// A chunk of the pool: a multiple of 4MB up to 1GB [default: 16MB; 4MB in a pool below 1GB]
