@@ -103,7 +103,7 @@ pub enum Refusal {
     NotFound,
     /// A number or a name that cannot be.
     Invalid,
-    /// The server's files are not those of the client.
+    /// The server's files are not those of the client, or changed while they were read.
     OtherFiles,
     /// Without a token, or with a wrong one.
     Denied,
