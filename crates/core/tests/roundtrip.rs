@@ -207,6 +207,7 @@ fn tensors_that_make_no_sense_are_not_saved() {
         (vec![tensor("w", &huge, None)], "overflows"),
         (vec![tensor("w", &[2, 2], Some(&[1, 2]))], "reach byte 16 of 8"),
         (vec![tensor("w", &[2], Some(&[1, 1]))], "strides as dimensions"),
+        (vec![MemoryTensor { dtype: Dtype::F4, ..tensor("w", &[4, 4], Some(&[1, 4])) }], "4 bits in pairs"),
     ] {
         let error = save(&tensors, &target, &ConvertOptions::new()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Invalid);

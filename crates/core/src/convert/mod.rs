@@ -203,6 +203,7 @@ fn entry_of_memory(tensor: &MemoryTensor<'_>) -> Result<TensorEntry> {
                 return Err(invalid(&format!("its {len} bytes are not the {expected} of {dtype} {shape:?}")));
             }
         }
+        Some(_) if dtype == Dtype::F4 => return Err(invalid("it has strides, and elements of 4 bits in pairs")),
         Some(strides) => {
             let reach = strided_len(dtype, shape, strides).map_err(invalid)?;
             if reach > len {
