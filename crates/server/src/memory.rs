@@ -240,12 +240,14 @@ mod tests {
         }
         assert_eq!(ftruncate(&file, LEN - 1), Err(rustix::io::Errno::PERM));
         let mover = sllm_core::Mover::new(&Device::host()).unwrap();
-        for (block, to) in [(mapping.block(0, LEN).unwrap(), 100), (theirs.block(0, LEN).unwrap(), 8192)] {
+        let of_ours = [0, 4096].map(|at| mapping.block(at, 4096).unwrap());
+        let of_theirs = [0, 8192].map(|at| theirs.block(at, 4096).unwrap());
+        for ([from, to], at) in [(of_ours, 4096), (of_theirs, 8192)] {
             let (rows, row_len, src_pitch, dst_pitch) = (1, 4, 4, 4);
-            let copy = PieceCopy { src_offset: 0, row_len, rows, src_pitch, block: 0, dst_offset: to, dst_pitch };
-            mover.copy(&block, std::slice::from_ref(&block), &[copy]).unwrap();
+            let copy = PieceCopy { src_offset: 0, row_len, rows, src_pitch, block: 0, dst_offset: 100, dst_pitch };
+            mover.copy(&from, &[to], &[copy]).unwrap();
             let mut seen = [0; 4];
-            rustix::io::pread(&file, &mut seen, to).unwrap();
+            rustix::io::pread(&file, &mut seen, at + 100).unwrap();
             assert_eq!(&seen, b"word");
         }
     }
