@@ -24,11 +24,6 @@ pub(crate) struct Stamp {
 }
 
 impl Stamp {
-    /// The number of the file system, so of a disk.
-    pub(crate) fn device(&self) -> u64 {
-        self.device
-    }
-
     /// Bytes, and seconds and nanoseconds of the last change: what a faithful copy of the file has too.
     pub(crate) fn len_and_modified(&self) -> (u64, (i64, i64)) {
         (self.len, self.modified)
