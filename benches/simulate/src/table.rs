@@ -49,8 +49,8 @@ pub(crate) fn shares(
 }
 
 /// Seconds of a load to the first device as the loader would do it.
-pub(crate) fn predicted(host: &Host, model: &Model, case: Case, verify: bool) -> Result<f64, Failure> {
-    let (cached, uncached) = (Way::cached(host, 1, verify), Way::uncached(verify));
+pub(crate) fn predicted(host: &Host, model: &Model, case: Case) -> Result<f64, Failure> {
+    let (cached, uncached) = (Way::cached(host, 1), Way::uncached());
     Ok(seconds(host, &shares(model, case, cached, uncached, 1)?))
 }
 
@@ -70,7 +70,7 @@ struct Measured {
 impl Measured {
     fn seconds(&self, model: &Model) -> Result<f64, Failure> {
         let host = Host { link: self.link * 1e9, ..Host::measured() };
-        let uncached = Way { batch: self.cached.batch, ..Way::uncached(self.cached.verify) };
+        let uncached = Way { batch: self.cached.batch, ..Way::uncached() };
         Ok(seconds(&host, &shares(model, self.case, self.cached, uncached, 1)?))
     }
 }
@@ -86,7 +86,7 @@ fn before() -> [Measured; 10] {
     let warm = |what, cached, gb_per_s| one(what, Case::Warm, cached, gb_per_s);
     let not = |why, row| Measured { unexplained: Some(why), ..row };
     // What is uncached needs no sizes of then: the disk is all that counts.
-    let any = Way { batch: 1, ..Way::pread(12, false) };
+    let any = Way { batch: 1, ..Way::pread(12) };
     let in_place = Way { engine: Engine::Mapped, lanes: 1, buffers: 0, piece_len: 4 * MIB, verify: false, batch: 1 };
     [
         warm("warm, 12 threads, pieces of 3 MiB", pread(12, 3 * MIB, 2, false), 49.7),
@@ -143,22 +143,19 @@ fn batched() -> [Measured; 15] {
 }
 
 /// Hosts that were not at hand.
-fn unseen() -> Vec<(Host, &'static str, Case, bool)> {
+fn unseen() -> Vec<(Host, &'static str, Case)> {
     let nvme = Host::like_measured("as measured, 4 NVMe drives at 28 GB/s", |host| host.disk = 28e9);
     let gen4 = Host::like_measured("as measured, PCIe Gen4 x16 link at 26 GB/s", |host| host.link = 26e9);
     let gen4_nvme = Host { disk: 28e9, name: "the same, with the 4 NVMe drives".into(), ..gen4.clone() };
     let hopper = grace();
     let hopper_nvme = Host { disk: 28e9, name: "the same, with the 4 NVMe drives".into(), ..hopper.clone() };
     vec![
-        (nvme.clone(), "cold", Case::Cold, false),
-        (nvme.clone(), "cold, verified", Case::Cold, true),
-        (nvme, "half cached", Case::Half, false),
-        (gen4.clone(), "warm", Case::Warm, false),
-        (gen4, "warm, verified", Case::Warm, true),
-        (gen4_nvme, "cold", Case::Cold, false),
-        (hopper.clone(), "warm", Case::Warm, false),
-        (hopper, "warm, verified", Case::Warm, true),
-        (hopper_nvme, "cold", Case::Cold, false),
+        (nvme.clone(), "cold", Case::Cold),
+        (nvme, "half cached", Case::Half),
+        (gen4.clone(), "warm", Case::Warm),
+        (gen4_nvme, "cold", Case::Cold),
+        (hopper.clone(), "warm", Case::Warm),
+        (hopper_nvme, "cold", Case::Cold),
     ]
 }
 
@@ -193,8 +190,8 @@ pub(crate) fn markdown() -> Result<String, Failure> {
         writeln!(out, "| {what} | {seconds:.3} | {rate:.2} | {gb_per_s:.2} | {off:+.0} %{why} |")?;
     }
     writeln!(out, "\n| host | load | predicted s | GB/s |\n|---|---|---|---|")?;
-    for (host, what, case, verify) in unseen() {
-        let seconds = predicted(&host, &model, case, verify)?;
+    for (host, what, case) in unseen() {
+        let seconds = predicted(&host, &model, case)?;
         writeln!(out, "| {} | {what} | {seconds:.3} | {:.1} |", host.name, gb / seconds)?;
     }
     let host = eight();
@@ -209,13 +206,13 @@ fn eight_ways(host: &Host, model: &Model) -> Result<Vec<(String, f64, f64)>, Fai
     let len = model.len() as f64;
     let gpus = host.gpus;
     let mut rows = Vec::new();
-    let one = Way::cached(host, 1, false);
-    for way in [Way::cached(host, gpus, false).fitted(1), one] {
+    let one = Way::cached(host, 1);
+    for way in [Way::cached(host, gpus).fitted(1), one] {
         let what = format!("warm, one process, tensors over {gpus} devices, {} threads", way.lanes);
-        rows.push((what, seconds(host, &shares(model, Case::Warm, way, Way::uncached(false), gpus)?), len));
+        rows.push((what, seconds(host, &shares(model, Case::Warm, way, Way::uncached(), gpus)?), len));
     }
     // Each process takes the whole model to its own device.
-    let one = shares(model, Case::Warm, one, Way::uncached(false), 1)?;
+    let one = shares(model, Case::Warm, one, Way::uncached(), 1)?;
     let all: Vec<Share> = (0..gpus)
         .flat_map(|first_device| one.iter().map(move |share| Share { first_device, ..share.clone() }))
         .collect();
@@ -246,9 +243,8 @@ mod tests {
     #[test]
     fn half_cached_takes_both_ways_and_loses_no_piece() {
         let model = Model::named("many:0.5").unwrap();
-        let whole = model.pieces(&Way::uncached(false), 1).unwrap().len();
-        let shares =
-            shares(&model, Case::Half, Way::cached(&Host::measured(), 1, false), Way::uncached(false), 1).unwrap();
+        let whole = model.pieces(&Way::uncached(), 1).unwrap().len();
+        let shares = shares(&model, Case::Half, Way::cached(&Host::measured(), 1), Way::uncached(), 1).unwrap();
         assert_eq!(shares.iter().map(|share| share.from).collect::<Vec<_>>(), [From::Cache, From::Disk]);
         assert_eq!(shares.iter().map(|share| share.pieces.len()).sum::<usize>(), whole);
     }

@@ -22,6 +22,7 @@ pub(crate) struct Way {
     pub(crate) lanes: usize,
     pub(crate) buffers: usize,
     pub(crate) piece_len: u64,
+    /// Lanes take checksums, as those of builds did in which no device took them.
     pub(crate) verify: bool,
     /// Pieces that are issued together at most; 1 in builds that issued each at once.
     pub(crate) batch: usize,
@@ -29,39 +30,37 @@ pub(crate) struct Way {
 
 impl Way {
     /// What the loader chooses for cached bytes (`read/choose.rs`) of so many devices, by rates that it would measure.
-    pub(crate) fn cached(host: &Host, devices: usize, verify: bool) -> Way {
+    pub(crate) fn cached(host: &Host, devices: usize) -> Way {
         let copying_is_faster = host.cpus as f64 * host.read_each >= host.register;
-        if host.cpus >= tuning::PREAD_CPUS || verify || copying_is_faster {
-            Way::pread(tuning::cached_lanes(host.cpus, devices), verify)
+        if host.cpus >= tuning::PREAD_CPUS || copying_is_faster {
+            Way::pread(tuning::cached_lanes(host.cpus, devices))
         } else {
             Way::mapped()
         }
     }
 
-    /// Pages in place: one thread registers them, and there is no buffer to take checksums of.
+    /// Pages in place: one thread registers them.
     pub(crate) fn mapped() -> Way {
-        let (piece_len, batch) = (piece_len(false), tuning::MAX_BATCH);
-        Way { engine: Engine::Mapped, lanes: 1, buffers: 0, piece_len, verify: false, batch }
+        Way { engine: Engine::Mapped, buffers: 0, ..Way::pread(1) }
     }
 
     /// What the loader chooses for uncached bytes.
-    pub(crate) fn uncached(verify: bool) -> Way {
+    pub(crate) fn uncached() -> Way {
         let depth = tuning::MOST_READS / tuning::URING_LANES;
-        let buffers = depth + tuning::URING_SPARE;
-        let (engine, lanes) = (Engine::Uring { depth }, tuning::URING_LANES);
-        Way { engine, lanes, buffers, piece_len: cold_piece_len(verify), verify, batch: tuning::MAX_BATCH }
+        let (engine, buffers) = (Engine::Uring { depth }, depth + tuning::URING_SPARE);
+        Way { engine, buffers, piece_len: tuning::COLD_PIECE_LEN, ..Way::pread(tuning::URING_LANES) }
     }
 
     /// The same without io_uring.
     pub(crate) fn uncached_pread() -> Way {
-        let (engine, lanes, buffers) = (Engine::Pread, tuning::MOST_READS, tuning::COLD_BUFFERS);
-        Way { engine, lanes, buffers, piece_len: cold_piece_len(false), verify: false, batch: tuning::MAX_BATCH }
+        let (buffers, piece_len) = (tuning::COLD_BUFFERS, tuning::COLD_PIECE_LEN);
+        Way { buffers, piece_len, ..Way::pread(tuning::MOST_READS) }
     }
 
     /// Threads with the buffers that the loader gives them.
-    pub(crate) fn pread(lanes: usize, verify: bool) -> Way {
-        let (engine, buffers) = (Engine::Pread, tuning::PREAD_BUFFERS);
-        Way { engine, lanes, buffers, piece_len: piece_len(verify), verify, batch: tuning::MAX_BATCH }
+    pub(crate) fn pread(lanes: usize) -> Way {
+        let (piece_len, buffers, batch) = (tuning::PIECE_LEN, tuning::PREAD_BUFFERS, tuning::MAX_BATCH);
+        Way { engine: Engine::Pread, lanes, buffers, piece_len, verify: false, batch }
     }
 
     /// Fewer lanes and buffers where the staging memory is small, as in `load/staging.rs`.
@@ -95,16 +94,6 @@ impl Way {
     }
 }
 
-/// Bytes of a piece: an equal part of a chunk where checksums are taken.
-pub(crate) fn piece_len(verify: bool) -> u64 {
-    if verify { tuning::verified_piece_len(tuning::PIECE_LEN) } else { tuning::PIECE_LEN }
-}
-
-/// The same of one that a disk is read by.
-fn cold_piece_len(verify: bool) -> u64 {
-    if verify { tuning::verified_piece_len(tuning::COLD_PIECE_LEN) } else { tuning::COLD_PIECE_LEN }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -112,12 +101,12 @@ mod tests {
     #[test]
     fn a_ring_stays_in_the_staging_memory() {
         let mine = usize::try_from(tuning::PINNED_LEN / tuning::PIECE_LEN).unwrap();
-        let way = Way::pread(2 * mine, false).fitted(1);
+        let way = Way::pread(2 * mine).fitted(1);
         assert_eq!((way.lanes, way.buffers), (mine / 2, 2));
-        let way = Way::pread(tuning::MAX_LANES, false).fitted(mine / tuning::MAX_LANES);
+        let way = Way::pread(tuning::MAX_LANES).fitted(mine / tuning::MAX_LANES);
         assert_eq!((way.lanes, way.buffers), (tuning::MAX_LANES, 1));
         assert!(way.ring_len() <= tuning::PINNED_LEN as f64);
-        assert_eq!(Way::pread(2, false).fitted(2), Way::pread(2, false));
-        assert_eq!(Way::pread(2 * mine, false).fitted(2).lanes, mine / 4);
+        assert_eq!(Way::pread(2).fitted(2), Way::pread(2));
+        assert_eq!(Way::pread(2 * mine).fitted(2).lanes, mine / 4);
     }
 }

@@ -41,6 +41,7 @@ mod cache;
 mod checkpoint;
 mod control;
 mod convert;
+mod crc;
 mod device;
 mod dtype;
 mod error;
@@ -93,9 +94,4 @@ pub mod tuning {
         COLD_BUFFERS, MAX_LANES, PREAD_BUFFERS, PREAD_CPUS, URING_LANES, URING_SPARE, cached_lanes,
     };
     pub use crate::read::depth::MOST_READS;
-
-    /// Bytes of a piece of our own stores where checksums are taken, and pieces are to have so many at most.
-    pub fn verified_piece_len(most: u64) -> u64 {
-        crate::load::Chunks::piece_len(CHUNK_LEN, most)
-    }
 }

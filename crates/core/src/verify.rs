@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, DataFile};
 use crate::control::{WorkOptions, gb_per_s};
 use crate::convert::chunks::Chunks;
 use crate::convert::workers::for_each;
@@ -53,6 +53,26 @@ pub fn verify(store: &Checkpoint, options: &WorkOptions) -> Result<VerifyReport>
     compare(store, options, false)
 }
 
+/// The CRC-64/NVME of a range of a file, which is read through `buf`. `done` is told of every read.
+pub(crate) fn sum_of(
+    file: &DataFile,
+    offset: u64,
+    len: u64,
+    buf: &mut [u8],
+    done: impl Fn(u64) -> Result<()>,
+) -> Result<u64> {
+    let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);
+    let mut at = 0;
+    while at < len {
+        let count = usize::try_from(len - at).unwrap_or(usize::MAX).min(buf.len());
+        file.read_exact_at(&mut buf[..count], offset + at)?;
+        digest.update(&buf[..count]);
+        at += count as u64;
+        done(count as u64)?;
+    }
+    Ok(digest.finalize())
+}
+
 /// Compares all chunks, or those up to the first corrupt one, and in other threads a few more: none before it is left out.
 fn compare(store: &Checkpoint, options: &WorkOptions, stop_at_corrupt: bool) -> Result<VerifyReport> {
     let start = Instant::now();
@@ -68,17 +88,10 @@ fn compare(store: &Checkpoint, options: &WorkOptions, stop_at_corrupt: bool) -> 
     let result = for_each(threads, chunks.count(), CHUNK_LEN, |number, buffer| {
         let chunk = chunks.get(number);
         let file = &store.files()[chunk.file];
-        let mut digest = crc_fast::Digest::new(crc_fast::CrcAlgorithm::Crc64Nvme);
-        let mut done = 0;
         // A foreign writer may use chunks larger than a buffer.
-        while done < chunk.len {
-            let buf = buffer.get(CHUNK_LEN.min(chunk.len - done));
-            file.read_exact_at(buf, chunk.offset + done)?;
-            digest.update(buf);
-            done += buf.len() as u64;
-            meter.add(buf.len() as u64)?;
-        }
-        match store.check_chunk(chunk.file, chunk.number, digest.finalize()) {
+        let buf = buffer.get(CHUNK_LEN.min(chunk.len));
+        let sum = sum_of(file, chunk.offset, chunk.len, buf, |len| meter.add(len))?;
+        match store.check_chunk(chunk.file, chunk.number, sum) {
             Err(Error::Corrupt(fault)) => {
                 corrupt.lock().unwrap_or_else(|e| e.into_inner()).push((number, (*fault).clone()));
                 if stop_at_corrupt { Err(Error::Corrupt(fault)) } else { Ok(()) }

@@ -27,7 +27,8 @@ extern "C" fn fake_cuda_reset() {
     wait_for(state, &in_flight).reset();
 }
 
-/// Sets `devices`, `memory`, `delay_us`, `bandwidth`, `lose_after`, `register_limit`, `registered_total` or `no_ipc`.
+/// Sets `devices`, `memory`, `delay_us`, `bandwidth`, `lose_after`, `register_limit`, `registered_total`, `no_ipc` or
+/// `spoil_after`.
 /// Returns 0, or 1 if there is no such setting.
 ///
 /// # Safety

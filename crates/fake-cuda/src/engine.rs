@@ -7,6 +7,7 @@ use crate::codes::{self, Code};
 use crate::state::{FIRST_HANDLE, Guard, Place, State, lock, notify, wait};
 use std::collections::VecDeque;
 use std::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 /// `CU_STREAM_LEGACY` and `CU_STREAM_PER_THREAD`: both mean the default stream here.
@@ -53,6 +54,47 @@ pub(crate) enum Work {
     },
     /// Notes the time in an event.
     Stamp(usize),
+    /// Adds checksums.
+    Sum(Vec<Rows>),
+}
+
+/// Rows of a message on the device, and where its checksum is.
+#[derive(Debug)]
+pub(crate) struct Rows {
+    pub(crate) address: usize,
+    pub(crate) pitch: usize,
+    pub(crate) width: usize,
+    pub(crate) height: usize,
+    /// Bytes of the message after them.
+    pub(crate) after: u64,
+    pub(crate) sum: usize,
+}
+
+/// The polynomial of CRC-64/NVME, reflected.
+const POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
+
+/// What each value of a byte leaves when eight bits are divided.
+static REMAINDERS: LazyLock<[u64; 256]> = LazyLock::new(|| {
+    std::array::from_fn(|byte| {
+        (0..8).fold(byte as u64, |rest, _| if rest & 1 == 1 { rest >> 1 ^ POLYNOMIAL } else { rest >> 1 })
+    })
+});
+
+impl Rows {
+    /// Adds to the sum what the rows leave when the message, of which all else is zeros, is divided by the polynomial.
+    fn add(&self) {
+        let divide = |rest: u64, byte: u8| rest >> 8 ^ REMAINDERS[usize::from(rest.to_le_bytes()[0] ^ byte)];
+        let mut rest = 0;
+        for row in 0..self.height {
+            let row = with_exposed_provenance::<u8>(self.address + row * self.pitch);
+            // SAFETY: the call checked that the rows lie in device memory, and freeing it waits for this operation.
+            rest = (0..self.width).fold(rest, |rest, at| divide(rest, unsafe { row.add(at).read_volatile() }));
+        }
+        rest = (0..self.after).fold(rest, |rest, _| divide(rest, 0));
+        let sum = with_exposed_provenance_mut::<u64>(self.sum);
+        // SAFETY: as above, of eight bytes at a multiple of eight; a device's sums are added by one stream's operations.
+        unsafe { sum.write(sum.read() ^ rest) };
+    }
 }
 
 /// Rows of bytes to move.
@@ -119,6 +161,15 @@ impl Copy {
         // SAFETY: the call checked device ranges and registered ranges, and freeing or unregistering either waits
         // for this operation. Of a pageable destination the caller vouches for, as with the real driver.
         unsafe { copy_rows(from, (self.to.address, self.to.pitch), self.width, self.height) };
+    }
+}
+
+impl Copy {
+    /// Changes a bit of the middle row's beginning, at its destination.
+    fn spoil(&self) {
+        let middle = with_exposed_provenance_mut::<u8>(self.to.address + self.height / 2 * self.to.pitch);
+        // SAFETY: as in `run`.
+        unsafe { middle.write(middle.read() ^ 1) };
     }
 }
 
@@ -302,14 +353,21 @@ fn run_head(mut state: Guard, handle: usize, device: i32) -> Guard {
         state.devices.entry(device).or_default().lost = true;
     }
     let lost = state.check_alive(device).is_err();
+    let spoils = state.counters.copies[Direction::HostToDevice as usize] == state.settings.spoil_after;
     drop(state);
     if !lost {
         match &work {
-            Work::Copy(copy) => copy.run(),
+            Work::Copy(copy) => {
+                copy.run();
+                if spoils && copy.direction == Direction::HostToDevice {
+                    copy.spoil();
+                }
+            }
             Work::Fill { address, len, value } => {
                 // SAFETY: the call checked that the range lies in one allocation, and freeing waits for this.
                 unsafe { with_exposed_provenance_mut::<u8>(*address).write_bytes(*value, *len) };
             }
+            Work::Sum(rows) => rows.iter().for_each(Rows::add),
             Work::Nothing | Work::Stamp(_) => {}
         }
     }

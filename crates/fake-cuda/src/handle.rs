@@ -141,6 +141,12 @@ impl Driver {
         self.set("lose_after", copies);
     }
 
+    /// Has a bit change on its way to the device, in the middle of the copy that comes after `copies` from the host since the
+    /// last reset.
+    pub fn spoil_after(&self, copies: u64) {
+        self.set("spoil_after", copies);
+    }
+
     /// Lets the `nth` call from now of `symbol` fail once with `code`, a `CUresult`. The first call is 1. A symbol
     /// without its version (`cuMemAlloc`) means any version. A code the driver does not have becomes 999.
     pub fn fail(&self, symbol: &str, nth: u64, code: u32) {

@@ -29,6 +29,8 @@ pub(crate) struct Settings {
     pub(crate) registered_total: u64,
     /// Whether memory cannot be exported.
     pub(crate) no_ipc: bool,
+    /// Copies from the host before the one that brings a wrong bit.
+    pub(crate) spoil_after: u64,
 }
 
 impl Settings {
@@ -42,6 +44,7 @@ impl Settings {
             register_limit: 1 << 30,
             registered_total: u64::MAX,
             no_ipc: false,
+            spoil_after: u64::MAX,
         }
     }
 
@@ -56,6 +59,7 @@ impl Settings {
             "register_limit" => self.register_limit = value,
             "registered_total" => self.registered_total = value,
             "no_ipc" => self.no_ipc = value != 0,
+            "spoil_after" => self.spoil_after = value,
             _ => return false,
         }
         true

@@ -1,5 +1,7 @@
 //! What a device refuses.
 
+use std::path::PathBuf;
+
 /// A device that failed, refused, or is not there.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -78,6 +80,25 @@ pub enum DeviceError {
         name: String,
         /// Its number.
         code: u32,
+    },
+    /// The driver is older than CUDA 12.0.
+    #[error("{device}: its driver is older than CUDA 12.0")]
+    OldDriver {
+        /// The device.
+        device: String,
+    },
+    /// Bytes that are right in their file, and wrong on the device.
+    #[error(
+        "chunk {chunk} of {} is right in the file and has other bytes on {device}: they were changed in memory or on the \
+         way. Load again; if it happens again, test memory and device", path.display()
+    )]
+    Altered {
+        /// The device.
+        device: String,
+        /// The data file.
+        path: PathBuf,
+        /// The chunk's number in that file.
+        chunk: u64,
     },
     /// The process was forked after CUDA was initialised.
     #[error("{device}: this process was forked after CUDA was initialised, which CUDA forbids: use spawn")]

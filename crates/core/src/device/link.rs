@@ -105,7 +105,7 @@ impl LinkPeak {
         for pass in 0..PASSES {
             let Some(source) = buffer.take().filter(|_| pass == 0 || started.elapsed() < PASSES_TIME) else { break };
             let now = Instant::now();
-            let parcel = Parcel { source: Filled::Buffer(source), copies: &copies };
+            let parcel = Parcel { source: Filled::Buffer(source), copies: &copies, part: None };
             let source = copy(&streams, &blocks, vec![parcel])?.wait(0)?;
             best = best.max(gb_per_s(COPIES * COPY_LEN, now.elapsed().as_secs_f64()));
             if let Some(Filled::Buffer(source)) = source {

@@ -10,21 +10,24 @@ mod ipc;
 mod link;
 mod memory_file;
 mod mover;
+mod stream;
+mod sums;
 
 use std::any::Any;
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 pub use error::DeviceError;
 pub use ipc::{SharedBlock, SharedMemory, format_uuid, parse_uuid};
 pub use link::LinkPeak;
 pub use memory_file::MemoryFile;
 pub use mover::Mover;
+pub(crate) use stream::{Parcel, Pending, Stream, Summing, copy, stream_of};
+pub(crate) use sums::{BackendSums, Part, Run, SumsState, gaps, summed_by};
 
 use crate::error::{Error, Result};
-use crate::plan::{PieceCopy, rows_end};
-use crate::read::Filled;
+use crate::plan::PieceCopy;
 
 /// A device. Clones are the same device.
 #[derive(Clone)]
@@ -64,6 +67,12 @@ pub(crate) trait Backend: Send + Sync + fmt::Debug {
     fn alloc(&self, len: usize) -> Result<Box<dyn Memory>, DeviceError>;
     /// A queue of copies that run in order.
     fn stream(&self) -> Result<Box<dyn BackendStream>, DeviceError>;
+    /// Whether it takes checksums.
+    fn sums(&self) -> SumsState {
+        SumsState::Never
+    }
+    /// Begins to make it ready to, in the background.
+    fn prepare_sums(&self) {}
     /// Pins host memory for every context.
     ///
     /// # Safety
@@ -96,6 +105,10 @@ pub(crate) trait BackendStream: Send + Sync + fmt::Debug {
     unsafe fn copy(&self, copies: &[StreamCopy]) -> Result<(), DeviceError>;
     /// A mark after the work issued so far.
     fn mark(&self) -> Result<Box<dyn Mark>, DeviceError>;
+    /// What takes checksums of what it brings; `None` where the device never does.
+    fn sums(&self) -> Result<Option<Box<dyn BackendSums>>, DeviceError> {
+        Ok(None)
+    }
     /// Waits for all work.
     fn synchronize(&self) -> Result<(), DeviceError>;
 }
@@ -211,7 +224,17 @@ impl Device {
     }
 
     pub(crate) fn stream(&self) -> Result<Stream> {
-        Ok(Stream { stream: self.0.stream()?, device: self.clone() })
+        Ok(Stream { stream: self.0.stream()?, sums: None, device: self.clone() })
+    }
+
+    /// Whether it takes checksums of what is copied to it.
+    pub(crate) fn sums(&self) -> SumsState {
+        self.0.sums()
+    }
+
+    /// Begins to make it ready to take checksums, in the background, once.
+    pub(crate) fn prepare_sums(&self) {
+        self.0.prepare_sums();
     }
 
     /// Pins host memory.
@@ -348,132 +371,6 @@ impl Block {
         // SAFETY: inside the block, which `owner` or the caller of `from_raw` keeps; a plan's destinations do not
         // overlap, and nobody else writes to a block that is being loaded.
         Some(unsafe { crate::pool::HostBuffer::loan(ptr, len, owner) })
-    }
-}
-
-/// A queue of copies to one device.
-#[derive(Debug)]
-pub(crate) struct Stream {
-    stream: Box<dyn BackendStream>,
-    device: Device,
-}
-
-/// A filled piece, and where its bytes go.
-#[derive(Debug)]
-pub(crate) struct Parcel<'a> {
-    pub(crate) source: Filled,
-    pub(crate) copies: &'a [PieceCopy],
-}
-
-/// Copies in flight, and what they read. Waits for them when dropped.
-#[derive(Debug)]
-pub(crate) struct Pending {
-    /// By parcel, until it is taken.
-    sources: Mutex<Vec<Option<Filled>>>,
-    marks: Vec<Box<dyn Mark>>,
-    _blocks: Arc<[Block]>,
-}
-
-/// Issues the copies of several pieces, each on its device's stream, and marks their end.
-///
-/// On an error everything that was issued is waited for before the sources are dropped.
-pub(crate) fn copy(
-    streams: &[Stream],
-    blocks: &Arc<[Block]>,
-    parcels: Vec<Parcel<'_>>,
-) -> Result<Pending, DeviceError> {
-    let mut by_stream: Vec<Vec<StreamCopy>> = streams.iter().map(|_| Vec::new()).collect();
-    for Parcel { source, copies } in &parcels {
-        let is_pinned = source.is_pinned();
-        for copy in *copies {
-            let (at, dst) = resolve(streams, blocks, source, copy)?;
-            let place = usize::try_from(copy.src_offset).map_err(|_| DeviceError::OutOfBounds)?;
-            by_stream[at].push(StreamCopy { source: source.at(place, is_pinned), dst, rows: *copy });
-        }
-    }
-    let used = || streams.iter().zip(&by_stream).filter(|(_, copies)| !copies.is_empty());
-    // SAFETY: `resolve` checked that the rows lie in the source and in the block; `Pending` keeps both until the marks
-    // are reached, and so does the wait below after an error.
-    let issue = |(stream, copies): (&Stream, &Vec<StreamCopy>)| unsafe { stream.stream.copy(copies) };
-    let issued = used().try_for_each(issue);
-    let marks = issued.and_then(|()| used().map(|(stream, _)| stream.stream.mark()).collect());
-    match marks {
-        Ok(marks) => {
-            let sources = parcels.into_iter().map(|parcel| Some(parcel.source)).collect();
-            Ok(Pending { sources: Mutex::new(sources), marks, _blocks: Arc::clone(blocks) })
-        }
-        Err(error) => {
-            for (stream, _) in used() {
-                let _ = stream.stream.synchronize();
-            }
-            Err(error)
-        }
-    }
-}
-
-/// The place of the stream to a block's device.
-pub(crate) fn stream_of(streams: &[Stream], block: &Block) -> Option<usize> {
-    streams.iter().position(|stream| stream.device.same_as(&block.device))
-}
-
-/// The stream's place and the device address of a copy, checked against source and block.
-fn resolve(
-    streams: &[Stream],
-    blocks: &[Block],
-    source: &Filled,
-    copy: &PieceCopy,
-) -> Result<(usize, u64), DeviceError> {
-    let block = blocks.get(copy.block).ok_or(DeviceError::OutOfBounds)?;
-    check_rows(copy, source.len() as u64, block.len())?;
-    let at = stream_of(streams, block).ok_or(DeviceError::OutOfBounds)?;
-    Ok((at, block.addr() + copy.dst_offset))
-}
-
-/// An error where a row lies outside its source or its block, which have these lengths.
-fn check_rows(copy: &PieceCopy, source_len: u64, block_len: u64) -> Result<(), DeviceError> {
-    let inside = |start: u64, pitch: u64, len: u64| {
-        rows_end(start, copy.rows, copy.row_len, pitch).is_some_and(|end| end <= len)
-    };
-    let fits = inside(copy.src_offset, copy.src_pitch, source_len)
-        && inside(copy.dst_offset, copy.dst_pitch, block_len)
-        && copy.rows.checked_mul(copy.row_len).is_some();
-    if fits { Ok(()) } else { Err(DeviceError::OutOfBounds) }
-}
-
-impl Pending {
-    /// Whether the device has read the sources.
-    pub(crate) fn is_done(&self) -> bool {
-        self.marks.iter().all(|mark| mark.is_done())
-    }
-
-    /// Waits for the copies and gives the source of one parcel back, the first time.
-    pub(crate) fn wait(&self, parcel: usize) -> Result<Option<Filled>, DeviceError> {
-        let mut result = Ok(());
-        for mark in &self.marks {
-            result = result.and(mark.wait());
-        }
-        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
-        result.map(|()| sources.get_mut(parcel).and_then(Option::take))
-    }
-}
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        for mark in &self.marks {
-            // After an error of the device nothing more is read; otherwise the copies are done now.
-            let _ = mark.wait();
-        }
-    }
-}
-
-impl Stream {
-    /// The device that it copies to.
-    pub(crate) fn device(&self) -> &Device {
-        &self.device
-    }
-
-    pub(crate) fn synchronize(&self) -> Result<(), DeviceError> {
-        self.stream.synchronize()
     }
 }
 

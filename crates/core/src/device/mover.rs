@@ -3,7 +3,8 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use super::{Block, Device, DeviceError, Source, Stream, StreamCopy, check_rows};
+use super::stream::check_rows;
+use super::{Block, Device, DeviceError, Source, Stream, StreamCopy};
 use crate::error::{Error, Result};
 use crate::plan::{PieceCopy, Segment, check_destinations};
 

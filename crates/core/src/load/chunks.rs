@@ -4,8 +4,10 @@
 //! checksum is taken while the piece is there, and who brings a chunk's last piece combines them: CRCs of neighbours
 //! give the CRC of both.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 
+use crate::crc;
+use crate::device::Part;
 use crate::format::PAGE;
 use crate::plan::Piece;
 
@@ -22,13 +24,23 @@ pub(crate) struct Chunks {
 struct Chunk {
     file: usize,
     number: u64,
-    /// Bytes of its last piece.
-    last_len: u64,
+    len: u64,
     /// Pieces that have not arrived.
     left: AtomicUsize,
-    /// The checksum of each piece that has.
+    /// The checksum of each piece that has, where lanes take them.
     sums: Box<[AtomicU64]>,
+    /// The place of the device that can take its checksum.
+    device: Option<usize>,
+    /// Whether that does.
+    taken: AtomicU8,
+    /// The remainder of what it does not see then.
+    rest: AtomicU64,
 }
+
+/// Who takes a chunk's checksum: whoever brings its first piece decides.
+const UNDECIDED: u8 = 0;
+const BY_LANES: u8 = 1;
+const BY_DEVICE: u8 = 2;
 
 /// A chunk whose bytes are all there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,18 +51,94 @@ pub(super) struct Arrived {
     pub(super) sum: u64,
 }
 
+/// A chunk that a device sums up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Summed {
+    pub(super) file: usize,
+    pub(super) number: u64,
+    pub(super) len: u64,
+    pub(super) device: usize,
+    pub(super) slot: usize,
+    /// The remainder of what the device does not see.
+    pub(super) rest: u64,
+}
+
 impl Chunks {
-    /// The chunks of `pieces`, which are those of a plan made with these lengths: in order, and whole chunks.
-    pub(super) fn new(chunk_len: u64, piece_len: u64, pieces: &[Piece]) -> Chunks {
+    /// The chunks of `pieces`, which are those of a plan made with these lengths: in order, and whole chunks. `device_of` a
+    /// chunk's pieces is the place of the device that can take its checksum.
+    pub(super) fn new(
+        chunk_len: u64,
+        piece_len: u64,
+        pieces: &[Piece],
+        device_of: impl Fn(&[Piece]) -> Option<usize>,
+    ) -> Chunks {
         let of_one = |a: &Piece, b: &Piece| (a.file, a.offset / chunk_len) == (b.file, b.offset / chunk_len);
         let chunk = |pieces: &[Piece]| Chunk {
             file: pieces[0].file,
             number: pieces[0].offset / chunk_len,
-            last_len: pieces[pieces.len() - 1].len,
+            len: pieces.iter().map(|piece| piece.len).sum(),
             left: AtomicUsize::new(pieces.len()),
             sums: pieces.iter().map(|_| AtomicU64::new(0)).collect(),
+            device: device_of(pieces),
+            taken: AtomicU8::new(UNDECIDED),
+            rest: AtomicU64::new(0),
         };
         Chunks { chunk_len, piece_len, chunks: pieces.chunk_by(of_one).map(chunk).collect() }
+    }
+
+    /// Number of chunks. Each has a slot.
+    pub(super) fn len(&self) -> usize {
+        self.chunks.len()
+    }
+
+    /// Whether devices could take some of the checksums.
+    pub(super) fn some_for_devices(&self) -> bool {
+        self.chunks.iter().any(|chunk| chunk.device.is_some())
+    }
+
+    /// Whether devices could take all checksums.
+    pub(super) fn devices_can_all(&self, is_able: impl Fn(usize) -> bool) -> bool {
+        self.chunks.iter().all(|chunk| chunk.device.is_some_and(&is_able))
+    }
+
+    /// A piece's part in a chunk that a device sums up, which is so if the device is ready when it is asked first.
+    pub(super) fn part(&self, piece: &Piece, is_ready: impl FnOnce(usize) -> bool) -> Option<Part> {
+        let (slot, chunk) = self.find(piece)?;
+        let device = chunk.device?;
+        let taken = match chunk.taken.load(Ordering::Relaxed) {
+            UNDECIDED => {
+                let by = if is_ready(device) { BY_DEVICE } else { BY_LANES };
+                let decided = chunk.taken.compare_exchange(UNDECIDED, by, Ordering::Relaxed, Ordering::Relaxed);
+                decided.map_or_else(|earlier| earlier, |_| by)
+            }
+            taken => taken,
+        };
+        let to_end = (chunk.number * self.chunk_len + chunk.len).checked_sub(piece.offset)?;
+        (taken == BY_DEVICE).then_some(Part { slot: u32::try_from(slot).ok()?, to_end })
+    }
+
+    /// Counts a piece that a device sums up, but for bytes of this remainder.
+    pub(super) fn arrive(&self, piece: &Piece, rest: u64) {
+        if let Some((_, chunk)) = self.find(piece) {
+            chunk.rest.fetch_xor(rest, Ordering::Relaxed);
+            chunk.left.fetch_sub(1, Ordering::AcqRel);
+        }
+    }
+
+    /// The chunks that devices sum up.
+    pub(super) fn summed(&self) -> impl Iterator<Item = Summed> {
+        let by_device = |(slot, chunk): (usize, &Chunk)| {
+            let &Chunk { file, number, len, device, ref taken, .. } = chunk;
+            let device = device.filter(|_| taken.load(Ordering::Relaxed) == BY_DEVICE)?;
+            Some(Summed { file, number, len, device, slot, rest: chunk.rest.load(Ordering::Relaxed) })
+        };
+        self.chunks.iter().enumerate().filter_map(by_device)
+    }
+
+    fn find(&self, piece: &Piece) -> Option<(usize, &Chunk)> {
+        let key = (piece.file, piece.offset / self.chunk_len);
+        let place = self.chunks.binary_search_by_key(&key, |chunk| (chunk.file, chunk.number)).ok()?;
+        Some((place, &self.chunks[place]))
     }
 
     /// Bytes of a piece: equal parts of a chunk, none longer than `most`, which is whole pages.
@@ -60,20 +148,15 @@ impl Chunks {
 
     /// Takes a piece's checksum, which comes once; its chunk's where no other piece is missing.
     pub(super) fn take(&self, piece: &Piece, sum: u64) -> Option<Arrived> {
-        let (file, number) = (piece.file, piece.offset / self.chunk_len);
-        let place = self.chunks.binary_search_by_key(&(file, number), |chunk| (chunk.file, chunk.number)).ok()?;
-        let chunk = &self.chunks[place];
+        let (_, chunk) = self.find(piece)?;
         let part = usize::try_from(piece.offset % self.chunk_len / self.piece_len).ok()?;
         chunk.sums.get(part)?.store(sum, Ordering::Relaxed);
         // Who takes the last piece sees the checksums of all, which were stored before their pieces were counted.
-        (chunk.left.fetch_sub(1, Ordering::AcqRel) == 1).then(|| Arrived {
-            file,
-            number,
-            sum: chunk.sum(self.piece_len),
-        })
+        let is_last = chunk.left.fetch_sub(1, Ordering::AcqRel) == 1;
+        is_last.then(|| Arrived { file: chunk.file, number: chunk.number, sum: chunk.sum(self.piece_len) })
     }
 
-    /// Whether the checksum of every chunk was given out.
+    /// Whether all pieces have arrived, so that the checksum of every chunk that no device takes was given out.
     pub(super) fn all_arrived(&self) -> bool {
         self.chunks.iter().all(|chunk| chunk.left.load(Ordering::Acquire) == 0)
     }
@@ -82,42 +165,11 @@ impl Chunks {
 impl Chunk {
     fn sum(&self, piece_len: u64) -> u64 {
         let last = self.sums.len() - 1;
+        let last_len = self.len - last as u64 * piece_len;
         let mut sums = self.sums.iter().map(|sum| sum.load(Ordering::Relaxed)).enumerate();
         let first = sums.next().map_or(0, |(_, sum)| sum);
-        sums.fold(first, |sum, (i, next)| combine(sum, next, if i == last { self.last_len } else { piece_len }))
+        sums.fold(first, |sum, (i, next)| crc::combine(sum, next, if i == last { last_len } else { piece_len }))
     }
-}
-
-/// The polynomial of CRC-64/NVME, highest power last (<https://reveng.sourceforge.io/crc-catalogue/>).
-const POLYNOMIAL: u64 = 0x9a6c_9329_ac4b_c9b5;
-/// The polynomials 1 and x^8.
-const ONE: u64 = 1 << 63;
-const BYTE: u64 = 1 << 55;
-
-/// The checksum of bytes with checksum `a`, and after them `len` bytes with checksum `b`.
-///
-/// What follows multiplies what was before by x^8 for each byte. crc-fast has the same, by matrices, in 100 us: as much
-/// as the checksum of a piece takes. This is 2 us.
-fn combine(a: u64, b: u64, len: u64) -> u64 {
-    let (mut shift, mut power, mut rest) = (ONE, BYTE, len);
-    while rest > 0 {
-        if rest & 1 == 1 {
-            shift = multiply(shift, power);
-        }
-        power = multiply(power, power);
-        rest >>= 1;
-    }
-    multiply(shift, a) ^ b
-}
-
-/// The product of two polynomials, modulo that of the checksum.
-fn multiply(a: u64, mut b: u64) -> u64 {
-    let mut product = 0;
-    for power in (0..64).rev() {
-        product ^= b & (a >> power & 1).wrapping_neg();
-        b = b >> 1 ^ POLYNOMIAL & (b & 1).wrapping_neg();
-    }
-    product
 }
 
 #[cfg(test)]
@@ -146,7 +198,7 @@ mod tests {
                 let pieces = plan.pieces();
                 assert_ne!(pieces.len() % 101, 0, "each stride must reach every piece");
                 assert_ne!(pieces.len() % 7, 0);
-                let chunks = Chunks::new(chunk_len, piece_len, pieces);
+                let chunks = Chunks::new(chunk_len, piece_len, pieces, |_| None);
                 let bytes = |file: usize, from: u64, to: u64| &contents[file][from as usize..to as usize];
                 assert!(!chunks.all_arrived());
                 let mut arrived: Vec<Arrived> = (0..pieces.len())
@@ -168,21 +220,6 @@ mod tests {
                     .collect();
                 assert_eq!(arrived, expected, "chunks of {chunk_len}, pieces of {piece_len}, stride {stride}");
             }
-        }
-    }
-
-    #[test]
-    fn checksums_are_combined_as_the_library_combines_them() {
-        let bytes: Vec<u8> = (0..100_000u32).map(|i| (i.wrapping_mul(i) >> 7) as u8).collect();
-        for at in [0, 1, 4096, 65_537, 99_999, 100_000] {
-            let (a, b) = bytes.split_at(at);
-            let len = b.len() as u64;
-            let (a, b) = (crc64_nvme(a), crc64_nvme(b));
-            assert_eq!(combine(a, b, len), crc64_nvme(&bytes));
-        }
-        for len in [1 << 21, (1 << 30) + 12_345, u64::MAX] {
-            let of_library = crc_fast::checksum_combine(crc_fast::CrcAlgorithm::Crc64Nvme, 0xdead_beef, 7, len);
-            assert_eq!(combine(0xdead_beef, 7, len), of_library);
         }
     }
 

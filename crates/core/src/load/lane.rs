@@ -1,6 +1,7 @@
 //! One reader thread's end of a load: its buffers, its copies in flight, its verification.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,12 +13,14 @@ use super::outbox::{Outbox, Receipt};
 use crate::cache::{CachedChunk, Sums, Use};
 use crate::checkpoint::Checkpoint;
 use crate::control::Meter;
-use crate::device::{Block, Device};
+use crate::crc;
+use crate::device::{self, Block, Device, Part, Stream, SumsState};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
 use crate::plan::{LoadPlan, Piece, PieceCopy};
 use crate::pool::{BufferPool, HostBuffer};
 use crate::read::{Filled, Room, Sink};
+use crate::verify::sum_of;
 
 /// Copies of mapped pages that a lane leaves in flight; they hold no buffer.
 pub const MAPPED_IN_FLIGHT: usize = 64;
@@ -36,6 +39,7 @@ pub(super) struct Shared<'a> {
     /// In a cache, every piece is a whole chunk, and its checksum is compared at once.
     pub(super) verify: bool,
     pub(super) buffers: Buffers<'a>,
+    pub(super) streams: &'a [Stream],
     pub(super) outbox: Outbox<'a>,
     /// The first of the devices that memory has to be pinned for.
     pub(super) pinning: Option<&'a Device>,
@@ -112,8 +116,9 @@ pub(super) struct Lane<'a> {
     direct: bool,
     spare: Vec<HostBuffer>,
     in_flight: VecDeque<Receipt<'a>>,
-    /// The checksum of as much as has come of the piece for which room was asked last.
+    /// The checksum of as much as has come of the piece for which room was asked last, where the lane takes it.
     sum: Digest,
+    sums: bool,
     started: Instant,
     times: LaneTimes,
 }
@@ -123,7 +128,8 @@ impl<'a> Lane<'a> {
         let (spare, in_flight) = (Vec::new(), VecDeque::new());
         let (started, times) = (Instant::now(), LaneTimes::default());
         let sum = Digest::new(CrcAlgorithm::Crc64Nvme);
-        Lane { shared, quota, most: quota, needed: usize::MAX, direct, spare, in_flight, sum, started, times }
+        let (most, needed, sums) = (quota, usize::MAX, false);
+        Lane { shared, quota, most, needed, direct, spare, in_flight, sum, sums, started, times }
     }
 
     /// Waits for the lane's last copies.
@@ -243,6 +249,33 @@ impl<'a> Lane<'a> {
         numbered.try_for_each(|(number, &sum)| self.shared.checkpoint.check_chunk(piece.file, number, sum))
     }
 
+    /// A piece's part in a chunk that its device sums up.
+    fn part(&self, piece: &Piece) -> Option<Part> {
+        let is_ready =
+            |place: usize| self.shared.streams.get(place).is_some_and(|s| s.device().sums() == SumsState::Ready);
+        self.shared.chunks.as_ref()?.part(piece, is_ready)
+    }
+
+    /// The remainder of the bytes of a piece that its device does not sum up.
+    fn rest(&self, piece: &Piece, part: Part, filled: &Filled) -> Result<u64> {
+        let mut rest = 0;
+        for Range { start, end } in device::gaps(piece.len, self.shared.plan.copies(piece)) {
+            let too_long = |_| Error::Invalid("a piece does not fit the memory".into());
+            let (from, len) =
+                (usize::try_from(start).map_err(too_long)?, usize::try_from(end - start).map_err(too_long)?);
+            let sum = match filled {
+                Filled::Buffer(buffer) => crc64_nvme(buffer.as_slice().get(from..from + len).unwrap_or_default()),
+                // Mapped pages may go away, so that they are not looked at.
+                Filled::Mapped(_) | Filled::Cached(_) => {
+                    let file = &self.shared.checkpoint.files()[piece.file];
+                    sum_of(file, piece.offset + start, end - start, &mut vec![0; len], |_| Ok(()))?
+                }
+            };
+            rest ^= crc::remainder(sum, end - start, part.to_end - end);
+        }
+        Ok(rest)
+    }
+
     /// The destination of a piece that lies in one run of host memory, where no checksum needs the rest of it.
     fn loan(&self, piece: &Piece) -> Option<Room> {
         let [copy] = self.shared.plan.copies(piece) else { return None };
@@ -265,6 +298,7 @@ impl Sink for Lane<'_> {
     fn room(&mut self, piece: &Piece) -> Result<Room> {
         self.check()?;
         self.sum.reset();
+        self.sums = self.shared.chunks.is_some() && self.part(piece).is_none();
         if matches!(self.shared.buffers, Buffers::Ring(_))
             && let Some(room) = self.loan(piece)
         {
@@ -326,11 +360,11 @@ impl Sink for Lane<'_> {
     }
 
     fn step(&self) -> usize {
-        if self.shared.chunks.is_some() { VERIFY_STEP } else { usize::MAX }
+        if self.sums { VERIFY_STEP } else { usize::MAX }
     }
 
     fn arrived(&mut self, beginning: &[u8]) {
-        if self.shared.chunks.is_some() {
+        if self.sums {
             let verifying = Instant::now();
             update(&mut self.sum, beginning);
             self.times.verify += verifying.elapsed();
@@ -346,8 +380,9 @@ impl Sink for Lane<'_> {
                 self.times.prepare += preparing.elapsed();
             }
         }
+        let part = self.part(piece);
         if let Filled::Buffer(buffer) = &filled {
-            if let Some(chunks) = &self.shared.chunks {
+            if let (Some(chunks), None) = (&self.shared.chunks, part) {
                 let verifying = Instant::now();
                 let len = usize::try_from(piece.len).unwrap_or(usize::MAX).min(buffer.as_slice().len());
                 update(&mut self.sum, &buffer.as_slice()[..len]);
@@ -365,8 +400,11 @@ impl Sink for Lane<'_> {
         }
         // Nothing is written once the load was stopped.
         self.check()?;
+        if let (Some(chunks), Some(part)) = (&self.shared.chunks, part) {
+            chunks.arrive(piece, self.rest(piece, part, &filled)?);
+        }
         let copying = Instant::now();
-        let receipt = self.shared.outbox.send(filled, self.shared.plan.copies(piece))?;
+        let receipt = self.shared.outbox.send(filled, self.shared.plan.copies(piece), part)?;
         self.times.copy += copying.elapsed();
         self.in_flight.push_back(receipt);
         self.shared.meter.add(piece.len)

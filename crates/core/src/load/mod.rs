@@ -9,6 +9,7 @@ mod report;
 mod ring;
 mod session;
 mod staging;
+mod summed;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -25,7 +26,7 @@ pub use session::Session;
 use crate::cache::{Cache, Split, Use};
 use crate::checkpoint::{Checkpoint, ChunkSums, DataFile};
 use crate::control::{Control, check_threads};
-use crate::device::{Block, Claim, Device, DeviceError, Stream};
+use crate::device::{Block, Claim, Device, DeviceError, Stream, Summing};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
 use crate::numa::{self, Node};
@@ -178,6 +179,7 @@ impl Loader {
     /// It is for bytes that the page cache has: of others, or of few, nothing is pinned. What no load takes is given back
     /// with the loader.
     pub fn prepare(&self, checkpoint: &Checkpoint) {
+        self.prepare_sums(checkpoint);
         let whole = |(file, data): (usize, &DataFile)| Segment::contiguous(file, 0, data.len(), 0, 0);
         let whole: Vec<Segment> = checkpoint.files().iter().enumerate().map(whole).collect();
         let Some(form) = self.worth_preparing(checkpoint, &whole) else { return };
@@ -192,7 +194,8 @@ impl Loader {
     /// The form of the ring by which these segments are staged if they are cached; `None` where they are not, or are so few
     /// that each lane may as well pin what it needs.
     fn worth_preparing(&self, checkpoint: &Checkpoint, segments: &[Segment]) -> Option<Form> {
-        let (lanes, per_lane) = choose::staged_lanes(&self.devices, &self.wishes)?;
+        let wishes = Wishes { verify: self.wishes.verify && !self.devices_may_sum(), ..self.wishes.clone() };
+        let (lanes, per_lane) = choose::staged_lanes(&self.devices, &wishes)?;
         let sums = self.sums(checkpoint).ok()?;
         let PlanOptions { piece_len, .. } = self.cut(sums, false);
         let form = Form::of_lanes(lanes, per_lane, piece_len, self.pinned_len)?;
@@ -307,6 +310,7 @@ impl Loader {
         devices: impl Iterator<Item = &'a Device>,
         staging: &mut Staging,
     ) {
+        self.prepare_sums(checkpoint);
         if self.stages(devices) && !staging.is_cold {
             staging.is_cold = choose::is_cold(checkpoint.files(), segments, &self.wishes);
             if !staging.is_cold {
@@ -362,6 +366,7 @@ impl Loader {
         let options = self.cut(sums, staging.is_cold);
         let plan = plan(&options)?;
         let PlanOptions { piece_len, chunk_len, .. } = options;
+        let blocks: Arc<[Block]> = blocks.into();
         let is_used = |device: &&Device| blocks.iter().any(|block| block.device().same_as(device));
         let devices: Vec<Device> = self.devices.iter().filter(is_used).cloned().collect();
         let cache = self.cache.as_ref().map(|cache| cache.begin(checkpoint));
@@ -373,7 +378,14 @@ impl Loader {
             Some(cache) => Some(Governor::Bounce(cache.bounce())),
             None => self.stages(devices.iter()).then_some(Governor::Depth(&staging.depth)),
         };
-        let mut shares = choose(checkpoint.files(), missing, &devices, &self.wishes, governor, &staging.rates)?;
+        let chunks = chunk_len.filter(|_| cache.is_none());
+        let chunks = chunks.map(|chunk_len| {
+            self.wait_for_sums(plan.read_len());
+            self.chunks(&plan, &blocks, chunk_len, piece_len)
+        });
+        let sums_here = chunks.as_ref().map_or(self.wishes.verify, |chunks| self.lanes_sum_up(chunks));
+        let wishes = Wishes { verify: sums_here, ..self.wishes.clone() };
+        let mut shares = choose(checkpoint.files(), missing, &devices, &wishes, governor, &staging.rates)?;
         if devices.len() > 1 {
             // In the order of the files one device's layers come before those of the next, and one link works at a time.
             let device_of =
@@ -389,16 +401,30 @@ impl Loader {
 
         let outcome = Outcome::default();
         let node = if self.stages(devices.iter()) { staging.node(self) } else { None };
+        if let Some(chunks) = &chunks
+            && chunks.some_for_devices()
+        {
+            staging.begin_sums(self, chunks.len())?;
+        }
         let (buffers, streams) = staging.fit(self, node, cache.as_ref(), piece_len, &mut shares, &outcome)?;
         let meter = self.control.meter(plan.read_len());
-        let blocks: Arc<[Block]> = blocks.into();
-        let chunks = chunk_len.filter(|_| cache.is_none());
-        let chunks = chunks.map(|chunk_len| Chunks::new(chunk_len, piece_len, plan.pieces()));
         let verify = sums.is_some();
         let pinning = devices.iter().find(|device| device.needs_pinning());
         let outbox = Outbox::new(streams, Arc::clone(&blocks), outbox::most(piece_len));
-        let shared =
-            Shared { checkpoint, plan: &plan, chunks, verify, buffers, outbox, pinning, blocks, meter, outcome };
+        let shared = Shared {
+            checkpoint,
+            plan: &plan,
+            chunks,
+            verify,
+            buffers,
+            streams,
+            outbox,
+            pinning,
+            blocks,
+            meter,
+            outcome,
+        };
+        let summing = Summing::new(streams);
         let queues: Vec<Queue<'_>> = shares.iter().map(|share| Queue::new(&share.pieces)).collect();
         let moving = Instant::now();
         let lanes = Mutex::new(Vec::new());
@@ -436,6 +462,8 @@ impl Loader {
         if shared.chunks.as_ref().is_some_and(|chunks| !chunks.all_arrived()) {
             return Err(Error::Invalid("a chunk came without its checksum being compared".into()));
         }
+        let compare = |chunks| summed::compare(checkpoint, chunks, &self.devices, &summing);
+        let by_devices = shared.chunks.as_ref().map_or(Ok(0), compare)?;
         let move_s = moving.elapsed().as_secs_f64();
         let mut read = plan.pieces().iter().map(|piece| piece.file).collect::<Vec<_>>();
         read.dedup(); // pieces are ordered by file
@@ -450,11 +478,13 @@ impl Loader {
         let lanes = lanes.into_inner().unwrap_or_else(PoisonError::into_inner);
         let mut report = LoadReport::new(checkpoint, &devices, &plan, &shares, &lanes);
         report.verified = sums.is_some();
+        report.device_verified_bytes = by_devices;
         report.plan_s = plan_s;
         report.move_s = move_s;
         report.cached_bytes = cache.as_ref().map_or(0, Use::cached_len);
         report.numa_node = node.map(|node| node.number());
         report.notes = shared.outcome.take_notes();
+        report.notes.extend(self.sums_refusal());
         if let Buffers::Ring(pool) = buffers {
             report.pinned_bytes = pool.pinned_len();
             report.notes.extend(pool.refusal().map(|why| format!("staging memory is not pinned: {why}")));

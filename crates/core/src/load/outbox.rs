@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use crate::device::{self, Block, DeviceError, Parcel, Pending, Stream};
+use crate::device::{self, Block, DeviceError, Parcel, Part, Pending, Stream};
 use crate::plan::PieceCopy;
 use crate::read::Filled;
 
@@ -84,8 +84,13 @@ impl<'a> Outbox<'a> {
         Outbox { streams, blocks, lines, line_of }
     }
 
-    /// Sends a piece. An error is that of copies issued just now.
-    pub(super) fn send(&self, source: Filled, copies: &'a [PieceCopy]) -> Result<Receipt<'a>, DeviceError> {
+    /// Sends a piece, which may be a part of a chunk that its device sums up. An error is that of copies issued just now.
+    pub(super) fn send(
+        &self,
+        source: Filled,
+        copies: &'a [PieceCopy],
+        part: Option<Part>,
+    ) -> Result<Receipt<'a>, DeviceError> {
         let place_of = |copy: &PieceCopy| self.line_of.get(copy.block).copied().unwrap_or(0);
         let line = copies.first().map_or(0, place_of);
         let lines = copies.iter().filter_map(|copy| self.lines.get(place_of(copy)));
@@ -94,7 +99,7 @@ impl<'a> Outbox<'a> {
         let batch = Arc::clone(&batches.open);
         let place = {
             let mut parcels = batch.lock();
-            parcels.push(Parcel { source, copies });
+            parcels.push(Parcel { source, copies, part });
             parcels.len() - 1
         };
         if place + 1 >= most {
@@ -222,7 +227,7 @@ mod tests {
         let blocks: Arc<[Block]> = devices.iter().map(|device| Block::alloc(device, LEN).unwrap()).collect();
         let pool = BufferPool::new(4096, 32, 1 << 20, Some(&devices[0])).unwrap();
         let outbox = Outbox::new(streams, blocks, most);
-        test(&outbox, &|copies| outbox.send(Filled::Buffer(pool.try_acquire().unwrap()), copies).unwrap());
+        test(&outbox, &|copies| outbox.send(Filled::Buffer(pool.try_acquire().unwrap()), copies, None).unwrap());
     }
 
     fn is_issued(receipt: &Receipt<'_>) -> bool {

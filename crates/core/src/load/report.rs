@@ -39,6 +39,9 @@ pub struct LoadReport {
     pub copies: u64,
     /// Whether checksums were compared.
     pub verified: bool,
+    /// Of the bytes read, those whose checksums the devices took, of what had arrived there; those of others were taken by
+    /// the processor.
+    pub device_verified_bytes: u64,
     /// From the start of planning to the last byte on its device.
     pub seconds: f64,
     /// Of that, planning and asking what is cached.
@@ -189,6 +192,7 @@ impl LoadReport {
             pieces: plan.pieces().len() as u64,
             copies: plan.copy_count() as u64,
             verified: false,
+            device_verified_bytes: 0,
             seconds: 0.0,
             plan_s: 0.0,
             alloc_s: 0.0,
@@ -253,6 +257,7 @@ impl LoadReport {
         self.tensors += next.tensors;
         self.pieces += next.pieces;
         self.copies += next.copies;
+        self.device_verified_bytes += next.device_verified_bytes;
         self.seconds += next.seconds;
         self.plan_s += next.plan_s;
         self.alloc_s += next.alloc_s;
@@ -321,7 +326,12 @@ impl fmt::Display for LoadReport {
             self.alloc_s,
             self.move_s,
             gb_per_s(self.bytes, self.move_s),
-            if self.verified { ", verified" } else { "" }
+            match (self.verified, self.device_verified_bytes * 100 / self.read_bytes.max(1)) {
+                (false, _) => String::new(),
+                (true, 0) => ", verified".into(),
+                (true, 100..) => ", verified by the device".into(),
+                (true, part) => format!(", verified, {part} % by the device"),
+            }
         )?;
         for e in &self.engines {
             writeln!(

@@ -42,6 +42,19 @@ impl Staging {
         }
     }
 
+    fn open_streams(&mut self, loader: &Loader) -> Result<()> {
+        if self.streams.is_empty() {
+            self.streams = loader.devices.iter().map(Device::stream).collect::<Result<_>>()?;
+        }
+        Ok(())
+    }
+
+    /// Has devices take checksums of what their streams bring, by so many slots.
+    pub(super) fn begin_sums(&mut self, loader: &Loader, slots: usize) -> Result<()> {
+        self.open_streams(loader)?;
+        Ok(self.streams.iter_mut().try_for_each(|stream| stream.begin_sums(slots))?)
+    }
+
     /// A stream for each of the loader's devices, and buffers of `piece_len` bytes: those of a cache, or a pool that
     /// holds the shares' buffers, in memory of `node`. Shares get fewer lanes and buffers where the loader's limit, or the
     /// cache, is small.
@@ -54,9 +67,7 @@ impl Staging {
         shares: &mut [Share<'_>],
         outcome: &Outcome,
     ) -> Result<(Buffers<'a>, &'a [Stream])> {
-        if self.streams.is_empty() {
-            self.streams = loader.devices.iter().map(Device::stream).collect::<Result<_>>()?;
-        }
+        self.open_streams(loader)?;
         let too_large = || Error::Invalid(format!("a piece of {piece_len} bytes does not fit the memory"));
         let buffer_len = usize::try_from(piece_len).map_err(|_| too_large())?;
         let ring = usize::try_from(loader.pinned_len / piece_len).unwrap_or(usize::MAX);

@@ -91,7 +91,7 @@ pub(crate) struct Wishes {
     pub(crate) direct: Option<bool>,
     /// Reader threads; `None`: as the engine needs.
     pub(crate) threads: Option<usize>,
-    /// Checksums are taken, so that pages must come into buffers.
+    /// Lanes take checksums, so that pages must come into buffers.
     pub(crate) verify: bool,
     /// Bytes go into a cache, so that pages must come into buffers.
     pub(crate) caches: bool,
@@ -375,7 +375,10 @@ fn share<'a>(
         EngineChoice::Mapped => {
             return Err(crate::Error::Engine {
                 engine: MAPPED,
-                reason: "checksums are taken of buffers, and it has none: leave the engine to auto to verify".into(),
+                reason:
+                    "the processor takes checksums of buffers, and it has none, and the device cannot take them of all \
+                         bytes: leave the engine to auto to verify"
+                        .into(),
             });
         }
         EngineChoice::Auto | EngineChoice::Pread => {

@@ -65,7 +65,7 @@ impl Sink for Collect {
             dst_offset: 0,
             dst_pitch: piece.len,
         };
-        let parcel = device::Parcel { source: filled, copies: &[copy] };
+        let parcel = device::Parcel { source: filled, copies: &[copy], part: None };
         device::copy(&self.streams, &vec![block.clone()].into(), vec![parcel])?.wait(0)?;
         let mut bytes = vec![0; piece.len as usize];
         block.read(0, &mut bytes)?;

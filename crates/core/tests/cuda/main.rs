@@ -6,6 +6,7 @@ mod cache;
 mod common;
 mod devices;
 mod prepare;
+mod sums;
 
 use std::time::{Duration, Instant};
 

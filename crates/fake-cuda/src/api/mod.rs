@@ -7,6 +7,7 @@ mod copy;
 mod device;
 mod error;
 mod ipc;
+mod kernel;
 mod memory;
 mod stream;
 

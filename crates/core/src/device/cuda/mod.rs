@@ -1,6 +1,7 @@
 //! CUDA through its driver, loaded at run time. Every error of the driver is an error of the call.
 
 mod stream;
+mod sums;
 
 use std::ffi::{CStr, c_char, c_uint};
 use std::ptr;
@@ -9,8 +10,9 @@ use std::sync::{Arc, OnceLock};
 use cudarc::driver::sys;
 
 use super::ipc::{Exported, HANDLE_LEN};
-use super::{Backend, BackendStream, DeviceError, Memory};
+use super::{Backend, BackendStream, DeviceError, Memory, SumsState};
 use stream::CudaStream;
+use sums::Kernel;
 
 /// cuMemHostRegister: usable by all contexts; the memory is only read.
 const REGISTER_PORTABLE: c_uint = 0x01;
@@ -44,6 +46,17 @@ fn driver() -> Result<(), DeviceError> {
         }
     };
     if *by == here { Ok(()) } else { Err(DeviceError::Forked { device: "cuda".into() }) }
+}
+
+/// The driver's version, asked once; 0 where it does not say. The driver is loaded.
+fn driver_version() -> i32 {
+    static VERSION: OnceLock<i32> = OnceLock::new();
+    *VERSION.get_or_init(|| {
+        let mut version = 0;
+        // SAFETY: the driver is loaded, by the caller's word; it writes one number.
+        let code = unsafe { sys::cuDriverGetVersion(&mut version) };
+        if code == sys::CUresult::CUDA_SUCCESS { version } else { 0 }
+    })
 }
 
 /// Number of visible devices.
@@ -128,6 +141,8 @@ struct Context {
     ordinal: usize,
     device: sys::CUdevice,
     context: sys::CUcontext,
+    /// What takes checksums in it.
+    kernel: Kernel,
 }
 
 // SAFETY: a driver context may be made current in any thread.
@@ -150,6 +165,15 @@ impl Context {
 
     fn check(&self, what: &'static str, code: sys::CUresult) -> Result<(), DeviceError> {
         if code == sys::CUresult::CUDA_SUCCESS { Ok(()) } else { Err(driver_error(&self.id(), what, code)) }
+    }
+
+    /// Free and total bytes of its device.
+    fn memory(&self) -> Result<(u64, u64), DeviceError> {
+        let _current = self.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: a context is current; the driver writes two integers.
+        self.check("ask for its memory", unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) })?;
+        Ok((free as u64, total as u64))
     }
 }
 
@@ -195,7 +219,11 @@ impl Cuda {
         // SAFETY: the device is valid; released in `Context::drop`.
         check(&id, "retain its primary context", unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) })?;
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Ok(Cuda { context: Arc::new(Context { ordinal, device, context }), name, blocking_wait: processors < 4 })
+        Ok(Cuda {
+            context: Arc::new(Context { ordinal, device, context, kernel: Kernel::default() }),
+            name,
+            blocking_wait: processors < 4,
+        })
     }
 
     /// Its place on the PCI bus, in the driver's words.
@@ -290,28 +318,19 @@ impl Backend for Cuda {
     }
 
     fn memory(&self) -> Result<Option<(u64, u64)>, DeviceError> {
-        let _current = self.context.enter()?;
-        let (mut free, mut total) = (0, 0);
-        // SAFETY: a context is current; the driver writes two integers.
-        self.context.check("ask for its memory", unsafe { sys::cuMemGetInfo_v2(&mut free, &mut total) })?;
-        Ok(Some((free as u64, total as u64)))
+        self.context.memory().map(Some)
     }
 
     fn alloc(&self, len: usize) -> Result<Box<dyn Memory>, DeviceError> {
-        let current = self.context.enter()?;
-        let mut addr = 0;
-        // SAFETY: a context is current; freed in `CudaMemory::drop`.
-        match unsafe { sys::cuMemAlloc_v2(&mut addr, len) } {
-            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
-                drop(current);
-                let free = self.memory()?.map_or(0, |(free, _)| free);
-                Err(DeviceError::OutOfMemory { device: self.id(), need: len as u64, free })
-            }
-            code => {
-                self.context.check("allocate memory", code)?;
-                Ok(Box::new(CudaMemory { context: Arc::clone(&self.context), addr }))
-            }
-        }
+        Ok(Box::new(CudaMemory::alloc(&self.context, len)?))
+    }
+
+    fn sums(&self) -> SumsState {
+        self.context.kernel.state()
+    }
+
+    fn prepare_sums(&self) {
+        Kernel::prepare(&self.context);
     }
 
     fn stream(&self) -> Result<Box<dyn BackendStream>, DeviceError> {
@@ -344,6 +363,24 @@ impl Backend for Cuda {
 struct CudaMemory {
     context: Arc<Context>,
     addr: sys::CUdeviceptr,
+}
+
+impl CudaMemory {
+    fn alloc(context: &Arc<Context>, len: usize) -> Result<CudaMemory, DeviceError> {
+        let _current = context.enter()?;
+        let mut addr = 0;
+        // SAFETY: a context is current; freed in `drop`.
+        match unsafe { sys::cuMemAlloc_v2(&mut addr, len) } {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                let free = context.memory().map_or(0, |(free, _)| free);
+                Err(DeviceError::OutOfMemory { device: context.id(), need: len as u64, free })
+            }
+            code => {
+                context.check("allocate memory", code)?;
+                Ok(CudaMemory { context: Arc::clone(context), addr })
+            }
+        }
+    }
 }
 
 impl Memory for CudaMemory {

@@ -2,12 +2,13 @@
 
 use std::ffi::c_uint;
 use std::ptr;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys;
 
-use super::Context;
-use crate::device::{BackendStream, DeviceError, Mark, Source, StreamCopy};
+use super::sums::CudaSums;
+use super::{Context, driver_version};
+use crate::device::{BackendStream, BackendSums, DeviceError, Mark, Source, StreamCopy};
 
 /// Largest pitch that the driver's two-dimensional copy takes, in bytes (CU_DEVICE_ATTRIBUTE_MAX_PITCH).
 const MAX_PITCH: u64 = (1 << 31) - 1;
@@ -19,26 +20,66 @@ const STREAM_NON_BLOCKING: c_uint = 0x01;
 /// The first version of the driver that has `cuMemcpyBatchAsync`.
 const BATCHES_SINCE: i32 = 12_080;
 
+/// A stream of the driver.
 #[derive(Debug)]
-pub(super) struct CudaStream {
+pub(super) struct Queue {
     context: Arc<Context>,
     stream: sys::CUstream,
-    events: Arc<Events>,
 }
 
 // SAFETY: the driver's stream calls may come from any thread.
-unsafe impl Send for CudaStream {}
+unsafe impl Send for Queue {}
 // SAFETY: as above, several at once.
-unsafe impl Sync for CudaStream {}
+unsafe impl Sync for Queue {}
 
-impl CudaStream {
-    pub(super) fn new(context: &Arc<Context>, blocking: bool) -> Result<CudaStream, DeviceError> {
+impl Queue {
+    pub(super) fn new(context: &Arc<Context>) -> Result<Queue, DeviceError> {
         let _current = context.enter()?;
         let mut stream = ptr::null_mut();
         // SAFETY: a context is current; destroyed in `drop`.
         context.check("make a stream", unsafe { sys::cuStreamCreate(&mut stream, STREAM_NON_BLOCKING) })?;
+        Ok(Queue { context: Arc::clone(context), stream })
+    }
+
+    pub(super) fn handle(&self) -> sys::CUstream {
+        self.stream
+    }
+
+    /// Makes what is issued from now on wait for what another queue has to do by now. The context is current.
+    pub(super) fn wait_for(&self, other: &Queue, events: &Arc<Events>) -> Result<(), DeviceError> {
+        let mark = CudaMark::new(events, other)?;
+        // SAFETY: both handles are live. The event may be recorded anew: this call waits for its last record.
+        self.context.check("wait for a stream", unsafe { sys::cuStreamWaitEvent(self.stream, mark.event.0, 0) })
+    }
+
+    pub(super) fn synchronize(&self) -> Result<(), DeviceError> {
+        let _current = self.context.enter()?;
+        // SAFETY: the stream is live.
+        self.context.check("wait for its copies", unsafe { sys::cuStreamSynchronize(self.stream) })
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        if let Ok(_current) = self.context.enter() {
+            // SAFETY: made by `new`, destroyed once.
+            let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct CudaStream {
+    context: Arc<Context>,
+    queue: Arc<Queue>,
+    events: Arc<Events>,
+}
+
+impl CudaStream {
+    pub(super) fn new(context: &Arc<Context>, blocking: bool) -> Result<CudaStream, DeviceError> {
+        let queue = Arc::new(Queue::new(context)?);
         let events = Events { context: Arc::clone(context), blocking, spare: Mutex::default() };
-        Ok(CudaStream { context: Arc::clone(context), stream, events: Arc::new(events) })
+        Ok(CudaStream { context: Arc::clone(context), queue, events: Arc::new(events) })
     }
 
     /// Issues one copy. Its context is current.
@@ -76,7 +117,7 @@ impl CudaStream {
                 Height: rows,
             };
             // SAFETY: all rows lie in live memory until the work is done, by the caller's word.
-            let code = unsafe { sys::cuMemcpy2DAsync_v2(&rectangle, self.stream) };
+            let code = unsafe { sys::cuMemcpy2DAsync_v2(&rectangle, self.queue.stream) };
             return self.context.check("copy rows", code);
         }
         for row in 0..rows {
@@ -84,8 +125,10 @@ impl CudaStream {
             // SAFETY: as above; row `row` begins a pitch after the one before.
             let code = unsafe {
                 match src_device {
-                    None => sys::cuMemcpyHtoDAsync_v2(to, src.add(row * src_pitch).cast(), row_len, self.stream),
-                    Some(from) => sys::cuMemcpyDtoDAsync_v2(to, from + (row * src_pitch) as u64, row_len, self.stream),
+                    None => sys::cuMemcpyHtoDAsync_v2(to, src.add(row * src_pitch).cast(), row_len, self.queue.stream),
+                    Some(from) => {
+                        sys::cuMemcpyDtoDAsync_v2(to, from + (row * src_pitch) as u64, row_len, self.queue.stream)
+                    }
                 }
             };
             self.context.check("copy", code)?;
@@ -119,7 +162,7 @@ impl CudaStream {
                 &mut first,
                 1,
                 &mut failed,
-                self.stream,
+                self.queue.stream,
             )
         };
         self.context.check("copy a batch", code)
@@ -146,22 +189,11 @@ impl Batch {
     }
 }
 
-/// Whether the driver copies batches, asked once.
-fn has_batches() -> bool {
-    static HAS: OnceLock<bool> = OnceLock::new();
-    *HAS.get_or_init(|| {
-        let mut version = 0;
-        // SAFETY: the driver is loaded, since there is a stream; it writes one number.
-        let code = unsafe { sys::cuDriverGetVersion(&mut version) };
-        code == sys::CUresult::CUDA_SUCCESS && version >= BATCHES_SINCE
-    })
-}
-
 impl BackendStream for CudaStream {
     unsafe fn copy(&self, copies: &[StreamCopy]) -> Result<(), DeviceError> {
         let _current = self.context.enter()?;
         let mut batch = Batch::default();
-        let batches = copies.len() > 1 && has_batches();
+        let batches = copies.len() > 1 && driver_version() >= BATCHES_SINCE;
         for copy in copies {
             if !(batches && batch.add(copy)) {
                 // SAFETY: the caller's word.
@@ -174,25 +206,15 @@ impl BackendStream for CudaStream {
 
     fn mark(&self) -> Result<Box<dyn Mark>, DeviceError> {
         let _current = self.context.enter()?;
-        let mark = CudaMark { event: self.events.take()?, events: Arc::clone(&self.events) };
-        // SAFETY: both handles are live.
-        self.context.check("record an event", unsafe { sys::cuEventRecord(mark.event.0, self.stream) })?;
-        Ok(Box::new(mark))
+        Ok(Box::new(CudaMark::new(&self.events, &self.queue)?))
+    }
+
+    fn sums(&self) -> Result<Option<Box<dyn BackendSums>>, DeviceError> {
+        Ok(Some(Box::new(CudaSums::new(&self.context, &self.queue, &self.events)?)))
     }
 
     fn synchronize(&self) -> Result<(), DeviceError> {
-        let _current = self.context.enter()?;
-        // SAFETY: the stream is live.
-        self.context.check("wait for its copies", unsafe { sys::cuStreamSynchronize(self.stream) })
-    }
-}
-
-impl Drop for CudaStream {
-    fn drop(&mut self) {
-        if let Ok(_current) = self.context.enter() {
-            // SAFETY: made by `stream`, destroyed once.
-            let _ = unsafe { sys::cuStreamDestroy_v2(self.stream) };
-        }
+        self.queue.synchronize()
     }
 }
 
@@ -207,7 +229,7 @@ unsafe impl Sync for Event {}
 
 /// A stream's events, used again and again: making one takes a lock that the copies of all threads need.
 #[derive(Debug)]
-struct Events {
+pub(super) struct Events {
     context: Arc<Context>,
     /// Waiting for them blocks the thread instead of spinning.
     blocking: bool,
@@ -248,6 +270,16 @@ impl Drop for Events {
 struct CudaMark {
     event: Event,
     events: Arc<Events>,
+}
+
+impl CudaMark {
+    /// A mark after what a queue has to do. The context is current.
+    fn new(events: &Arc<Events>, queue: &Queue) -> Result<CudaMark, DeviceError> {
+        let mark = CudaMark { event: events.take()?, events: Arc::clone(events) };
+        // SAFETY: both handles are live.
+        queue.context.check("record an event", unsafe { sys::cuEventRecord(mark.event.0, queue.stream) })?;
+        Ok(mark)
+    }
 }
 
 impl Mark for CudaMark {
