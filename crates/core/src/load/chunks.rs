@@ -2,7 +2,7 @@
 //!
 //! A chunk is longer than a piece may be if the staging ring is to stay in the processor's cache. So each piece's
 //! checksum is taken while the piece is there, and who brings a chunk's last piece combines them: CRCs of neighbours
-//! give the CRC of both.
+//! give the CRC of both. Or the device that a chunk goes to takes its checksum, once all has arrived (`summed.rs`).
 
 use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
 
@@ -221,6 +221,32 @@ mod tests {
                 assert_eq!(arrived, expected, "chunks of {chunk_len}, pieces of {piece_len}, stride {stride}");
             }
         }
+    }
+
+    #[test]
+    fn whoever_brings_a_chunks_first_piece_decides_who_takes_its_checksum() {
+        let plan = plan(&[100_000], 40_960, 20_480);
+        let pieces = plan.pieces();
+        // The last chunk is for no device.
+        let chunks = Chunks::new(40_960, 20_480, pieces, |pieces| (pieces[0].offset < 81_920).then_some(7));
+        assert!(chunks.some_for_devices() && !chunks.devices_can_all(|_| true));
+        let part = |piece: usize, is_ready: bool| {
+            chunks.part(&pieces[piece], |device| {
+                assert_eq!(device, 7);
+                is_ready
+            })
+        };
+        assert_eq!([part(1, false), part(0, true)], [None, None], "by lanes, since the device was not ready");
+        let expected = [40_960, 20_480].map(|to_end| Some(Part { slot: 1, to_end }));
+        assert_eq!([part(2, true), part(3, false)], expected);
+        assert_eq!(part(4, true), None);
+        chunks.arrive(&pieces[3], 5);
+        chunks.arrive(&pieces[2], 3);
+        let summed: Vec<Summed> = chunks.summed().collect();
+        assert_eq!(summed, [Summed { file: 0, number: 1, len: 40_960, device: 7, slot: 1, rest: 6 }]);
+        assert!(!chunks.all_arrived());
+        assert_eq!([0, 1, 4].map(|piece| chunks.take(&pieces[piece], 0).is_some()), [false, true, true]);
+        assert!(chunks.all_arrived());
     }
 
     #[test]
