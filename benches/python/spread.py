@@ -1,6 +1,6 @@
 """Times loads of one model whose layers go to several devices in turn, by one process.
 
-    python benches/python/spread.py MODEL [--devices cuda:0,cuda:1] [--repeat 5] [--compare]
+    python benches/python/spread.py MODEL [--devices cuda:0,cuda:1] [--repeat 5] [--compare] [--verify]
 
 Each load is a fresh process, which imports torch and makes its contexts first. Prints a line of JSON a load: seconds
 until all is there, GB/s, bytes on each device, and what read. `--compare` compares every tensor of the first one, bit
@@ -26,6 +26,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--devices", default="cuda:0,cuda:1", help="as torch names them; `cpu` is one too")
     parser.add_argument("--repeat", type=int, default=5, help="loads")
     parser.add_argument("--compare", action="store_true")
+    parser.add_argument("--verify", action="store_true", help="compare checksums; of a store")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -42,7 +43,7 @@ def child(args: argparse.Namespace) -> None:
     layers = json.loads((args.model / "config.json").read_text())["num_hidden_layers"]
     spread = {f"model.layers.{layer}": devices[layer % len(devices)] for layer in range(layers)}
     began = time.perf_counter()
-    tensors = sllm.load_dict(args.model, {"": devices[0], **spread})
+    tensors = sllm.load_dict(args.model, {"": devices[0], **spread}, verify=args.verify)
     for device in devices:
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize(device)
@@ -52,6 +53,8 @@ def child(args: argparse.Namespace) -> None:
         "seconds": round(seconds, 3),
         "gb_per_s": round(tensors.report.bytes / seconds / 1e9, 2),
         "bytes": {device: sum(size for (of, _), size in held.items() if of == device) for device in devices},
+        "numa_node": tensors.report.numa_node,
+        "verified_by_devices": tensors.report.device_verified_bytes,
         "engines": sorted({engine["engine"] for engine in tensors.report.engines}),
     }
     different = compare(args.model, tensors) if args.compare else []
@@ -87,8 +90,9 @@ def main() -> None:
         child(args)
         return
     for number in range(args.repeat):
+        flags = [*(["--compare"] if args.compare and number == 0 else []), *(["--verify"] if args.verify else [])]
         command = [sys.executable, __file__, str(args.model), "--devices", args.devices, "--child"]
-        subprocess.run([*command, *(["--compare"] if args.compare and number == 0 else [])], check=True)
+        subprocess.run([*command, *flags], check=True)
 
 
 if __name__ == "__main__":

@@ -129,6 +129,7 @@ class LoadReport(Report):
     pieces: int
     copies: int
     verified: bool
+    device_verified_bytes: int
     seconds: float
     plan_s: float
     alloc_s: float
