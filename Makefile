@@ -35,8 +35,8 @@ check: check-kernels
 # The compiler of kernels, which needs no GPU.
 NVRTC = $(CARGO_TARGET_DIR)/nvrtc
 $(NVRTC)/nvidia: | $(TOOLS)/bin/maturin
-	$(TOOLS)/bin/python $(PIP) download --no-deps --dest $(NVRTC) nvidia-cuda-nvrtc-cu11==11.8.89
-	$(TOOLS)/bin/python -m zipfile -e $(NVRTC)/nvidia_cuda_nvrtc_cu11-*.whl $(NVRTC)
+	$(TOOLS)/bin/python $(PIP) download --no-deps --dest $(NVRTC) nvidia-cuda-nvrtc-cu12==12.9.86
+	$(TOOLS)/bin/python -m zipfile -e $(NVRTC)/nvidia_cuda_nvrtc_cu12-*.whl $(NVRTC)
 
 kernels: $(NVRTC)/nvidia
 	$(TOOLS)/bin/python crates/core/kernels/compile.py $(NVRTC)

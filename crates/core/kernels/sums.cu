@@ -1,7 +1,7 @@
 // Checksums of bytes where they have arrived: CRC-64/NVME without its initial and final value, so that those of parts are
 // added up by XOR. Polynomials are reflected: bit 63 of a word is the power 0, and words are read lowest byte first.
 //
-// compile.py makes sums.ptx of it. The processor's side is src/device/cuda/sums.rs.
+// compile.py makes sums.sm_*.cubin of it. The processor's side is src/device/cuda/sums.rs.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;

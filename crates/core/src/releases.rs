@@ -1,5 +1,5 @@
-//! Work beside loads. Above all releasing what a device had registered, file pages or a ring of buffers, after a load: that
-//! takes half as long as registering, and whoever waits for the load has its bytes already.
+//! Releasing what a device had registered, file pages or a ring of buffers, after a load: that takes half as long as
+//! registering, and whoever waits for the load has its bytes already.
 
 use std::process;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -10,7 +10,7 @@ use crate::device::DeviceError;
 
 /// The process that released something first. A fork has the counter below as it was, maybe locked, and none of the threads.
 static PROCESS: AtomicU32 = AtomicU32::new(0);
-/// Works that go on.
+/// Releases that go on.
 static GOING_ON: Mutex<usize> = Mutex::new(0);
 static ENDED: Condvar = Condvar::new();
 
@@ -41,12 +41,6 @@ impl Drop for Counted {
 
 /// Drops `registered` in a thread of its own, or here if none can be had, or if `most` such threads are at work.
 pub(crate) fn release<T: Send + 'static>(registered: T, most: usize) {
-    in_background("sllm-release", most, move || drop(registered));
-}
-
-/// Does `work` in a thread of its own, for which a process that exits waits: the driver must not be called after that.
-/// Where none can be had, or `most` such threads are at work, it is dropped.
-pub(crate) fn in_background(name: &str, most: usize, work: impl FnOnce() + Send + 'static) {
     static AT_EXIT: Once = Once::new();
     let id = process::id();
     if PROCESS.compare_exchange(0, id, Ordering::Relaxed, Ordering::Relaxed).is_err_and(|first| first != id) {
@@ -59,11 +53,11 @@ pub(crate) fn in_background(name: &str, most: usize, work: impl FnOnce() + Send 
     });
     let Some(counted) = Counted::new(most) else { return };
     let work = move || {
-        work();
+        drop(registered);
         drop(counted);
     };
     // A thread that cannot be started drops what it was given.
-    let _ = Builder::new().name(name.into()).spawn(work);
+    let _ = Builder::new().name("sllm-release".into()).spawn(work);
 }
 
 /// Waits for all that go on. Whether there ever were any, so that what was refused may be had now.

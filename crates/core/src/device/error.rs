@@ -81,11 +81,13 @@ pub enum DeviceError {
         /// Its number.
         code: u32,
     },
-    /// The driver is older than CUDA 12.0.
-    #[error("{device}: its driver is older than CUDA 12.0")]
-    OldDriver {
+    /// A device that takes no checksums.
+    #[error("{device} takes no checksums: {reason}")]
+    NoSums {
         /// The device.
         device: String,
+        /// Why not.
+        reason: String,
     },
     /// Bytes that are right in their file, and wrong on the device.
     #[error(

@@ -24,7 +24,7 @@ pub use link::LinkPeak;
 pub use memory_file::MemoryFile;
 pub use mover::Mover;
 pub(crate) use stream::{Parcel, Pending, Stream, Summing, copy, stream_of};
-pub(crate) use sums::{BackendSums, Part, Run, SumsState, gaps, summed_by};
+pub(crate) use sums::{BackendSums, Part, Run, gaps, summed_by};
 
 use crate::error::{Error, Result};
 use crate::plan::PieceCopy;
@@ -67,12 +67,10 @@ pub(crate) trait Backend: Send + Sync + fmt::Debug {
     fn alloc(&self, len: usize) -> Result<Box<dyn Memory>, DeviceError>;
     /// A queue of copies that run in order.
     fn stream(&self) -> Result<Box<dyn BackendStream>, DeviceError>;
-    /// Whether it takes checksums.
-    fn sums(&self) -> SumsState {
-        SumsState::Never
+    /// Makes it ready to take checksums of what is copied to it. Whether it is of a kind that does; an error where it cannot.
+    fn prepare_sums(&self) -> Result<bool, DeviceError> {
+        Ok(false)
     }
-    /// Begins to make it ready to, in the background.
-    fn prepare_sums(&self) {}
     /// Pins host memory for every context.
     ///
     /// # Safety
@@ -227,14 +225,10 @@ impl Device {
         Ok(Stream { stream: self.0.stream()?, sums: None, device: self.clone() })
     }
 
-    /// Whether it takes checksums of what is copied to it.
-    pub(crate) fn sums(&self) -> SumsState {
-        self.0.sums()
-    }
-
-    /// Begins to make it ready to take checksums, in the background, once.
-    pub(crate) fn prepare_sums(&self) {
-        self.0.prepare_sums();
+    /// Makes it ready to take checksums of what is copied to it, the first time. Whether it is of a kind that does; an error
+    /// where it cannot.
+    pub(crate) fn prepare_sums(&self) -> Result<bool, DeviceError> {
+        self.0.prepare_sums()
     }
 
     /// Pins host memory.

@@ -164,7 +164,7 @@ impl<'a> Summing<'a> {
     }
 
     /// Waits, and gives the remainders by the slots of the stream at this place.
-    pub(crate) fn take(&self, place: usize) -> Result<Vec<u64>, DeviceError> {
+    pub(crate) fn remainders(&self, place: usize) -> Result<Vec<u64>, DeviceError> {
         self.0.get(place).ok_or(DeviceError::OutOfBounds)?.sums()?.take()
     }
 }

@@ -4,15 +4,17 @@
 use std::fmt;
 use std::ops::Range;
 
-use super::{Block, Device, DeviceError};
+use super::{Block, DeviceError};
 use crate::plan::PieceCopy;
 
 /// Bytes that a device sums up as one.
 const WORD: u64 = 8;
 /// Bytes of a copy at least, in the mean of a piece's: for each a block of the device's threads starts.
 const MEAN_COPY: u64 = 4096;
-/// Bytes of a piece at most that the device does not see; of one with more the processor takes the checksum as a whole.
+/// Bytes of a piece at most that the device does not see, and in how many parts, each of which takes the processor 4 us; of a
+/// piece with more it takes the checksum as a whole.
 const MOST_OF_REST: u64 = 128 << 10;
+const MOST_GAPS: usize = 16;
 
 /// What takes checksums of what one stream brings.
 pub(crate) trait BackendSums: Send + Sync + fmt::Debug {
@@ -27,21 +29,6 @@ pub(crate) trait BackendSums: Send + Sync + fmt::Debug {
     fn take(&self) -> Result<Vec<u64>, DeviceError>;
     /// Waits for what goes on, and forgets the rest.
     fn stop(&self);
-}
-
-/// Whether a device takes checksums.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum SumsState {
-    /// It is of a kind that does not.
-    Never,
-    /// It has to be prepared.
-    Unready,
-    /// It is being prepared.
-    Preparing,
-    /// It could not be prepared, for this reason.
-    Refused(String),
-    /// It does.
-    Ready,
 }
 
 /// A run of rows that follow one another in a chunk, on the device.
@@ -87,22 +74,24 @@ impl Part {
     }
 }
 
-/// The place among `devices` of the one that can sum up a piece of `len` bytes by what these copies leave there, but for
-/// little: see [`gaps`].
-pub(crate) fn summed_by(len: u64, copies: &[PieceCopy], blocks: &[Block], devices: &[Device]) -> Option<usize> {
-    let device = blocks.get(copies.first()?.block)?.device();
+/// The device that can sum up a piece of `len` bytes by what these copies leave there, but for little: see [`gaps`].
+/// `devices` has that of each block, where it takes checksums.
+pub(crate) fn summed_by(len: u64, copies: &[PieceCopy], blocks: &[Block], devices: &[Option<usize>]) -> Option<usize> {
+    let device_of = |copy: &PieceCopy| devices.get(copy.block).copied().flatten();
+    let device = device_of(copies.first()?)?;
     let is_word = |n: u64| n.is_multiple_of(WORD);
     let is_summable = |copy: &PieceCopy| {
         let in_rows = || copy.src_pitch == copy.row_len && is_word(copy.row_len) && is_word(copy.dst_pitch);
-        let block = blocks.get(copy.block).filter(|block| block.device().same_as(device));
-        block.is_some_and(|block| is_word(block.addr() + copy.dst_offset)) && (copy.rows == 1 || in_rows())
+        let begins = blocks.get(copy.block).is_some_and(|block| is_word(block.addr() + copy.dst_offset));
+        device_of(copy) == Some(device) && begins && (copy.rows == 1 || in_rows())
     };
     let is_once = |pair: &[PieceCopy]| pair[0].src_offset + pair[0].len() <= pair[1].src_offset;
-    let rest = gaps(len, copies).try_fold(0, |sum: u64, gap| Some(sum + gap.end.checked_sub(gap.start)?));
     let are_long = copies.len() as u64 <= (len / MEAN_COPY).max(1);
-    let fits = are_long && rest.is_some_and(|rest| rest <= MOST_OF_REST);
-    let is_all = fits && copies.windows(2).all(is_once) && copies.iter().all(is_summable);
-    devices.iter().position(|one| one.same_as(device)).filter(|_| is_all)
+    if !(are_long && copies.windows(2).all(is_once) && copies.iter().all(is_summable)) {
+        return None;
+    }
+    let (count, rest) = gaps(len, copies).fold((0, 0), |(count, rest), gap| (count + 1, rest + gap.end - gap.start));
+    (count <= MOST_GAPS && rest <= MOST_OF_REST).then_some(device)
 }
 
 /// What the runs of these copies leave of a piece of `len` bytes: what is not copied, and ends of copies that are no whole
@@ -117,6 +106,7 @@ pub(crate) fn gaps(len: u64, copies: &[PieceCopy]) -> impl Iterator<Item = Range
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Device;
 
     const LEN: u64 = 1 << 20;
 
@@ -126,8 +116,9 @@ mod tests {
 
     #[test]
     fn a_device_sums_up_what_is_all_there_in_whole_words() {
-        let devices = [Device::host()];
-        let blocks = [Block::alloc(&devices[0], LEN).unwrap(), Block::alloc(&devices[0], 2 * LEN).unwrap()];
+        let host = Device::host();
+        let blocks = [LEN, 2 * LEN, LEN, LEN].map(|len| Block::alloc(&host, len).unwrap());
+        let devices = [Some(0), Some(0), Some(1), None];
         let by = |copies: &[PieceCopy]| summed_by(LEN, copies, &blocks, &devices);
         assert_eq!(by(&[copy(0, LEN, 0, 0)]), Some(0));
         assert_eq!(by(&[copy(0, 8, 1, 800), copy(8, LEN - 8, 0, 0)]), Some(0), "in two blocks");
@@ -146,8 +137,18 @@ mod tests {
         assert_eq!(odd.map(|rows| by(&[rows])), [None, None]);
         let crumbs: Vec<PieceCopy> = (0..LEN / 8).map(|n| copy(8 * n, 8, 0, 8 * n)).collect();
         assert_eq!(by(&crumbs), None, "too many copies");
-        assert_eq!(summed_by(LEN, &[copy(0, LEN, 7, 0)], &blocks, &devices), None, "no such block");
-        assert_eq!(summed_by(LEN, &[copy(0, LEN, 0, 0)], &blocks, &[]), None, "no such device");
+        let holes = |len: u64| (0..16).map(|n| copy(n * LEN / 16, LEN / 16 - len, 0, n * LEN / 16)).collect::<Vec<_>>();
+        assert_eq!(
+            [by(&holes(0)), by(&holes(256)), by(&holes(16_384))],
+            [Some(0), Some(0), None],
+            "too much is left out"
+        );
+        let eighteen: Vec<PieceCopy> = (0..18).map(|n| copy(n * 57_344, 57_000, 0, n * 57_344)).collect();
+        assert_eq!(by(&eighteen), None, "in too many places");
+        assert_eq!(by(&[copy(0, LEN, 2, 0)]), Some(1), "another device");
+        assert_eq!(by(&[copy(0, 4096, 0, 0), copy(4096, LEN - 4096, 2, 0)]), None, "two devices");
+        assert_eq!(by(&[copy(0, LEN, 3, 0)]), None, "a device that takes none");
+        assert_eq!(by(&[copy(0, LEN, 7, 0)]), None, "no such block");
     }
 
     #[test]

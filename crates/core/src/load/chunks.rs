@@ -4,7 +4,7 @@
 //! checksum is taken while the piece is there, and who brings a chunk's last piece combines them: CRCs of neighbours
 //! give the CRC of both. Or the device that a chunk goes to takes its checksum, once all has arrived (`summed.rs`).
 
-use std::sync::atomic::{AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crate::crc;
 use crate::device::Part;
@@ -29,18 +29,11 @@ struct Chunk {
     left: AtomicUsize,
     /// The checksum of each piece that has, where lanes take them.
     sums: Box<[AtomicU64]>,
-    /// The place of the device that can take its checksum.
+    /// The place of the device that takes its checksum; `None`: the lanes do.
     device: Option<usize>,
-    /// Whether that does.
-    taken: AtomicU8,
     /// The remainder of what it does not see then.
     rest: AtomicU64,
 }
-
-/// Who takes a chunk's checksum: whoever brings its first piece decides.
-const UNDECIDED: u8 = 0;
-const BY_LANES: u8 = 1;
-const BY_DEVICE: u8 = 2;
 
 /// A chunk whose bytes are all there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,7 +58,7 @@ pub(super) struct Summed {
 
 impl Chunks {
     /// The chunks of `pieces`, which are those of a plan made with these lengths: in order, and whole chunks. `device_of` a
-    /// chunk's pieces is the place of the device that can take its checksum.
+    /// chunk's pieces is the place of the device that takes its checksum.
     pub(super) fn new(
         chunk_len: u64,
         piece_len: u64,
@@ -80,7 +73,6 @@ impl Chunks {
             left: AtomicUsize::new(pieces.len()),
             sums: pieces.iter().map(|_| AtomicU64::new(0)).collect(),
             device: device_of(pieces),
-            taken: AtomicU8::new(UNDECIDED),
             rest: AtomicU64::new(0),
         };
         Chunks { chunk_len, piece_len, chunks: pieces.chunk_by(of_one).map(chunk).collect() }
@@ -91,30 +83,22 @@ impl Chunks {
         self.chunks.len()
     }
 
-    /// Whether devices could take some of the checksums.
-    pub(super) fn some_for_devices(&self) -> bool {
-        self.chunks.iter().any(|chunk| chunk.device.is_some())
+    /// Whether the device at this place takes some of the checksums.
+    pub(super) fn are_for(&self, device: usize) -> bool {
+        self.chunks.iter().any(|chunk| chunk.device == Some(device))
     }
 
-    /// Whether devices could take all checksums.
-    pub(super) fn devices_can_all(&self, is_able: impl Fn(usize) -> bool) -> bool {
-        self.chunks.iter().all(|chunk| chunk.device.is_some_and(&is_able))
+    /// Leaves those to the lanes, before a piece comes.
+    pub(super) fn leave(&mut self, device: usize) {
+        let its = self.chunks.iter_mut().filter(|chunk| chunk.device == Some(device));
+        its.for_each(|chunk| chunk.device = None);
     }
 
-    /// A piece's part in a chunk that a device sums up, which is so if the device is ready when it is asked first.
-    pub(super) fn part(&self, piece: &Piece, is_ready: impl FnOnce(usize) -> bool) -> Option<Part> {
+    /// A piece's part in a chunk that a device sums up.
+    pub(super) fn part(&self, piece: &Piece) -> Option<Part> {
         let (slot, chunk) = self.find(piece)?;
-        let device = chunk.device?;
-        let taken = match chunk.taken.load(Ordering::Relaxed) {
-            UNDECIDED => {
-                let by = if is_ready(device) { BY_DEVICE } else { BY_LANES };
-                let decided = chunk.taken.compare_exchange(UNDECIDED, by, Ordering::Relaxed, Ordering::Relaxed);
-                decided.map_or_else(|earlier| earlier, |_| by)
-            }
-            taken => taken,
-        };
         let to_end = (chunk.number * self.chunk_len + chunk.len).checked_sub(piece.offset)?;
-        (taken == BY_DEVICE).then_some(Part { slot: u32::try_from(slot).ok()?, to_end })
+        chunk.device.and(Some(Part { slot: u32::try_from(slot).ok()?, to_end }))
     }
 
     /// Counts a piece that a device sums up, but for bytes of this remainder.
@@ -128,9 +112,8 @@ impl Chunks {
     /// The chunks that devices sum up.
     pub(super) fn summed(&self) -> impl Iterator<Item = Summed> {
         let by_device = |(slot, chunk): (usize, &Chunk)| {
-            let &Chunk { file, number, len, device, ref taken, .. } = chunk;
-            let device = device.filter(|_| taken.load(Ordering::Relaxed) == BY_DEVICE)?;
-            Some(Summed { file, number, len, device, slot, rest: chunk.rest.load(Ordering::Relaxed) })
+            let (&Chunk { file, number, len, .. }, rest) = (chunk, chunk.rest.load(Ordering::Relaxed));
+            Some(Summed { file, number, len, device: chunk.device?, slot, rest })
         };
         self.chunks.iter().enumerate().filter_map(by_device)
     }
@@ -224,22 +207,16 @@ mod tests {
     }
 
     #[test]
-    fn whoever_brings_a_chunks_first_piece_decides_who_takes_its_checksum() {
+    fn a_chunk_is_the_lanes_or_one_devices() {
         let plan = plan(&[100_000], 40_960, 20_480);
         let pieces = plan.pieces();
-        // The last chunk is for no device.
-        let chunks = Chunks::new(40_960, 20_480, pieces, |pieces| (pieces[0].offset < 81_920).then_some(7));
-        assert!(chunks.some_for_devices() && !chunks.devices_can_all(|_| true));
-        let part = |piece: usize, is_ready: bool| {
-            chunks.part(&pieces[piece], |device| {
-                assert_eq!(device, 7);
-                is_ready
-            })
-        };
-        assert_eq!([part(1, false), part(0, true)], [None, None], "by lanes, since the device was not ready");
-        let expected = [40_960, 20_480].map(|to_end| Some(Part { slot: 1, to_end }));
-        assert_eq!([part(2, true), part(3, false)], expected);
-        assert_eq!(part(4, true), None);
+        let device_of = |pieces: &[Piece]| [Some(6), Some(7), None][pieces[0].offset as usize / 40_960];
+        let mut chunks = Chunks::new(40_960, 20_480, pieces, device_of);
+        assert_eq!([5, 6, 7].map(|device| chunks.are_for(device)), [false, true, true]);
+        chunks.leave(6);
+        let parts: Vec<Option<Part>> = pieces.iter().map(|piece| chunks.part(piece)).collect();
+        let of_device = [40_960, 20_480].map(|to_end| Some(Part { slot: 1, to_end }));
+        assert_eq!(parts, [None, None, of_device[0], of_device[1], None]);
         chunks.arrive(&pieces[3], 5);
         chunks.arrive(&pieces[2], 3);
         let summed: Vec<Summed> = chunks.summed().collect();

@@ -14,7 +14,7 @@ use crate::cache::{CachedChunk, Sums, Use};
 use crate::checkpoint::Checkpoint;
 use crate::control::Meter;
 use crate::crc;
-use crate::device::{self, Block, Device, Part, Stream, SumsState};
+use crate::device::{self, Block, Device, Part};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
 use crate::plan::{LoadPlan, Piece, PieceCopy};
@@ -39,7 +39,6 @@ pub(super) struct Shared<'a> {
     /// In a cache, every piece is a whole chunk, and its checksum is compared at once.
     pub(super) verify: bool,
     pub(super) buffers: Buffers<'a>,
-    pub(super) streams: &'a [Stream],
     pub(super) outbox: Outbox<'a>,
     /// The first of the devices that memory has to be pinned for.
     pub(super) pinning: Option<&'a Device>,
@@ -118,7 +117,7 @@ pub(super) struct Lane<'a> {
     in_flight: VecDeque<Receipt<'a>>,
     /// The checksum of as much as has come of the piece for which room was asked last, where the lane takes it.
     sum: Digest,
-    sums: bool,
+    sums_up: bool,
     started: Instant,
     times: LaneTimes,
 }
@@ -128,8 +127,8 @@ impl<'a> Lane<'a> {
         let (spare, in_flight) = (Vec::new(), VecDeque::new());
         let (started, times) = (Instant::now(), LaneTimes::default());
         let sum = Digest::new(CrcAlgorithm::Crc64Nvme);
-        let (most, needed, sums) = (quota, usize::MAX, false);
-        Lane { shared, quota, most, needed, direct, spare, in_flight, sum, sums, started, times }
+        let (most, needed, sums_up) = (quota, usize::MAX, false);
+        Lane { shared, quota, most, needed, direct, spare, in_flight, sum, sums_up, started, times }
     }
 
     /// Waits for the lane's last copies.
@@ -251,9 +250,7 @@ impl<'a> Lane<'a> {
 
     /// A piece's part in a chunk that its device sums up.
     fn part(&self, piece: &Piece) -> Option<Part> {
-        let is_ready =
-            |place: usize| self.shared.streams.get(place).is_some_and(|s| s.device().sums() == SumsState::Ready);
-        self.shared.chunks.as_ref()?.part(piece, is_ready)
+        self.shared.chunks.as_ref()?.part(piece)
     }
 
     /// The remainder of the bytes of a piece that its device does not sum up.
@@ -298,7 +295,7 @@ impl Sink for Lane<'_> {
     fn room(&mut self, piece: &Piece) -> Result<Room> {
         self.check()?;
         self.sum.reset();
-        self.sums = self.shared.chunks.is_some() && self.part(piece).is_none();
+        self.sums_up = self.shared.chunks.is_some() && self.part(piece).is_none();
         if matches!(self.shared.buffers, Buffers::Ring(_))
             && let Some(room) = self.loan(piece)
         {
@@ -360,11 +357,11 @@ impl Sink for Lane<'_> {
     }
 
     fn step(&self) -> usize {
-        if self.sums { VERIFY_STEP } else { usize::MAX }
+        if self.sums_up { VERIFY_STEP } else { usize::MAX }
     }
 
     fn arrived(&mut self, beginning: &[u8]) {
-        if self.sums {
+        if self.sums_up {
             let verifying = Instant::now();
             update(&mut self.sum, beginning);
             self.times.verify += verifying.elapsed();
@@ -401,7 +398,9 @@ impl Sink for Lane<'_> {
         // Nothing is written once the load was stopped.
         self.check()?;
         if let (Some(chunks), Some(part)) = (&self.shared.chunks, part) {
+            let verifying = Instant::now();
             chunks.arrive(piece, self.rest(piece, part, &filled)?);
+            self.times.verify += verifying.elapsed();
         }
         let copying = Instant::now();
         let receipt = self.shared.outbox.send(filled, self.shared.plan.copies(piece), part)?;

@@ -30,7 +30,7 @@ use crate::device::{Block, Claim, Device, DeviceError, Stream, Summing};
 use crate::error::{Error, Result};
 use crate::format::PAGE;
 use crate::numa::{self, Node};
-use crate::plan::{Filter, LoadPlan, Placement, PlanOptions, Segment};
+use crate::plan::{Filter, LoadPlan, Piece, Placement, PlanOptions, Segment};
 use crate::read::choose::{self, Governor, Wishes, choose};
 use crate::read::{EngineChoice, Queue};
 use crate::tensor::TensorInfo;
@@ -179,7 +179,6 @@ impl Loader {
     /// It is for bytes that the page cache has: of others, or of few, nothing is pinned. What no load takes is given back
     /// with the loader.
     pub fn prepare(&self, checkpoint: &Checkpoint) {
-        self.prepare_sums(checkpoint);
         let whole = |(file, data): (usize, &DataFile)| Segment::contiguous(file, 0, data.len(), 0, 0);
         let whole: Vec<Segment> = checkpoint.files().iter().enumerate().map(whole).collect();
         let Some(form) = self.worth_preparing(checkpoint, &whole) else { return };
@@ -194,7 +193,7 @@ impl Loader {
     /// The form of the ring by which these segments are staged if they are cached; `None` where they are not, or are so few
     /// that each lane may as well pin what it needs.
     fn worth_preparing(&self, checkpoint: &Checkpoint, segments: &[Segment]) -> Option<Form> {
-        let wishes = Wishes { verify: self.wishes.verify && !self.devices_may_sum(), ..self.wishes.clone() };
+        let wishes = Wishes { verify: self.wishes.verify && !self.devices_sum_up(), ..self.wishes.clone() };
         let (lanes, per_lane) = choose::staged_lanes(&self.devices, &wishes)?;
         let sums = self.sums(checkpoint).ok()?;
         let PlanOptions { piece_len, .. } = self.cut(sums, false);
@@ -310,7 +309,6 @@ impl Loader {
         devices: impl Iterator<Item = &'a Device>,
         staging: &mut Staging,
     ) {
-        self.prepare_sums(checkpoint);
         if self.stages(devices) && !staging.is_cold {
             staging.is_cold = choose::is_cold(checkpoint.files(), segments, &self.wishes);
             if !staging.is_cold {
@@ -374,18 +372,16 @@ impl Loader {
             Some(cache) => cache.split(plan.pieces()),
             None => Split { missing: plan.pieces().iter().collect(), ..Split::default() },
         };
+        let outcome = Outcome::default();
+        let chunks = chunk_len.filter(|_| cache.is_none());
+        let chunks = chunks.map(|chunk_len| self.chunks(&plan, &blocks, (chunk_len, piece_len), staging, &outcome));
         let governor = match &self.cache {
             Some(cache) => Some(Governor::Bounce(cache.bounce())),
             None => self.stages(devices.iter()).then_some(Governor::Depth(&staging.depth)),
         };
-        let chunks = chunk_len.filter(|_| cache.is_none());
-        let chunks = chunks.map(|chunk_len| {
-            self.wait_for_sums(plan.read_len());
-            self.chunks(&plan, &blocks, chunk_len, piece_len)
-        });
-        let sums_here = chunks.as_ref().map_or(self.wishes.verify, |chunks| self.lanes_sum_up(chunks));
-        let wishes = Wishes { verify: sums_here, ..self.wishes.clone() };
-        let mut shares = choose(checkpoint.files(), missing, &devices, &wishes, governor, &staging.rates)?;
+        let sums_up = |piece: &Piece| chunks.as_ref().is_some_and(|chunks| chunks.part(piece).is_none());
+        let mut shares =
+            choose(checkpoint.files(), missing, &devices, &self.wishes, sums_up, governor, &staging.rates)?;
         if devices.len() > 1 {
             // In the order of the files one device's layers come before those of the next, and one link works at a time.
             let device_of =
@@ -399,31 +395,14 @@ impl Loader {
         }
         let plan_s = started.elapsed().as_secs_f64();
 
-        let outcome = Outcome::default();
         let node = if self.stages(devices.iter()) { staging.node(self) } else { None };
-        if let Some(chunks) = &chunks
-            && chunks.some_for_devices()
-        {
-            staging.begin_sums(self, chunks.len())?;
-        }
         let (buffers, streams) = staging.fit(self, node, cache.as_ref(), piece_len, &mut shares, &outcome)?;
         let meter = self.control.meter(plan.read_len());
         let verify = sums.is_some();
         let pinning = devices.iter().find(|device| device.needs_pinning());
         let outbox = Outbox::new(streams, Arc::clone(&blocks), outbox::most(piece_len));
-        let shared = Shared {
-            checkpoint,
-            plan: &plan,
-            chunks,
-            verify,
-            buffers,
-            streams,
-            outbox,
-            pinning,
-            blocks,
-            meter,
-            outcome,
-        };
+        let shared =
+            Shared { checkpoint, plan: &plan, chunks, verify, buffers, outbox, pinning, blocks, meter, outcome };
         let summing = Summing::new(streams);
         let queues: Vec<Queue<'_>> = shares.iter().map(|share| Queue::new(&share.pieces)).collect();
         let moving = Instant::now();
@@ -484,7 +463,6 @@ impl Loader {
         report.cached_bytes = cache.as_ref().map_or(0, Use::cached_len);
         report.numa_node = node.map(|node| node.number());
         report.notes = shared.outcome.take_notes();
-        report.notes.extend(self.sums_refusal());
         if let Buffers::Ring(pool) = buffers {
             report.pinned_bytes = pool.pinned_len();
             report.notes.extend(pool.refusal().map(|why| format!("staging memory is not pinned: {why}")));

@@ -39,8 +39,8 @@ pub struct LoadReport {
     pub copies: u64,
     /// Whether checksums were compared.
     pub verified: bool,
-    /// Of the bytes read, those whose checksums the devices took, of what had arrived there; those of others were taken by
-    /// the processor.
+    /// Of the bytes read, those of chunks whose checksums the devices took, of what had arrived there. The processor adds
+    /// padding and odd ends, and takes the others.
     pub device_verified_bytes: u64,
     /// From the start of planning to the last byte on its device.
     pub seconds: f64,

@@ -49,10 +49,10 @@ impl Staging {
         Ok(())
     }
 
-    /// Has devices take checksums of what their streams bring, by so many slots.
-    pub(super) fn begin_sums(&mut self, loader: &Loader, slots: usize) -> Result<()> {
+    /// Has the device at this place take checksums of what its stream brings, by so many slots.
+    pub(super) fn begin_sums(&mut self, loader: &Loader, place: usize, slots: usize) -> Result<()> {
         self.open_streams(loader)?;
-        Ok(self.streams.iter_mut().try_for_each(|stream| stream.begin_sums(slots))?)
+        Ok(self.streams.get_mut(place).map_or(Ok(()), |stream| stream.begin_sums(slots))?)
     }
 
     /// A stream for each of the loader's devices, and buffers of `piece_len` bytes: those of a cache, or a pool that

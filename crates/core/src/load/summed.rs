@@ -1,87 +1,65 @@
 //! Checksums that devices take of what was copied to them: whether they do, and what is made of what they find.
 
-use std::time::{Duration, Instant};
+use std::fmt::Display;
 
 use super::Loader;
 use super::chunks::Chunks;
+use super::lane::Outcome;
+use super::staging::Staging;
 use crate::checkpoint::Checkpoint;
 use crate::crc;
-use crate::device::{Block, Device, DeviceError, Summing, SumsState, summed_by};
+use crate::device::{Block, Device, DeviceError, Summing, summed_by};
 use crate::error::{Error, Result};
 use crate::plan::{LoadPlan, Piece};
-use crate::read::EngineChoice;
-use crate::read::choose::PREAD_CPUS;
-use crate::threads::processors;
 use crate::verify::sum_of;
 
-/// Bytes of a checkpoint from which devices are made ready, which takes 40 to 140 ms where the driver has to compile the
-/// kernel; the lanes take checksums until then.
-const WORTH_PREPARING: u64 = 256 << 20;
-/// Bytes of a load for which that is waited for where processors are so few that pages are copied in place, since the
-/// processor takes no checksum of such pages.
-const WORTH_WAITING: u64 = 4 << 30;
-/// How long at most.
-const WAIT: Duration = Duration::from_millis(250);
-const POLL: Duration = Duration::from_micros(200);
 /// Bytes of a wrong chunk that are read again at once.
 const READ_LEN: usize = 1 << 20;
 
 impl Loader {
-    /// Begins to make devices ready to take checksums, where they are to be compared and the checkpoint is so large that it
-    /// is worth that. A load that copies pages in place has no other way.
-    pub(super) fn prepare_sums(&self, checkpoint: &Checkpoint) {
-        let len = checkpoint.files().iter().map(|file| file.len()).fold(0, u64::saturating_add);
-        let is_worth = len >= WORTH_PREPARING || self.wishes.engine == EngineChoice::Mapped;
-        if is_worth && self.wishes.verify && self.cache.is_none() {
-            self.devices.iter().for_each(|device| device.prepare_sums());
-        }
-    }
-
-    /// Waits until devices are ready, or never will be, where that is worth it.
-    pub(super) fn wait_for_sums(&self, len: u64) {
-        let is_worth = match self.wishes.engine {
-            EngineChoice::Auto => len >= WORTH_WAITING && processors() < PREAD_CPUS,
-            EngineChoice::Mapped => true,
-            EngineChoice::Pread | EngineChoice::Uring => false,
+    /// The chunks of a plan, and which of them devices sum up.
+    pub(super) fn chunks(
+        &self,
+        plan: &LoadPlan,
+        blocks: &[Block],
+        (chunk_len, piece_len): (u64, u64),
+        staging: &mut Staging,
+        outcome: &Outcome,
+    ) -> Chunks {
+        let refused = |device: &Device, why: &dyn Display| {
+            outcome.note(format!("the processor takes checksums, not {}: {why}", device.id()));
         };
-        let begun = Instant::now();
-        let is_unready = || self.devices.iter().any(|device| device.sums() == SumsState::Preparing);
-        while is_worth && is_unready() && begun.elapsed() < WAIT {
-            std::thread::sleep(POLL);
+        let its = |block: &Block| self.devices.iter().position(|device| device.same_as(block.device()));
+        let places: Vec<Option<usize>> = blocks.iter().map(its).collect();
+        let is_able = |(place, device): (usize, &Device)| {
+            let able = if places.contains(&Some(place)) { device.prepare_sums() } else { Ok(false) };
+            able.unwrap_or_else(|why| {
+                refused(device, &why);
+                false
+            })
+        };
+        let able: Vec<bool> = self.devices.iter().enumerate().map(is_able).collect();
+        let devices: Vec<Option<usize>> = places.iter().map(|place| place.filter(|&place| able[place])).collect();
+        let mut chunks = Chunks::new(chunk_len, piece_len, plan.pieces(), |pieces| {
+            let by = |piece: &Piece| summed_by(piece.len, plan.copies(piece), blocks, &devices);
+            let (first, rest) = pieces.split_first()?;
+            by(first).filter(|first| rest.iter().all(|piece| by(piece) == Some(*first)))
+        });
+        for (place, device) in self.devices.iter().enumerate() {
+            if chunks.are_for(place)
+                && let Err(why) = staging.begin_sums(self, place, chunks.len())
+            {
+                refused(device, &why);
+                chunks.leave(place);
+            }
         }
+        chunks
     }
 
-    /// The chunks of a plan, and which of them devices can sum up, now or soon.
-    pub(super) fn chunks(&self, plan: &LoadPlan, blocks: &[Block], chunk_len: u64, piece_len: u64) -> Chunks {
-        let able: Vec<bool> = self.devices.iter().map(|device| is_able(&device.sums())).collect();
-        Chunks::new(chunk_len, piece_len, plan.pieces(), |pieces| {
-            let by = |piece: &Piece| summed_by(piece.len, plan.copies(piece), blocks, &self.devices);
-            let first = by(pieces.first()?).filter(|&place| able[place])?;
-            pieces.iter().all(|piece| by(piece) == Some(first)).then_some(first)
-        })
+    /// Whether devices take checksums.
+    pub(super) fn devices_sum_up(&self) -> bool {
+        self.devices.iter().all(|device| device.prepare_sums().unwrap_or(false))
     }
-
-    /// Whether devices take the checksums of the next load, or may be ready to when it begins.
-    pub(super) fn devices_may_sum(&self) -> bool {
-        self.devices.iter().all(|device| is_able(&device.sums()))
-    }
-
-    /// Whether the lanes have to take some of the checksums.
-    pub(super) fn lanes_sum_up(&self, chunks: &Chunks) -> bool {
-        !chunks.devices_can_all(|place| self.devices[place].sums() == SumsState::Ready)
-    }
-
-    /// Why a device does not take checksums that are to be compared, if one should.
-    pub(super) fn sums_refusal(&self) -> Option<String> {
-        self.devices.iter().filter(|_| self.wishes.verify).find_map(|device| match device.sums() {
-            SumsState::Refused(why) => Some(format!("{} does not take checksums: {why}", device.id())),
-            SumsState::Never | SumsState::Unready | SumsState::Preparing | SumsState::Ready => None,
-        })
-    }
-}
-
-fn is_able(state: &SumsState) -> bool {
-    matches!(state, SumsState::Ready | SumsState::Preparing)
 }
 
 /// Compares the checksums that devices took, and gives the bytes that they took them of.
@@ -100,7 +78,7 @@ pub(super) fn compare(
         let place = match known {
             Some(place) => place,
             None => {
-                remainders.push((chunk.device, summing.take(chunk.device)?));
+                remainders.push((chunk.device, summing.remainders(chunk.device)?));
                 remainders.len() - 1
             }
         };

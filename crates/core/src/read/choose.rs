@@ -26,6 +26,8 @@ pub const URING_LANES: usize = 2;
 pub const PREAD_CPUS: usize = 8;
 /// Threads beyond which reading for one device does not get faster (measured, `docs/benchmarks.md`).
 pub const MAX_LANES: usize = 14;
+/// And for any number of devices: the ring of more leaves the processor's cache.
+const MOST_LANES: usize = 32;
 /// Places that are looked at, or pieces where it is forced how all are read.
 const SAMPLES: usize = 64;
 /// Bytes of a place that are looked at, to tell whether it is cached.
@@ -42,13 +44,13 @@ pub const PREAD_BUFFERS: usize = 2;
 
 /// Threads that read cached bytes, by processors and devices: each device has a link of its own to keep busy.
 pub fn cached_lanes(processors: usize, devices: usize) -> usize {
-    processors.min(MAX_LANES.saturating_mul(devices.max(1)))
+    processors.min(MAX_LANES.saturating_mul(devices.max(1))).min(MOST_LANES)
 }
 
 /// Lanes, and buffers of each, by which cached bytes are staged, where they are.
 pub(crate) fn staged_lanes(devices: &[Device], wishes: &Wishes) -> Option<(usize, usize)> {
     let is_staged = match wishes.engine {
-        EngineChoice::Auto => copies_pages(processors(), wishes),
+        EngineChoice::Auto => copies_pages(processors(), wishes.verify),
         EngineChoice::Pread => true,
         EngineChoice::Uring | EngineChoice::Mapped => false,
     };
@@ -62,9 +64,9 @@ fn warm_lanes(devices: &[Device]) -> usize {
     cached_lanes(processors(), devices.iter().filter(|device| !device.is_host()).count())
 }
 
-/// Whether threads copy cached bytes out of the page cache sooner than its pages are registered.
-fn copies_pages(cpus: usize, wishes: &Wishes) -> bool {
-    cpus >= PREAD_CPUS || wishes.verify
+/// Whether threads copy cached bytes out of the page cache sooner than its pages are registered, or have to see them.
+fn copies_pages(cpus: usize, sums_up: bool) -> bool {
+    cpus >= PREAD_CPUS || sums_up
 }
 
 /// Where bytes are, in reports.
@@ -91,7 +93,7 @@ pub(crate) struct Wishes {
     pub(crate) direct: Option<bool>,
     /// Reader threads; `None`: as the engine needs.
     pub(crate) threads: Option<usize>,
-    /// Lanes take checksums, so that pages must come into buffers.
+    /// Checksums are compared; of a share, lanes take them, so that its pages must come into buffers.
     pub(crate) verify: bool,
     /// Bytes go into a cache, so that pages must come into buffers.
     pub(crate) caches: bool,
@@ -149,21 +151,27 @@ pub(crate) fn cached<'a>(
     }
 }
 
-/// Divides pieces among engines: cached ones and uncached ones are read each in their way, at once.
+/// Divides pieces among engines: cached ones and uncached ones are read each in their way, at once. Lanes take the checksums of
+/// those that `sums_up` says, so that these must come into buffers; others need not, where pages are copied in place.
 pub(crate) fn choose<'a>(
     files: &[DataFile],
     pieces: Vec<&'a Piece>,
     devices: &[Device],
     wishes: &Wishes,
+    sums_up: impl Fn(&Piece) -> bool,
     governor: Option<Governor<'_>>,
     rates: &Rates,
 ) -> Result<Vec<Share<'a>>> {
     let Residency { cached, uncached, told, on_disk } = split(files, pieces, wishes.direct.map(|direct| !direct));
+    // Where pages are copied in place, only the others need threads.
+    let differs = wishes.engine == EngineChoice::Auto && !copies_pages(processors(), false);
+    let (summed, other) = cached.into_iter().partition(|piece| differs && sums_up(piece));
     let mut shares = Vec::new();
-    for (pieces, warm) in [(cached, true), (uncached, false)] {
+    for (pieces, warm) in [(other, true), (summed, true), (uncached, false)] as [(Vec<&Piece>, bool); 3] {
         if pieces.is_empty() {
             continue;
         }
+        let wishes = &Wishes { verify: pieces.iter().any(|piece| sums_up(piece)), ..wishes.clone() };
         let (engine, reason) = match wishes.engine {
             EngineChoice::Auto => {
                 let (engine, reason) = auto(files, &pieces, warm, devices, wishes, rates);
@@ -302,7 +310,7 @@ fn auto(
         (EngineChoice::Pread, "reads go straight to their places".into())
     } else if wishes.caches {
         (EngineChoice::Pread, "pages are copied into the cache".into())
-    } else if copies_pages(cpus, wishes) {
+    } else if copies_pages(cpus, wishes.verify) {
         (EngineChoice::Pread, format!("{cpus} processors copy faster than pages are registered"))
     } else {
         in_place_or_not(files, pieces, devices, rates)
@@ -449,8 +457,9 @@ mod tests {
 
     #[test]
     fn each_device_has_threads_while_there_are_processors() {
-        let lanes = [(64, 0), (64, 1), (64, 2), (20, 2), (4, 8)].map(|(cpus, devices)| cached_lanes(cpus, devices));
-        assert_eq!(lanes, [14, 14, 28, 20, 4]);
+        let lanes = [(64, 0), (64, 1), (64, 2), (20, 2), (4, 8), (64, 3), (128, 8)]
+            .map(|(cpus, devices)| cached_lanes(cpus, devices));
+        assert_eq!(lanes, [14, 14, 28, 20, 4, 32, 32]);
     }
 
     #[test]

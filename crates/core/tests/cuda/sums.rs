@@ -4,13 +4,15 @@
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use sllm_core::{Block, Checkpoint, Device, EngineChoice, Error, ErrorKind, LoadReport, Loader, Segment};
+use sllm_core::{
+    Block, Checkpoint, Control, Device, EngineChoice, Error, ErrorKind, Filter, LoadReport, Loader, Segment,
+};
 
 use super::{assert_nothing_left, driver, model};
 
-/// A device that takes checksums from now on: a load of mapped pages waits until it does.
+/// A device that has loaded once, and has its kernel.
 fn ready(store: &Checkpoint) -> Device {
     let device = Device::cuda(0).unwrap();
     load(&device, store, EngineChoice::Mapped).unwrap();
@@ -29,7 +31,7 @@ fn by_device(report: &LoadReport) -> bool {
 }
 
 #[test]
-fn every_engine_leaves_checksums_to_a_device_that_is_ready() {
+fn every_engine_leaves_checksums_to_the_device() {
     let driver = driver();
     driver.set_delay(Duration::from_millis(3));
     let model = model();
@@ -39,25 +41,13 @@ fn every_engine_leaves_checksums_to_a_device_that_is_ready() {
         let before = driver.count("cuLaunchKernel");
         let loaded = load(&device, &store, engine).unwrap();
         assert!(by_device(loaded.report()), "{engine}: {:?}", loaded.report());
-        assert!(driver.count("cuLaunchKernel") > before, "{engine}");
-        assert!(loaded.report().engines.iter().all(|engine| engine.verifying == 0.0), "{engine}");
+        assert_eq!(driver.count("cuLaunchKernel"), before + 1, "{engine}: one for 64 MiB");
         for tensor in &model.tensors {
             assert!(loaded.tensor(&tensor.name).unwrap().to_vec().unwrap() == tensor.bytes, "{:?}", tensor.name);
         }
     }
     drop(device);
     assert_nothing_left(&driver);
-}
-
-#[test]
-fn a_device_that_is_not_ready_keeps_no_load_waiting() {
-    let driver = driver();
-    let model = model();
-    let store = Checkpoint::open(&model.store).unwrap();
-    let loaded = load(&Device::cuda(0).unwrap(), &store, EngineChoice::Pread).unwrap();
-    let report = loaded.report();
-    assert_eq!((report.verified, report.device_verified_bytes), (true, 0), "so few bytes are not worth a kernel");
-    assert_eq!(driver.count("cuLibraryLoadData") + driver.count("cuLaunchKernel"), 0);
 }
 
 #[test]
@@ -72,7 +62,86 @@ fn a_device_that_refuses_leaves_them_to_the_processor() {
     let loaded = load(&device, &store, EngineChoice::Pread).unwrap();
     let report = loaded.report();
     assert_eq!((report.verified, report.device_verified_bytes), (true, 0));
-    assert!(report.notes.iter().any(|note| note.contains("does not take checksums")), "{:?}", report.notes);
+    assert!(
+        report.notes.iter().any(|note| note.contains("the processor takes checksums, not cuda:0")),
+        "{:?}",
+        report.notes
+    );
+}
+
+#[test]
+fn a_device_without_room_for_checksums_leaves_them_to_the_processor() {
+    let driver = driver();
+    let model = model();
+    let store = Checkpoint::open(&model.store).unwrap();
+    let device = ready(&store);
+    // The tensors have their memory, and the checksums get none.
+    driver.fail("cuMemAlloc", 2, 2);
+    let loaded = load(&device, &store, EngineChoice::Auto).unwrap();
+    let report = loaded.report();
+    assert_eq!((report.verified, report.device_verified_bytes), (true, 0));
+    assert!(
+        report.notes.iter().any(|note| note.starts_with("the processor takes checksums, not cuda:0: ")),
+        "{:?}",
+        report.notes
+    );
+    for tensor in &model.tensors {
+        assert!(loaded.tensor(&tensor.name).unwrap().to_vec().unwrap() == tensor.bytes, "{:?}", tensor.name);
+    }
+    assert!(by_device(load(&device, &store, EngineChoice::Auto).unwrap().report()), "there is room again");
+}
+
+#[test]
+fn each_of_several_devices_takes_the_checksums_of_its_own() {
+    let driver = driver();
+    driver.set_devices(2);
+    driver.set_delay(Duration::from_millis(3));
+    let model = model();
+    let store = Checkpoint::open(&model.store).unwrap();
+    let devices: Vec<Device> = (0..2).map(|ordinal| Device::cuda(ordinal).unwrap()).collect();
+    let load = |place: fn(&str) -> usize| {
+        let builder = Loader::builder().devices(devices.clone()).verify(true).engine(EngineChoice::Pread);
+        let loader = builder.build().unwrap();
+        loader.load_placed(&store, &Filter::all(), |tensor| place(&tensor.name))
+    };
+    for device in &devices {
+        self::load(device, &store, EngineChoice::Mapped).unwrap();
+    }
+    let apart = |name: &str| usize::from(name >= "large.2");
+    let loaded = load(apart).unwrap();
+    let report = loaded.report();
+    // A chunk that both have a part of is the processor's.
+    assert!(report.verified && report.device_verified_bytes < report.read_bytes);
+    assert!(report.read_bytes - report.device_verified_bytes <= 3 * (4 << 20), "{report:?}");
+    for tensor in &model.tensors {
+        assert!(loaded.tensor(&tensor.name).unwrap().to_vec().unwrap() == tensor.bytes, "{:?}", tensor.name);
+    }
+    let file = OpenOptions::new().read(true).write(true).open(model.store.join("tensor.data_0")).unwrap();
+    for offset in [5_000_001, file.metadata().unwrap().len() - 5_000_000] {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset).unwrap();
+        file.write_all_at(&[byte[0] ^ 4], offset).unwrap();
+        match load(apart).unwrap_err() {
+            Error::Corrupt(fault) => assert_eq!(fault.chunk, offset / (4 << 20)),
+            error => panic!("{error}"),
+        }
+        file.write_all_at(&byte, offset).unwrap();
+    }
+}
+
+#[test]
+fn a_load_that_is_stopped_leaves_no_kernel_behind() {
+    let driver = driver();
+    let model = model();
+    let store = Checkpoint::open(&model.store).unwrap();
+    let device = ready(&store);
+    driver.set_delay(Duration::from_millis(300));
+    let control = Control::new().until(Instant::now() + Duration::from_millis(100));
+    let loader = Loader::builder().device(device.clone()).engine(EngineChoice::Mapped).verify(true).control(control);
+    let error = loader.build().unwrap().load(&store).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Cancelled, "{error}");
+    drop(device);
+    assert_nothing_left(&driver);
 }
 
 #[test]
@@ -144,6 +213,18 @@ fn rows_that_lie_apart_and_parts_of_chunks_are_verified_too() {
     let half = Segment { src_pitch: 4096, ..rows(0, 2048, first / 4096) };
     let report = fill(&[half, tail]);
     assert_eq!(report.read_bytes - report.device_verified_bytes, first, "{report:?}");
+
+    // With few processors only that chunk's pieces come into buffers; the others' pages are copied in place.
+    let loader = Loader::builder().device(device.clone()).verify(true).build().unwrap();
+    let block = Block::alloc(&device, 2 * len).unwrap();
+    let report = loader.fill_segments(&store, &[half, tail], vec![block]).unwrap();
+    assert_eq!(report.read_bytes - report.device_verified_bytes, first, "{report:?}");
+    let engines: Vec<(&str, u64)> = report.engines.iter().map(|engine| (engine.engine, engine.bytes)).collect();
+    if std::thread::available_parallelism().unwrap().get() < 8 {
+        assert_eq!(engines, [("mapped", report.read_bytes - first), ("pread", first)]);
+    } else {
+        assert_eq!(engines, [("pread", report.read_bytes)]);
+    }
 
     // A session's batches, one after another by one stream.
     let store = Arc::new(store);

@@ -39,7 +39,7 @@ struct Runs {
 }
 
 /// # Safety
-/// `library` may be written, and `code` is text that ends by zero.
+/// `library` may be written, and `code` has the length of a magic number.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuLibraryLoadData(
     library: *mut usize,
@@ -57,13 +57,19 @@ unsafe extern "C" fn cuLibraryLoadData(
             return Err(codes::INVALID_VALUE);
         }
         // SAFETY: the caller's duty.
-        let text = unsafe { CStr::from_ptr(code) }.to_string_lossy();
-        let entry = |name: &CStr| text.contains(&format!(".entry {}(", name.to_string_lossy()));
-        if !KERNELS.iter().all(|(_, name)| entry(name)) {
+        if unsafe { code.cast::<[u8; 4]>().read() } != *b"\x7fELF" {
             return Err(codes::NOT_SUPPORTED);
         }
         // SAFETY: the caller's duty.
         unsafe { put(library, LIBRARY) }
+    })
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuLibraryUnload(library: usize) -> Code {
+    call(|| {
+        drop(enter("cuLibraryUnload")?);
+        if library == LIBRARY { Ok(()) } else { Err(codes::INVALID_HANDLE) }
     })
 }
 

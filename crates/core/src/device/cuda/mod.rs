@@ -3,14 +3,14 @@
 mod stream;
 mod sums;
 
-use std::ffi::{CStr, c_char, c_uint};
+use std::ffi::{CStr, c_char, c_int, c_uint};
 use std::ptr;
 use std::sync::{Arc, OnceLock};
 
 use cudarc::driver::sys;
 
 use super::ipc::{Exported, HANDLE_LEN};
-use super::{Backend, BackendStream, DeviceError, Memory, SumsState};
+use super::{Backend, BackendStream, DeviceError, Memory};
 use stream::CudaStream;
 use sums::Kernel;
 
@@ -141,8 +141,8 @@ struct Context {
     ordinal: usize,
     device: sys::CUdevice,
     context: sys::CUcontext,
-    /// What takes checksums in it.
-    kernel: Kernel,
+    /// What takes checksums in it, once it was asked for.
+    kernel: OnceLock<Result<Kernel, DeviceError>>,
 }
 
 // SAFETY: a driver context may be made current in any thread.
@@ -167,6 +167,24 @@ impl Context {
         if code == sys::CUresult::CUDA_SUCCESS { Ok(()) } else { Err(driver_error(&self.id(), what, code)) }
     }
 
+    /// Its device's compute capability, such as (9, 0).
+    fn architecture(&self) -> Result<(c_int, c_int), DeviceError> {
+        use sys::CUdevice_attribute as Attribute;
+        let ask = |attribute| {
+            let mut value = 0;
+            // SAFETY: the device is valid; the driver writes one integer.
+            let code = unsafe { sys::cuDeviceGetAttribute(&mut value, attribute, self.device) };
+            self.check("ask its architecture", code).map(|()| value)
+        };
+        let major = ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        Ok((major, ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?))
+    }
+
+    /// The kernel that was loaded.
+    fn kernel(&self) -> Result<&Kernel, DeviceError> {
+        self.kernel.get().ok_or(DeviceError::OutOfBounds)?.as_ref().map_err(Clone::clone)
+    }
+
     /// Free and total bytes of its device.
     fn memory(&self) -> Result<(u64, u64), DeviceError> {
         let _current = self.enter()?;
@@ -180,6 +198,9 @@ impl Context {
 impl Drop for Context {
     fn drop(&mut self) {
         if driver().is_ok() {
+            if let (Some(Ok(kernel)), Ok(_current)) = (self.kernel.get(), self.enter()) {
+                kernel.unload();
+            }
             // SAFETY: retained in `open`, released once. Memory and streams hold this value, so none is left.
             let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(self.device) };
         }
@@ -220,7 +241,7 @@ impl Cuda {
         check(&id, "retain its primary context", unsafe { sys::cuDevicePrimaryCtxRetain(&mut context, device) })?;
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Ok(Cuda {
-            context: Arc::new(Context { ordinal, device, context, kernel: Kernel::default() }),
+            context: Arc::new(Context { ordinal, device, context, kernel: OnceLock::new() }),
             name,
             blocking_wait: processors < 4,
         })
@@ -325,12 +346,9 @@ impl Backend for Cuda {
         Ok(Box::new(CudaMemory::alloc(&self.context, len)?))
     }
 
-    fn sums(&self) -> SumsState {
-        self.context.kernel.state()
-    }
-
-    fn prepare_sums(&self) {
-        Kernel::prepare(&self.context);
+    fn prepare_sums(&self) -> Result<bool, DeviceError> {
+        let kernel = self.context.kernel.get_or_init(|| Kernel::load(&self.context));
+        kernel.as_ref().map(|_| true).map_err(Clone::clone)
     }
 
     fn stream(&self) -> Result<Box<dyn BackendStream>, DeviceError> {

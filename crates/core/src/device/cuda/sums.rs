@@ -1,19 +1,45 @@
 //! Checksums of what lies in the device's memory, by a kernel (`kernels/sums.cu`).
 
-use std::ffi::{CStr, c_uint, c_void};
+use std::ffi::{CStr, c_int, c_uint, c_void};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crc_fast::crc64_nvme;
 use cudarc::driver::sys;
 
 use super::stream::{Events, Queue};
-use super::{Context, CudaMemory, check, driver_version};
-use crate::device::{BackendSums, DeviceError, Run, SumsState};
-use crate::releases;
+use super::{Context, CudaMemory, driver_version};
+use crate::crc;
+use crate::device::{BackendSums, DeviceError, Run};
 
-/// What the driver compiles for its device.
-const SOURCE: &str = concat!(include_str!("../../../kernels/sums.ptx"), "\0");
+/// A kernel that was compiled for an architecture, and for later ones of its generation.
+struct Binary {
+    /// The generation, and the first of its architectures: 8.0.
+    major: c_int,
+    minor: c_int,
+    code: &'static [u8],
+}
+
+/// A constant of these bytes at a place where the driver may read words.
+macro_rules! binary {
+    ($major:literal, $minor:literal, $path:literal) => {{
+        #[repr(C, align(64))]
+        struct Aligned<T>(T);
+        static CODE: &Aligned<[u8; include_bytes!($path).len()]> = &Aligned(*include_bytes!($path));
+        Binary { major: $major, minor: $minor, code: &CODE.0 }
+    }};
+}
+
+fn binaries() -> [Binary; 5] {
+    [
+        binary!(7, 5, "../../../kernels/sums.sm_75.cubin"),
+        binary!(8, 0, "../../../kernels/sums.sm_80.cubin"),
+        binary!(9, 0, "../../../kernels/sums.sm_90.cubin"),
+        binary!(10, 0, "../../../kernels/sums.sm_100.cubin"),
+        binary!(12, 0, "../../../kernels/sums.sm_120.cubin"),
+    ]
+}
+
 const TABLES: &CStr = c"sllm_tables";
 const SUMS: &CStr = c"sllm_sums";
 /// Blocks and threads that fill the tables.
@@ -26,108 +52,124 @@ const RUNS: usize = 96;
 const WORTH_A_LAUNCH: u64 = 8 << 20;
 /// Slots that memory is made for at least.
 const LEAST_SLOTS: usize = 8192;
-/// The first version of the driver that has libraries. To load one takes 40 to 140 ms where the driver has to compile it,
-/// and no other call waits for that, as with modules.
+/// The first version of the driver that has libraries. While one is loaded no other call waits, as with modules.
 const LIBRARIES_SINCE: i32 = 12_000;
 
-/// A kernel in one context.
-#[derive(Debug, Clone, Copy)]
-struct Function(sys::CUfunction);
-
-// SAFETY: the driver's functions may be launched from any thread.
-unsafe impl Send for Function {}
-// SAFETY: as above, several at once.
-unsafe impl Sync for Function {}
-
-/// A library of the driver's, which is never unloaded.
-#[derive(Debug, Clone, Copy)]
-struct Library(sys::CUlibrary);
-
-// SAFETY: a library belongs to no context, and may be asked for its kernels from any thread.
-unsafe impl Send for Library {}
-// SAFETY: as above, several at once.
-unsafe impl Sync for Library {}
-
-/// A context's kernel.
-#[derive(Debug, Default)]
+/// The kernel in one context. The library is unloaded with the context.
+#[derive(Debug)]
 pub(super) struct Kernel {
-    asked_for: AtomicBool,
-    found: OnceLock<Result<Function, DeviceError>>,
+    library: sys::CUlibrary,
+    sums: sys::CUfunction,
 }
+
+// SAFETY: libraries and functions of the driver may be used in any thread.
+unsafe impl Send for Kernel {}
+// SAFETY: as above, several at once.
+unsafe impl Sync for Kernel {}
 
 impl Kernel {
-    pub(super) fn state(&self) -> SumsState {
-        match self.found.get() {
-            None if self.asked_for.load(Ordering::Relaxed) => SumsState::Preparing,
-            None => SumsState::Unready,
-            Some(Err(error)) => SumsState::Refused(error.to_string()),
-            Some(Ok(_)) => SumsState::Ready,
+    /// Loads the kernel into a context, which takes less than a millisecond, and tries it.
+    pub(super) fn load(context: &Arc<Context>) -> Result<Kernel, DeviceError> {
+        let unable = |why: &str| DeviceError::NoSums { device: context.id(), reason: why.into() };
+        if driver_version() < LIBRARIES_SINCE {
+            return Err(unable("its driver is older than CUDA 12.0"));
         }
+        let (major, minor) = context.architecture()?;
+        let fits = |binary: &Binary| binary.major == major && binary.minor <= minor;
+        let none = || unable(&format!("there is no kernel for its architecture, {major}.{minor}"));
+        let binary = binaries().into_iter().find(fits).ok_or_else(none)?;
+        let _current = context.enter()?;
+        let mut library = ptr::null_mut();
+        let (code, none, no_values) = (binary.code.as_ptr().cast(), ptr::null_mut(), ptr::null_mut());
+        let (nothing, of_nothing) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: the code is whole and constant, there are no options, and the driver writes one handle.
+        let code = unsafe { sys::cuLibraryLoadData(&mut library, code, none, no_values, 0, nothing, of_nothing, 0) };
+        context.check("load a kernel", code)?;
+        let mut kernel = Kernel { library, sums: ptr::null_mut() };
+        let ready = kernel.ready(context).and_then(|()| kernel.try_out(context));
+        if let Err(error) = ready {
+            kernel.unload();
+            return Err(error);
+        }
+        Ok(kernel)
     }
 
-    /// Loads a context's kernel in the background, the first time.
-    pub(super) fn prepare(context: &Arc<Context>) {
-        if !context.kernel.asked_for.swap(true, Ordering::Relaxed) {
-            let context = Arc::clone(context);
-            releases::in_background("sllm-kernel", usize::MAX, move || {
-                let _ = context.kernel.found.set(load(&context));
-            });
+    /// Finds its functions, and fills its tables. The context is current.
+    fn ready(&mut self, context: &Arc<Context>) -> Result<(), DeviceError> {
+        let tables = function(context, self.library, TABLES)?;
+        self.sums = function(context, self.library, SUMS)?;
+        let queue = Queue::new(context)?;
+        // SAFETY: the kernel takes nothing, and writes to the tables of its library only.
+        unsafe { launch(context, tables, TABLE_BLOCKS, &queue, &mut [])? };
+        queue.synchronize()
+    }
+
+    /// Has it sum up known bytes: a wrong sum would make good loads fail. The context is current.
+    fn try_out(&self, context: &Arc<Context>) -> Result<(), DeviceError> {
+        const WORDS: u32 = TILE + TILE / 8; // a tile, and a part of one
+        const LEN: usize = 8 * WORDS as usize;
+        const BYTE: u8 = 0x5a;
+        let (memory, queue) = (CudaMemory::alloc(context, 8 + LEN)?, Queue::new(context)?);
+        for (addr, value, len) in [(memory.addr, 0, 8), (memory.addr + 8, BYTE, LEN)] {
+            // SAFETY: the memory has so many bytes, and is freed after the queue's work.
+            context.check("fill memory", unsafe { sys::cuMemsetD8Async(addr, value, len, queue.handle()) })?;
         }
+        let run = Run { addr: memory.addr + 8, pitch: 0, row: WORDS, words: WORDS, after: 0, slot: 0 };
+        // SAFETY: the run and the slot are in the memory.
+        unsafe { self.sum(context, &queue, memory.addr, &[run])? };
+        let mut sum = 0;
+        // SAFETY: the memory has a slot.
+        unsafe { fetch(context, &queue, memory.addr, std::slice::from_mut(&mut sum))? };
+        if crc::of_zeros(LEN as u64) ^ sum != crc64_nvme(&[BYTE; LEN]) {
+            let reason = "its kernel gives a wrong checksum of known bytes".into();
+            return Err(DeviceError::NoSums { device: context.id(), reason });
+        }
+        Ok(())
+    }
+
+    /// Launches it for all of these runs. The context is current.
+    ///
+    /// # Safety
+    /// The runs, and the slots that they name of those at `sums`, lie in live memory, which stays so until it is done.
+    unsafe fn sum(&self, context: &Context, queue: &Queue, mut sums: u64, mut runs: &[Run]) -> Result<(), DeviceError> {
+        while !runs.is_empty() {
+            let (mut taken, tiles) = KernelRuns::new(runs);
+            let mut arguments = [(&raw mut sums).cast(), (&raw mut taken).cast()];
+            // SAFETY: the arguments are those of `sllm_sums`; the caller's word for the memory.
+            unsafe { launch(context, self.sums, tiles, queue, &mut arguments)? };
+            runs = &runs[taken.count as usize..];
+        }
+        Ok(())
+    }
+
+    /// Its context is current, and nothing of it runs.
+    pub(super) fn unload(&self) {
+        // SAFETY: loaded once, unloaded once.
+        let _ = unsafe { sys::cuLibraryUnload(self.library) };
     }
 }
 
-/// Loads the kernel, and fills its tables.
-fn load(context: &Arc<Context>) -> Result<Function, DeviceError> {
-    let current = context.enter()?;
-    let library = library(context)?;
-    let tables = function(context, library, TABLES)?;
-    let sums = function(context, library, SUMS)?;
-    drop(current);
-    let queue = Queue::new(context)?;
-    let _current = context.enter()?;
-    // SAFETY: the kernel takes nothing, and writes to the tables of its library only.
-    unsafe { launch(context, tables, TABLE_BLOCKS, &queue, &mut [])? };
-    queue.synchronize()?;
-    Ok(sums)
-}
-
-/// The process's library; every context has its own code and tables of it. A context is current.
-fn library(context: &Context) -> Result<Library, DeviceError> {
-    static LIBRARY: OnceLock<Result<Library, DeviceError>> = OnceLock::new();
-    if driver_version() < LIBRARIES_SINCE {
-        return Err(DeviceError::OldDriver { device: context.id() });
-    }
-    let load = || {
-        let (mut library, no_options, no_values) = (ptr::null_mut(), ptr::null_mut(), ptr::null_mut());
-        let (no_library_options, no_library_values) = (ptr::null_mut(), ptr::null_mut());
-        // SAFETY: the source ends by zero, there are no options, and the driver writes one handle.
-        let code = unsafe {
-            let source = SOURCE.as_ptr().cast();
-            sys::cuLibraryLoadData(
-                &mut library,
-                source,
-                no_options,
-                no_values,
-                0,
-                no_library_options,
-                no_library_values,
-                0,
-            )
-        };
-        check("cuda", "load a library", code).map(|()| Library(library))
-    };
-    LIBRARY.get_or_init(load).clone()
+/// Copies sums to the host, after the queue's work. The context is current.
+///
+/// # Safety
+/// The device has as many at this address.
+unsafe fn fetch(context: &Context, queue: &Queue, addr: u64, sums: &mut [u64]) -> Result<(), DeviceError> {
+    let (to, len) = (sums.as_mut_ptr().cast(), size_of_val(sums));
+    // SAFETY: the caller's word; the driver writes `len` bytes of numbers, and is waited for.
+    let code = unsafe { sys::cuMemcpyDtoHAsync_v2(to, addr, len, queue.handle()) };
+    let copied = context.check("copy checksums to the host", code);
+    queue.synchronize().and(copied)
 }
 
 /// A function of the library. The context is current.
-fn function(context: &Context, library: Library, name: &CStr) -> Result<Function, DeviceError> {
+fn function(context: &Context, library: sys::CUlibrary, name: &CStr) -> Result<sys::CUfunction, DeviceError> {
     let (mut kernel, mut function) = (ptr::null_mut(), ptr::null_mut());
     // SAFETY: the library stays loaded; the driver writes one handle.
-    let code = unsafe { sys::cuLibraryGetKernel(&mut kernel, library.0, name.as_ptr()) };
+    let code = unsafe { sys::cuLibraryGetKernel(&mut kernel, library, name.as_ptr()) };
     context.check("find a kernel", code)?;
     // SAFETY: the kernel is the library's; a context is current; the driver writes one handle.
     context.check("load a kernel", unsafe { sys::cuKernelGetFunction(&mut function, kernel) })?;
-    Ok(Function(function))
+    Ok(function)
 }
 
 /// Launches blocks of a function. The context is current.
@@ -136,7 +178,7 @@ fn function(context: &Context, library: Library, name: &CStr) -> Result<Function
 /// `arguments` point to what the function takes, and what it reads and writes stays until it is done.
 unsafe fn launch(
     context: &Context,
-    function: Function,
+    function: sys::CUfunction,
     blocks: c_uint,
     queue: &Queue,
     arguments: &mut [*mut c_void],
@@ -144,7 +186,7 @@ unsafe fn launch(
     let (arguments, none) = (arguments.as_mut_ptr(), ptr::null_mut());
     // SAFETY: the caller's word; the driver copies the arguments during the call.
     let code =
-        unsafe { sys::cuLaunchKernel(function.0, blocks, 1, 1, THREADS, 1, 1, 0, queue.handle(), arguments, none) };
+        unsafe { sys::cuLaunchKernel(function, blocks, 1, 1, THREADS, 1, 1, 0, queue.handle(), arguments, none) };
     context.check("launch a kernel", code)
 }
 
@@ -198,7 +240,14 @@ pub(super) struct CudaSums {
     /// Slots that the memory has, and those that are in use.
     room: usize,
     slots: usize,
-    waiting: Mutex<Vec<Run>>,
+    waiting: Mutex<Waiting>,
+}
+
+/// Runs that wait for a launch, and their words.
+#[derive(Debug, Default)]
+struct Waiting {
+    runs: Vec<Run>,
+    words: u64,
 }
 
 impl CudaSums {
@@ -212,7 +261,7 @@ impl CudaSums {
         Ok(CudaSums { context, copies, events, queue, memory: None, room: 0, slots: 0, waiting: Mutex::default() })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Run>> {
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -220,41 +269,32 @@ impl CudaSums {
     ///
     /// # Safety
     /// As [`BackendSums::add`].
-    unsafe fn launch(&self, mut runs: &[Run]) -> Result<(), DeviceError> {
-        let function = self.context.kernel.found.get().ok_or(DeviceError::OutOfBounds)?.clone()?;
-        let mut sums = self.memory.as_ref().ok_or(DeviceError::OutOfBounds)?.addr;
+    unsafe fn launch(&self, runs: &[Run]) -> Result<(), DeviceError> {
+        let memory = self.memory.as_ref().ok_or(DeviceError::OutOfBounds)?;
         let _current = self.context.enter()?;
         self.queue.wait_for(&self.copies, &self.events)?;
-        while !runs.is_empty() {
-            let (mut taken, tiles) = KernelRuns::new(runs);
-            let mut arguments = [(&raw mut sums).cast(), (&raw mut taken).cast()];
-            // SAFETY: the arguments are those of `sllm_sums`. It reads the runs, which stay by the caller's word, and
-            // writes to slots, which `add` checked and `memory` has.
-            unsafe { launch(&self.context, function, tiles, &self.queue, &mut arguments)? };
-            runs = &runs[taken.count as usize..];
-        }
-        Ok(())
+        // SAFETY: the runs stay by the caller's word; `add` checked their slots, which `memory` has.
+        unsafe { self.context.kernel()?.sum(&self.context, &self.queue, memory.addr, runs) }
     }
 }
 
 impl BackendSums for CudaSums {
     fn begin(&mut self, slots: usize) -> Result<(), DeviceError> {
         self.stop();
-        let current = self.context.enter()?;
+        let _current = self.context.enter()?;
         if self.room < slots {
             let room = slots.max(LEAST_SLOTS);
-            self.memory = None;
+            (self.memory, self.room) = (None, 0);
             self.memory = Some(CudaMemory::alloc(&self.context, room.saturating_mul(size_of::<u64>()))?);
             self.room = room;
         }
         self.slots = slots;
         if let Some(memory) = &self.memory {
-            let len = self.room * size_of::<u64>();
-            // SAFETY: the memory has so many bytes, and is freed after the queue's work.
+            let len = slots * size_of::<u64>();
+            // SAFETY: the memory has as many bytes, and is freed after the queue's work.
             let code = unsafe { sys::cuMemsetD8Async(memory.addr, 0, len, self.queue.handle()) };
             self.context.check("clear memory", code)?;
         }
-        drop(current);
         Ok(())
     }
 
@@ -263,18 +303,19 @@ impl BackendSums for CudaSums {
             return Err(DeviceError::OutOfBounds);
         }
         let mut waiting = self.lock();
-        waiting.extend_from_slice(runs);
-        if waiting.iter().map(|run| u64::from(run.words)).sum::<u64>() < WORTH_A_LAUNCH {
+        waiting.runs.extend_from_slice(runs);
+        waiting.words += runs.iter().map(|run| u64::from(run.words)).sum::<u64>();
+        if waiting.words < WORTH_A_LAUNCH {
             return Ok(());
         }
-        let runs = std::mem::take(&mut *waiting);
+        let Waiting { runs, .. } = std::mem::take(&mut *waiting);
         drop(waiting);
         // SAFETY: the caller's word, and that of whoever added the others.
         unsafe { self.launch(&runs) }
     }
 
     fn take(&self) -> Result<Vec<u64>, DeviceError> {
-        let runs = std::mem::take(&mut *self.lock());
+        let Waiting { runs, .. } = std::mem::take(&mut *self.lock());
         let mut sums = vec![0u64; self.slots];
         if !runs.is_empty() {
             // SAFETY: the word of whoever added them.
@@ -282,17 +323,14 @@ impl BackendSums for CudaSums {
         }
         if let (Some(memory), false) = (&self.memory, sums.is_empty()) {
             let _current = self.context.enter()?;
-            let (to, len) = (sums.as_mut_ptr().cast(), size_of_val(sums.as_slice()));
-            // SAFETY: the memory has as many slots; the driver writes `len` bytes of numbers, and is waited for below.
-            let code = unsafe { sys::cuMemcpyDtoHAsync_v2(to, memory.addr, len, self.queue.handle()) };
-            let copied = self.context.check("copy checksums to the host", code);
-            self.queue.synchronize().and(copied)?;
+            // SAFETY: the memory has as many slots.
+            unsafe { fetch(&self.context, &self.queue, memory.addr, &mut sums)? };
         }
         Ok(sums)
     }
 
     fn stop(&self) {
-        self.lock().clear();
+        *self.lock() = Waiting::default();
         // After an error of the device nothing more is read.
         let _ = self.queue.synchronize();
     }
