@@ -120,7 +120,7 @@ impl Kernel {
         let mut sum = 0;
         // SAFETY: the memory has a slot.
         unsafe { fetch(context, &queue, memory.addr, std::slice::from_mut(&mut sum))? };
-        if crc::of_zeros(LEN as u64) ^ sum != crc64_nvme(&[BYTE; LEN]) {
+        if crc::of_zeros(LEN as u64) ^ sum != crc64_nvme(&vec![BYTE; LEN]) {
             let reason = "its kernel gives a wrong checksum of known bytes".into();
             return Err(DeviceError::NoSums { device: context.id(), reason });
         }
