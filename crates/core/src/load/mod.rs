@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-pub(crate) use chunks::Chunks;
+use chunks::Chunks;
 pub use lane::MAPPED_IN_FLIGHT;
 pub use loaded::{Loaded, TensorView};
 pub use outbox::{BUSY, MAX_BATCH, batch_len};
@@ -193,13 +193,16 @@ impl Loader {
     /// The form of the ring by which these segments are staged if they are cached; `None` where they are not, or are so few
     /// that each lane may as well pin what it needs.
     fn worth_preparing(&self, checkpoint: &Checkpoint, segments: &[Segment]) -> Option<Form> {
+        if self.helper.is_some() || self.cache.is_some() {
+            return None;
+        }
         let wishes = Wishes { verify: self.wishes.verify && !self.devices_sum_up(), ..self.wishes.clone() };
         let (lanes, per_lane) = choose::staged_lanes(&self.devices, &wishes)?;
         let sums = self.sums(checkpoint).ok()?;
         let PlanOptions { piece_len, .. } = self.cut(sums, false);
         let form = Form::of_lanes(lanes, per_lane, piece_len, self.pinned_len)?;
         let len = segments.iter().map(Segment::len).fold(0, u64::saturating_add);
-        (self.helper.is_none() && len / WORTH_PINNING >= form.len()).then_some(form)
+        (len / WORTH_PINNING >= form.len()).then_some(form)
     }
 
     /// A ring that is being pinned; where that fails, the load will say so.

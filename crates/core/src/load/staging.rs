@@ -177,7 +177,7 @@ mod tests {
     fn few_buffers_are_divided_among_lanes() {
         for (buffers, lanes, per_lane, expected) in [
             (128, 14, 2, (14, 2)),
-            (128, 112, 2, (64, 2)), // eight devices: each lane keeps its second buffer
+            (128, 112, 2, (64, 2)), // many threads were asked for: each lane keeps its second buffer
             (20, 28, 2, (14, 1)),
             (20, 8, 2, (8, 2)),
             (9, 12, 2, (9, 1)),

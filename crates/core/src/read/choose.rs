@@ -163,8 +163,7 @@ pub(crate) fn choose<'a>(
     rates: &Rates,
 ) -> Result<Vec<Share<'a>>> {
     let Residency { cached, uncached, told, on_disk } = split(files, pieces, wishes.direct.map(|direct| !direct));
-    // Where pages are copied in place, only the others need threads.
-    let differs = wishes.engine == EngineChoice::Auto && !copies_pages(processors(), false);
+    let differs = are_apart(files, &cached, devices, wishes, &sums_up, rates);
     let (summed, other) = cached.into_iter().partition(|piece| differs && sums_up(piece));
     let mut shares = Vec::new();
     for (pieces, warm) in [(other, true), (summed, true), (uncached, false)] as [(Vec<&Piece>, bool); 3] {
@@ -186,6 +185,24 @@ pub(crate) fn choose<'a>(
         shares.push(share);
     }
     Ok(shares)
+}
+
+/// Whether some cached pieces come into buffers, because lanes sum them up, and most of them, the others, are copied in place.
+fn are_apart(
+    files: &[DataFile],
+    cached: &[&Piece],
+    devices: &[Device],
+    wishes: &Wishes,
+    sums_up: &impl Fn(&Piece) -> bool,
+    rates: &Rates,
+) -> bool {
+    if wishes.engine != EngineChoice::Auto || copies_pages(processors(), false) {
+        return false;
+    }
+    let others: Vec<&Piece> = cached.iter().copied().filter(|piece| !sums_up(piece)).collect();
+    let are_most = others.len() < cached.len() && others.len() > cached.len() / 4 * 3;
+    let wishes = Wishes { verify: false, ..wishes.clone() };
+    are_most && auto(files, &others, true, devices, &wishes, rates).0 == EngineChoice::Mapped
 }
 
 /// Whether a part of these segments that counts is to be read from a disk, past the page cache; by a sample.
@@ -311,7 +328,8 @@ fn auto(
     } else if wishes.caches {
         (EngineChoice::Pread, "pages are copied into the cache".into())
     } else if copies_pages(cpus, wishes.verify) {
-        (EngineChoice::Pread, format!("{cpus} processors copy faster than pages are registered"))
+        let why = format!("{cpus} processors copy faster than pages are registered");
+        (EngineChoice::Pread, if cpus < PREAD_CPUS { "the processor takes their checksums".into() } else { why })
     } else {
         in_place_or_not(files, pieces, devices, rates)
     }

@@ -347,8 +347,21 @@ impl Backend for Cuda {
     }
 
     fn prepare_sums(&self) -> Result<bool, DeviceError> {
-        let kernel = self.context.kernel.get_or_init(|| Kernel::load(&self.context));
-        kernel.as_ref().map(|_| true).map_err(Clone::clone)
+        driver()?;
+        if let Some(known) = self.context.kernel.get() {
+            return known.as_ref().map(|_| true).map_err(Clone::clone);
+        }
+        let (found, answer) = match Kernel::load(&self.context) {
+            Ok(kernel) => (Ok(kernel), Ok(true)),
+            Err(error @ DeviceError::NoSums { .. }) => (Err(error.clone()), Err(error)),
+            // Such as for want of memory: it is tried again.
+            Err(error) => return Err(error),
+        };
+        if let Err(Ok(second)) = self.context.kernel.set(found) {
+            let _current = self.context.enter()?;
+            second.unload();
+        }
+        answer
     }
 
     fn stream(&self) -> Result<Box<dyn BackendStream>, DeviceError> {
